@@ -1,0 +1,33 @@
+"""Mistakes that a user can mend, and how the command line tells of them. Not for bugs: those keep their traceback."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave. Its text is one sentence: what is wrong, where, and how to mend it."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a command and leave the process: an InputError is one line and status 1, Ctrl-C one line and 130."""
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except InputError as error:
+        status = _say(f"Error: {error}", 1)
+    except KeyboardInterrupt:
+        status = _say("Interrupted.", 130)
+    except BrokenPipeError:  # `flyp ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)
+
+
+def _say(line: str, status: int) -> int:
+    if logging.getLogger().handlers:  # in a training run the log file tells of it too
+        logging.error(line.removeprefix("Error: "))
+    else:
+        print(line, file=sys.stderr)
+    return status

@@ -1,0 +1,212 @@
+"""Class names x templates -> prompts, and their tokens in one table. Not for images, labels or models."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import open_clip
+import torch
+from torch.utils.data import DataLoader
+
+from flyp_plugin.errors import InputError
+from flyp_plugin.sources import read_text
+
+CLASSNAMES = {"imagenet": open_clip.IMAGENET_CLASSNAMES}
+TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+_PLACE = re.compile(r"\{c?\}")
+_CHUNK = 16384  # prompts tokenised at once; above this number several processes share the work
+_log = logging.getLogger(__name__)
+
+
+class ClassPrompts:
+    """The prompts of a classification set: every class name in every template (FLYP, section 3).
+
+    Args:
+        classnames: C names; a name's position is its class index.
+        templates: T templates; `{c}` or `{}` is where the class name goes. Nothing else in braces is touched.
+
+    Raises:
+        InputError: an empty list, a name given twice, or a template without a place for the class.
+
+    Example:
+        >>> prompts = ClassPrompts(["cat", "dog"], ["a photo of a {c}.", "a sketch of a {c}."])
+        >>> prompts(1, 0)
+        'a photo of a dog.'
+    """
+
+    def __init__(self, classnames: Sequence[str], templates: Sequence[str]):
+        self.classnames = list(classnames)
+        self.templates = list(templates)
+        _check_classnames(self.classnames, "the list of class names", "entry")
+        _check_templates(self.templates, "the list of templates", "entry")
+
+    @classmethod
+    def from_files(cls, classnames: str, templates: str) -> "ClassPrompts":
+        """Read class names and templates, one a line, from files or URLs.
+
+        Args:
+            classnames: a path, a URL, or `imagenet` (open_clip's list).
+            templates: a path, a URL, `openai` or `simple` (open_clip's lists), or one template, with its `{c}`.
+
+        Raises:
+            InputError: a file that is not there, is not UTF-8 or has a mistake in it, with its line.
+        """
+        if classnames in CLASSNAMES:
+            names = list(CLASSNAMES[classnames])
+        else:
+            names = _read_lines(classnames, "class names", "--classnames", list(CLASSNAMES))
+            _check_classnames(names, classnames, "line")
+        if templates in TEMPLATES:  # functions of the name, in open_clip
+            lines = [template("{c}") for template in TEMPLATES[templates]]
+        elif _PLACE.search(templates):
+            lines = [templates]
+        else:
+            lines = _read_lines(templates, "templates", "--templates", list(TEMPLATES))
+            _check_templates(lines, templates, "line")
+        return cls(names, lines)
+
+    def __call__(self, label: int, template: int) -> str:
+        """The prompt of class index `label` in template number `template`."""
+        return fill(self.templates[template], self.classnames[label])
+
+    def __len__(self) -> int:
+        """Number of prompts, C x T."""
+        return len(self.classnames) * len(self.templates)
+
+    def template_functions(self) -> list[Callable[[str], str]]:
+        """The templates as functions of a class name, as open_clip.build_zero_shot_classifier takes them."""
+        return [lambda name, template=template: fill(template, name) for template in self.templates]  # type: ignore[misc]
+
+    def tokenize(self, tokenizer: Callable) -> "PromptTokens":
+        """All prompts through `tokenizer` (open_clip.get_tokenizer's) once; see PromptTokens."""
+        return PromptTokens(self, tokenizer)
+
+
+class PromptTokens:
+    """The tokens of all prompts: int table of shape (C, T, W), in memory that worker processes share.
+
+    W is the longest prompt's length in tokens and the integer type the smallest that holds every token;
+    `take` gives back what the tokenizer gave, padded to the model's context length.
+
+    Args:
+        prompts: the class prompts.
+        tokenizer: list of texts -> int64 (N, context length), as open_clip.get_tokenizer gives.
+    """
+
+    def __init__(self, prompts: ClassPrompts, tokenizer: Callable):
+        per_item = max(1, _CHUNK // len(prompts.templates))
+        starts = range(0, len(prompts.classnames), per_item)
+        chunks = _Chunks(prompts, tokenizer, starts, per_item)
+        workers = 0 if len(prompts) <= _CHUNK else min(len(starts), max(1, torch.get_num_threads()), 8)
+        parts: list[np.ndarray] = []
+        cut: list[str] = []
+        pads: list[int] = []
+        for part, pad, cut_here in DataLoader(chunks, batch_size=None, num_workers=workers):
+            parts.append(part.copy())  # the loader's buffer goes back to it
+            pads.append(pad)
+            cut += cut_here
+        self.context_length, self._pad = chunks.context_length(), Counter(pads).most_common(1)[0][0]
+        width = max(part.shape[1] if pad == self._pad else self.context_length for part, pad in zip(parts, pads))
+        self._type = np.min_scalar_type(max(int(part.max(initial=0)) for part in parts))
+        shape = (len(prompts.classnames), len(prompts.templates), width)
+        # torch knows few operations on unsigned types: the tensor is only the shared bytes, numpy reads them
+        self._shared = torch.zeros(int(np.prod(shape)) * self._type.itemsize, dtype=torch.uint8).share_memory_()
+        self._shape = shape
+        table = self.table.reshape(-1, width)
+        row = 0
+        for part, pad in zip(parts, pads):
+            table[row : row + len(part), : part.shape[1]] = part
+            table[row : row + len(part), part.shape[1] :] = pad
+            row += len(part)
+        if cut:
+            _log.warning(
+                f"{len(cut)} of {len(prompts)} prompts are longer than the model's {self.context_length} tokens and "
+                f"are cut, the first of them: {cut[0]!r}."
+            )
+
+    @property
+    def table(self) -> np.ndarray:
+        """The tokens, shape (C, T, W)."""
+        return self._shared.numpy().view(self._type).reshape(self._shape)
+
+    def take(self, labels: Sequence[int], templates: Sequence[int]) -> torch.Tensor:
+        """The prompts of B (class index, template number) pairs: int64 (B, context length)."""
+        tokens = np.full((len(labels), self.context_length), self._pad, dtype=np.int64)
+        tokens[:, : self._shape[2]] = self.table[np.asarray(labels), np.asarray(templates)]
+        return torch.from_numpy(tokens)
+
+
+class _Chunks:
+    """Some classes' prompts, tokenised, without the columns at the end in which all of them are padding."""
+
+    def __init__(self, prompts: ClassPrompts, tokenizer: Callable, starts: Sequence[int], per_item: int):
+        self.prompts, self.tokenizer, self.starts, self.per_item = prompts, tokenizer, starts, per_item
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, item: int) -> tuple[np.ndarray, int, list[str]]:
+        names = self.prompts.classnames[self.starts[item] :][: self.per_item]
+        texts = [fill(template, name) for name in names for template in self.prompts.templates]
+        tokens = self.tokenizer(texts).numpy()
+        context = tokens.shape[1]
+        pad = int(Counter(tokens[:, -1].tolist()).most_common(1)[0][0])
+        used = np.flatnonzero((tokens != pad).any(axis=0))
+        full = np.flatnonzero(tokens[:, -1] != pad) if (tokens[:, -1] != pad).any() else np.arange(0)
+        if not len(full) and len(used) and (tokens[:, -2:] == pad).any(axis=1).sum() == 0:
+            full = np.arange(len(texts))
+        cut = [texts[i] for i in full if _is_cut(self.tokenizer, texts[i], tokens[i], context)]
+        width = int(used[-1]) + 1 if len(used) else 1
+        return tokens[:, :width].astype(np.min_scalar_type(int(tokens.max()))), pad, cut
+
+    def context_length(self) -> int:
+        return self.tokenizer([self.prompts(0, 0)]).shape[1]
+
+
+def _is_cut(tokenizer: Callable, text: str, tokens: np.ndarray, context: int) -> bool:
+    longer = tokenizer([text], context_length=2 * context)[0].numpy()
+    return bool(np.any(longer[context:] != longer[-1]))
+
+
+def fill(template: str, name: str) -> str:
+    """`template` with `name` in each place marked `{c}` or `{}`; all other text is left as it is."""
+    return _PLACE.sub(lambda _: name, template)
+
+
+def _read_lines(path: str, what: str, flag: str, builtin: list[str]) -> list[str]:
+    text = read_text(path)
+    if text is None:
+        raise InputError(f"there is no file {path} with {what}; give one with {flag} FILE (or {' or '.join(builtin)}).")
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    if lines == [""]:
+        raise InputError(f"{path} is empty; write one of the {what} on each line.")
+    if "" in lines:
+        raise InputError(f"{path}, line {lines.index('') + 1}, is blank; delete the line, or write what belongs there.")
+    return lines
+
+
+def _check_classnames(names: list[str], place: str, unit: str) -> None:
+    if not names:
+        raise InputError(f"{place} is empty; give at least one class name.")
+    tolerated = {name for name, count in Counter(CLASSNAMES["imagenet"]).items() if count > 1}
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if not name.strip():
+            raise InputError(f"{place}, {unit} {number}, is blank; write the class name there.")
+        if first.setdefault(name, number) != number and name not in tolerated:
+            raise InputError(
+                f"{place}, {unit} {number}, repeats the class name {name!r} of {unit} {first[name]}; two classes need "
+                "two names, or no prompt can tell them apart."
+            )
+
+
+def _check_templates(templates: list[str], place: str, unit: str) -> None:
+    if not templates:
+        raise InputError(f"{place} is empty; give at least one template, such as 'a photo of a {{c}}.'.")
+    for number, template in enumerate(templates, 1):
+        if not _PLACE.search(template):
+            raise InputError(
+                f"{place}, {unit} {number}, {template!r}, has no place for the class name; write {{c}} where it goes."
+            )

@@ -1,0 +1,209 @@
+"""From what a user types for a set of shards to tar URLs, the text files beside them and sample counts.
+
+Reads names, small text files and tar headers; the samples themselves are data.py's.
+"""
+
+import json
+import logging
+import os
+import re
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import braceexpand
+from tqdm import tqdm
+
+from flyp_plugin.errors import InputError
+
+IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as open_clip has it
+TIMEOUT = 30  # seconds for a small text file over http
+_log = logging.getLogger(__name__)
+
+
+def is_url(source: str) -> bool:
+    return "://" in source
+
+
+def read_text(path: str) -> str | None:
+    """A text file's content, local or http(s); None where there is none.
+
+    Raises:
+        InputError: it is there but is not UTF-8, or the server does not answer.
+    """
+    try:
+        if is_url(path):
+            with urllib.request.urlopen(path, timeout=TIMEOUT) as stream:
+                raw = stream.read()
+        else:
+            raw = Path(path).read_bytes()
+        return raw.decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}, is not UTF-8; save the file as UTF-8 text.") from None
+    except urllib.error.HTTPError as error:
+        if error.code in (403, 404, 410):
+            return None
+        raise InputError(f"{path} could not be read: the server answers {error.code} {error.reason}.") from None
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise InputError(f"{path} could not be read ({reason}); check the address.") from None
+
+
+def expand_source(source: str, split: str) -> list[str]:
+    """The tar URLs of one source: a brace pattern, a `pipe:` command, a folder of shards, or a data folder.
+
+    A folder (local or http(s), also in the form .../datasets/USER/REPO/tree/BRANCH) is taken as the split folder
+    where it holds shards itself, and else as the data folder, whose `split` is then used.
+
+    Raises:
+        InputError: nothing is there.
+    """
+    source = source.strip()
+    if not source:
+        raise InputError("a source of shards is empty; give a tar pattern or a folder, joined by '::' if several.")
+    if source.startswith("pipe:") or re.search(r"\.(tar|tar\.gz|tgz)\}?$|[{*]", source):
+        if "*" in source and not source.startswith("pipe:"):
+            raise InputError(f"'{source}' has a '*'; shards are named by braces (DIR/{{0..9}}.tar) or by folder.")
+        shards = list(braceexpand.braceexpand(source))
+        missing = [s for s in shards if not is_url(s) and not s.startswith("pipe:") and not os.path.isfile(s)]
+        if missing:
+            more = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
+            raise InputError(f"there is no shard {missing[0]}{more}; check the path or the range in '{source}'.")
+        return shards
+    source = source.rstrip("/")
+    return _expand_url(source, split) if is_url(source) else _expand_folder(source, split)
+
+
+def _expand_folder(source: str, split: str) -> list[str]:
+    if os.path.isfile(source):
+        raise InputError(f"{source} is not a tar file or a folder; `flyp shards write` makes shards.")
+    if not os.path.isdir(source):
+        raise InputError(f"there is no file or folder {source}; check the path.")
+    for folder in (Path(source), Path(source, split)):
+        tars = sorted(folder.glob("*.tar"), key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])
+        if tars:
+            stated = read_text(str(folder / "nshards.txt"))
+            if stated is not None and stated.strip() != str(len(tars)):
+                raise InputError(
+                    f"{folder}/nshards.txt says {stated.strip()!r} shards but the folder has {len(tars)}; "
+                    "write the set again, or mend nshards.txt."
+                )
+            return [str(tar) for tar in tars]
+    raise InputError(f"neither {source} nor {source}/{split} holds .tar files; `flyp shards write` makes shards.")
+
+
+def _expand_url(source: str, split: str) -> list[str]:
+    for folder in (source, f"{source}/{split}"):
+        stated = read_text(_metadata(f"{folder}/nshards.txt"))
+        if stated is not None:
+            if not stated.strip().isdigit() or int(stated) < 1:
+                raise InputError(f"{folder}/nshards.txt holds {stated.strip()[:40]!r}, not a number of shards.")
+            return [f"{folder.replace('/tree/', '/resolve/')}/{i}.tar" for i in range(int(stated))]
+    raise InputError(
+        f"neither {source}/nshards.txt nor {source}/{split}/nshards.txt can be had; give a data folder in the "
+        "CLIP_benchmark layout, or the shards themselves (URL/{0..9}.tar)."
+    )
+
+
+def _metadata(url: str) -> str:
+    """Where a data hub keeps text: its tars are under resolve/, its text under raw/."""
+    return re.sub(r"(/datasets/[^/]+/[^/]+)/(?:tree|resolve)/", r"\1/raw/", url, count=1) if is_url(url) else url
+
+
+def find_beside(shards: Sequence[str], name: str) -> str | None:
+    """Path of the text file `name` in the folder of the first shard or the one above; None where neither has it."""
+    for shard in shards[:1]:
+        if shard.startswith("pipe:"):
+            return None
+        folder = os.path.dirname(_metadata(shard)) or "."
+        for place in (folder, os.path.dirname(folder) if is_url(folder) else os.path.join(folder, os.pardir)):
+            path = os.path.normpath(f"{place}/{name}") if not is_url(place) else f"{place}/{name}"
+            if read_text(path) is not None:
+                return path
+    return None
+
+
+def count_samples(shards: Sequence[str], image_key: str = IMAGE_KEY) -> int:
+    """Number of samples in `shards`: from sizes.json or __len__ beside them, else from the headers of local tars.
+
+    What was counted is remembered in a sizes.json in the form that open_clip reads, where the folder has none.
+
+    Raises:
+        InputError: remote shards without sizes.json, or a sizes.json that is not what it should be.
+    """
+    total = 0
+    for folder, names in _by_folder(shards).items():
+        sizes = None if folder is None else _read_sizes(folder, names)
+        if sizes is not None:
+            total += sizes
+        elif folder is None or is_url(folder):
+            raise InputError(
+                f"the number of samples in {shards[0]} is not known (no sizes.json beside it); give it with "
+                "--train-num-samples."
+            )
+        else:
+            total += _count_folder(folder, names, image_key)
+    return total
+
+
+def _by_folder(shards: Sequence[str]) -> dict[str | None, list[str]]:
+    folders: dict[str | None, list[str]] = {}
+    for shard in shards:
+        folder = None if shard.startswith("pipe:") else os.path.dirname(shard) or "."
+        folders.setdefault(folder, []).append(os.path.basename(shard))
+    return folders
+
+
+def _read_sizes(folder: str, names: Sequence[str]) -> int | None:
+    text = read_text(_metadata(f"{folder}/sizes.json"))
+    try:
+        if text is not None:
+            sizes = json.loads(text)
+            return sum(int(sizes[name]) for name in names) if all(name in sizes for name in names) else None
+        text = read_text(_metadata(f"{folder}/__len__"))
+        return None if text is None else int(text)
+    except (ValueError, TypeError):
+        raise InputError(
+            f"{folder}/{'sizes.json' if text and '{' in text else '__len__'} does not hold sample counts; "
+            "delete it, and the shards are counted."
+        ) from None
+
+
+def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
+    sizes = {}
+    for name in tqdm(names, desc=f"counting {folder}", unit="shard", disable=None, delay=3):
+        try:
+            sizes[name] = count_shard(os.path.join(folder, name), image_key)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            _log.warning(f"{os.path.join(folder, name)} cannot be read as a tar ({error}) and counts as empty.")
+    counted = sum(sizes.values())
+    path = Path(folder, "sizes.json")
+    if len(sizes) == len(names) and not path.exists():
+        try:
+            write_atomically(path, json.dumps(sizes, indent=1) + "\n")
+            _log.info(f"Counted {counted} samples in {len(names)} shards of {folder}; remembered in {path}.")
+        except OSError:
+            _log.info(f"Counted {counted} samples in {len(names)} shards of {folder} (which cannot be written to).")
+    return counted
+
+
+def count_shard(path: str, image_key: str = IMAGE_KEY) -> int:
+    """Number of samples (members that are images, by their ending) in one local tar, from its headers."""
+    endings = tuple(f".{key}" for key in image_key.split(";"))
+    with tarfile.open(path) as tar:
+        return sum(member.isreg() and member.name.lower().endswith(endings) for member in tar)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that it is there whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
