@@ -85,51 +85,44 @@ class ClassPrompts:
 
 
 class PromptTokens:
-    """The tokens of all prompts: int table of shape (C, T, W), in memory that worker processes share.
+    """The tokens of all prompts: an integer table (C, T, W) in memory that worker processes share.
 
-    W is the longest prompt's length in tokens and the integer type the smallest that holds every token;
-    `take` gives back what the tokenizer gave, padded to the model's context length.
+    W is the longest prompt's number of tokens and the type the smallest that holds every token; `take` gives
+    back what the tokenizer gave, padded to the model's context length.
 
     Args:
         prompts: the class prompts.
-        tokenizer: list of texts -> int64 (N, context length), as open_clip.get_tokenizer gives.
+        tokenizer: list of N texts -> int64 (N, context length), as open_clip.get_tokenizer gives.
     """
 
     def __init__(self, prompts: ClassPrompts, tokenizer: Callable):
-        per_item = max(1, _CHUNK // len(prompts.templates))
-        starts = range(0, len(prompts.classnames), per_item)
-        chunks = _Chunks(prompts, tokenizer, starts, per_item)
-        workers = 0 if len(prompts) <= _CHUNK else min(len(starts), max(1, torch.get_num_threads()), 8)
-        parts: list[np.ndarray] = []
-        cut: list[str] = []
-        pads: list[int] = []
-        for part, pad, cut_here in DataLoader(chunks, batch_size=None, num_workers=workers):
-            parts.append(part.copy())  # the loader's buffer goes back to it
-            pads.append(pad)
-            cut += cut_here
-        self.context_length, self._pad = chunks.context_length(), Counter(pads).most_common(1)[0][0]
-        width = max(part.shape[1] if pad == self._pad else self.context_length for part, pad in zip(parts, pads))
-        self._type = np.min_scalar_type(max(int(part.max(initial=0)) for part in parts))
-        shape = (len(prompts.classnames), len(prompts.templates), width)
-        # torch knows few operations on unsigned types: the tensor is only the shared bytes, numpy reads them
-        self._shared = torch.zeros(int(np.prod(shape)) * self._type.itemsize, dtype=torch.uint8).share_memory_()
-        self._shape = shape
-        table = self.table.reshape(-1, width)
-        row = 0
-        for part, pad in zip(parts, pads):
-            table[row : row + len(part), : part.shape[1]] = part
-            table[row : row + len(part), part.shape[1] :] = pad
-            row += len(part)
+        empty = tokenizer([""])[0]
+        self.context_length, self._pad = len(empty), int(empty[-1])
+        chunks = _Chunks(prompts, tokenizer, self._pad)
+        workers = 0 if len(prompts) <= _CHUNK else min(len(chunks), torch.get_num_threads(), 8)
+        parts = list(DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+        width = max(part.shape[1] for part, _ in parts)
+        self._type = np.result_type(*(part.dtype for part, _ in parts))
+        self._shape = (len(prompts.classnames), len(prompts.templates), width)
+        # torch can do little with unsigned types: the tensor is the shared bytes, which numpy reads
+        self._bytes = torch.zeros(int(np.prod(self._shape)) * self._type.itemsize, dtype=torch.uint8).share_memory_()
+        rows = self.table.reshape(-1, width)
+        rows[:] = self._pad
+        start = 0
+        for part, _ in parts:
+            rows[start : start + len(part), : part.shape[1]] = part
+            start += len(part)
+        cut = [prompt for _, cut_here in parts for prompt in cut_here]
         if cut:
             _log.warning(
                 f"{len(cut)} of {len(prompts)} prompts are longer than the model's {self.context_length} tokens and "
-                f"are cut, the first of them: {cut[0]!r}."
+                f"are cut there, the first of them: {cut[0]!r}"
             )
 
     @property
     def table(self) -> np.ndarray:
         """The tokens, shape (C, T, W)."""
-        return self._shared.numpy().view(self._type).reshape(self._shape)
+        return self._bytes.numpy().view(self._type).reshape(self._shape)
 
     def take(self, labels: Sequence[int], templates: Sequence[int]) -> torch.Tensor:
         """The prompts of B (class index, template number) pairs: int64 (B, context length)."""
@@ -139,35 +132,32 @@ class PromptTokens:
 
 
 class _Chunks:
-    """Some classes' prompts, tokenised, without the columns at the end in which all of them are padding."""
+    """Some classes' prompts at a time: tokens (rows, width) without common padding, and the prompts that were cut."""
 
-    def __init__(self, prompts: ClassPrompts, tokenizer: Callable, starts: Sequence[int], per_item: int):
-        self.prompts, self.tokenizer, self.starts, self.per_item = prompts, tokenizer, starts, per_item
+    def __init__(self, prompts: ClassPrompts, tokenizer: Callable, pad: int):
+        self.prompts, self.tokenizer, self.pad = prompts, tokenizer, pad
+        self.classes = max(1, _CHUNK // len(prompts.templates))
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return -(-len(self.prompts.classnames) // self.classes)
 
-    def __getitem__(self, item: int) -> tuple[np.ndarray, int, list[str]]:
-        names = self.prompts.classnames[self.starts[item] :][: self.per_item]
+    def __getitem__(self, item: int) -> tuple[np.ndarray, list[str]]:
+        names = self.prompts.classnames[item * self.classes :][: self.classes]
         texts = [fill(template, name) for name in names for template in self.prompts.templates]
         tokens = self.tokenizer(texts).numpy()
-        context = tokens.shape[1]
-        pad = int(Counter(tokens[:, -1].tolist()).most_common(1)[0][0])
-        used = np.flatnonzero((tokens != pad).any(axis=0))
-        full = np.flatnonzero(tokens[:, -1] != pad) if (tokens[:, -1] != pad).any() else np.arange(0)
-        if not len(full) and len(used) and (tokens[:, -2:] == pad).any(axis=1).sum() == 0:
-            full = np.arange(len(texts))
-        cut = [texts[i] for i in full if _is_cut(self.tokenizer, texts[i], tokens[i], context)]
-        width = int(used[-1]) + 1 if len(used) else 1
-        return tokens[:, :width].astype(np.min_scalar_type(int(tokens.max()))), pad, cut
+        used = np.flatnonzero((tokens != self.pad).any(axis=0))
+        full = np.flatnonzero(tokens[:, -1] != self.pad)
+        narrow = tokens[:, : int(used[-1]) + 1]
+        return narrow.astype(np.min_scalar_type(int(tokens.max()))), [texts[i] for i in full if self._is_cut(texts[i])]
 
-    def context_length(self) -> int:
-        return self.tokenizer([self.prompts(0, 0)]).shape[1]
+    def _is_cut(self, text: str) -> bool:
+        """Whether a prompt that fills the context has more tokens than that."""
+        longer = self.tokenizer([text], context_length=2 * len(self.tokenizer([""])[0]))[0]
+        return bool((longer[len(longer) // 2 :] != self.pad).any())
 
 
-def _is_cut(tokenizer: Callable, text: str, tokens: np.ndarray, context: int) -> bool:
-    longer = tokenizer([text], context_length=2 * context)[0].numpy()
-    return bool(np.any(longer[context:] != longer[-1]))
+def _as_it_is(item: tuple[np.ndarray, list[str]]) -> tuple[np.ndarray, list[str]]:
+    return item
 
 
 def fill(template: str, name: str) -> str:
