@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.sources import read_text
+from flyp_plugin.sources import find_beside, read_text
 
 CLASSNAMES = {"imagenet": open_clip.IMAGENET_CLASSNAMES}
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+DEFAULT_TEMPLATE = "a photo of a {c}."
 _PLACE = re.compile(r"\{c?\}")
 _CHUNK = 16384  # prompts tokenised at once; above this number several processes share the work
 _log = logging.getLogger(__name__)
@@ -158,6 +159,31 @@ class _Chunks:
 
 def _as_it_is(item: tuple[np.ndarray, list[str]]) -> tuple[np.ndarray, list[str]]:
     return item
+
+
+def resolve_prompts(
+    shards: Sequence[str], classnames: str | None = None, templates: str | None = None
+) -> ClassPrompts:
+    """The prompts that belong to `shards`: what is given, or else the text files beside them or one folder above.
+
+    Args:
+        shards: tar URLs.
+        classnames, templates: as for `ClassPrompts.from_files`; None looks for classnames.txt and
+            zeroshot_classification_templates.txt. Without the latter, 'a photo of a {c}.' is the template.
+
+    Raises:
+        InputError: there are no class names, or a file has a mistake in it.
+    """
+    classnames = classnames or find_beside(shards, "classnames.txt")
+    if classnames is None:
+        raise InputError(
+            f"there is no classnames.txt beside {shards[0]} or in the folder above; give the class names with "
+            "--classnames FILE."
+        )
+    templates = templates or find_beside(shards, "zeroshot_classification_templates.txt")
+    if templates is None:
+        _log.info(f"There are no templates beside {shards[0]}; the prompts are '{DEFAULT_TEMPLATE}'.")
+    return ClassPrompts.from_files(classnames, templates or DEFAULT_TEMPLATE)
 
 
 def fill(template: str, name: str) -> str:
