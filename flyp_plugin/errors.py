@@ -27,7 +27,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _say(line: str, status: int) -> int:
     if logging.getLogger().handlers:  # in a training run the log file tells of it too
-        logging.error(line.removeprefix("Error: "))
+        logging.getLogger(__name__).error(line.removeprefix("Error: "))
     else:
         print(line, file=sys.stderr)
     return status

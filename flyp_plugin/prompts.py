@@ -1,14 +1,16 @@
 """Class names x templates -> prompts, and their tokens in one table. Not for images, labels or models."""
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.sources import find_beside, read_text
@@ -101,12 +103,14 @@ class PromptTokens:
         self.context_length, self._pad = len(empty), int(empty[-1])
         chunks = _Chunks(prompts, tokenizer, self._pad)
         workers = 0 if len(prompts) <= _CHUNK else min(len(chunks), torch.get_num_threads(), 8)
-        parts = list(DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+        parts = list(DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is))
         width = max(part.shape[1] for part, _ in parts)
         self._type = np.result_type(*(part.dtype for part, _ in parts))
         self._shape = (len(prompts.classnames), len(prompts.templates), width)
         # torch can do little with unsigned types: the tensor is the shared bytes, which numpy reads
-        self._bytes = torch.zeros(int(np.prod(self._shape)) * self._type.itemsize, dtype=torch.uint8).share_memory_()
+        self._bytes = torch.zeros(
+            int(np.prod(self._shape)) * self._type.itemsize, dtype=torch.uint8
+        ).share_memory_()
         rows = self.table.reshape(-1, width)
         rows[:] = self._pad
         start = 0
@@ -117,7 +121,7 @@ class PromptTokens:
         if cut:
             _log.warning(
                 f"{len(cut)} of {len(prompts)} prompts are longer than the model's {self.context_length} tokens and "
-                f"are cut there, the first of them: {cut[0]!r}"
+                f"are cut there, the first of them: {cut[0][:80]!r}"
             )
 
     @property
@@ -132,7 +136,7 @@ class PromptTokens:
         return torch.from_numpy(tokens)
 
 
-class _Chunks:
+class _Chunks(Dataset):
     """Some classes' prompts at a time: tokens (rows, width) without common padding, and the prompts that were cut."""
 
     def __init__(self, prompts: ClassPrompts, tokenizer: Callable, pad: int):
@@ -140,7 +144,7 @@ class _Chunks:
         self.classes = max(1, _CHUNK // len(prompts.templates))
 
     def __len__(self) -> int:
-        return -(-len(self.prompts.classnames) // self.classes)
+        return math.ceil(len(self.prompts.classnames) / self.classes)
 
     def __getitem__(self, item: int) -> tuple[np.ndarray, list[str]]:
         names = self.prompts.classnames[item * self.classes :][: self.classes]
@@ -149,7 +153,9 @@ class _Chunks:
         used = np.flatnonzero((tokens != self.pad).any(axis=0))
         full = np.flatnonzero(tokens[:, -1] != self.pad)
         narrow = tokens[:, : int(used[-1]) + 1]
-        return narrow.astype(np.min_scalar_type(int(tokens.max()))), [texts[i] for i in full if self._is_cut(texts[i])]
+        return narrow.astype(np.min_scalar_type(int(tokens.max()))), [
+            texts[i] for i in full if self._is_cut(texts[i])
+        ]
 
     def _is_cut(self, text: str) -> bool:
         """Whether a prompt that fills the context has more tokens than that."""
@@ -157,7 +163,8 @@ class _Chunks:
         return bool((longer[len(longer) // 2 :] != self.pad).any())
 
 
-def _as_it_is(item: tuple[np.ndarray, list[str]]) -> tuple[np.ndarray, list[str]]:
+def as_it_is(item: Any) -> Any:
+    """A DataLoader's collate_fn for what is a batch already."""
     return item
 
 
@@ -194,12 +201,16 @@ def fill(template: str, name: str) -> str:
 def _read_lines(path: str, what: str, flag: str, builtin: list[str]) -> list[str]:
     text = read_text(path)
     if text is None:
-        raise InputError(f"there is no file {path} with {what}; give one with {flag} FILE (or {' or '.join(builtin)}).")
+        raise InputError(
+            f"there is no file {path} with {what}; give one with {flag} FILE (or {' or '.join(builtin)})."
+        )
     lines = [line.strip() for line in text.rstrip().split("\n")]
     if lines == [""]:
         raise InputError(f"{path} is empty; write one of the {what} on each line.")
     if "" in lines:
-        raise InputError(f"{path}, line {lines.index('') + 1}, is blank; delete the line, or write what belongs there.")
+        raise InputError(
+            f"{path}, line {lines.index('') + 1}, is blank; delete the line, or write what belongs there."
+        )
     return lines
 
 

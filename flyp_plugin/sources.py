@@ -48,10 +48,17 @@ def read_text(path: str) -> str | None:
     except urllib.error.HTTPError as error:
         if error.code in (403, 404, 410):
             return None
-        raise InputError(f"{path} could not be read: the server answers {error.code} {error.reason}.") from None
+        raise InputError(
+            f"{path} could not be read: the server answers {error.code} {error.reason}."
+        ) from None
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or error
         raise InputError(f"{path} could not be read ({reason}); check the address.") from None
+
+
+def expand_sources(sources: str, split: str) -> list[list[str]]:
+    """The tar URLs of each of the sources that `::` joins; see expand_source."""
+    return [expand_source(source, split) for source in sources.split("::")]
 
 
 def expand_source(source: str, split: str) -> list[str]:
@@ -65,15 +72,21 @@ def expand_source(source: str, split: str) -> list[str]:
     """
     source = source.strip()
     if not source:
-        raise InputError("a source of shards is empty; give a tar pattern or a folder, joined by '::' if several.")
+        raise InputError(
+            "a source of shards is empty; give a tar pattern or a folder, joined by '::' if several."
+        )
     if source.startswith("pipe:") or re.search(r"\.(tar|tar\.gz|tgz)\}?$|[{*]", source):
         if "*" in source and not source.startswith("pipe:"):
-            raise InputError(f"'{source}' has a '*'; shards are named by braces (DIR/{{0..9}}.tar) or by folder.")
+            raise InputError(
+                f"'{source}' has a '*'; shards are named by braces (DIR/{{0..9}}.tar) or by folder."
+            )
         shards = list(braceexpand.braceexpand(source))
         missing = [s for s in shards if not is_url(s) and not s.startswith("pipe:") and not os.path.isfile(s)]
         if missing:
             more = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
-            raise InputError(f"there is no shard {missing[0]}{more}; check the path or the range in '{source}'.")
+            raise InputError(
+                f"there is no shard {missing[0]}{more}; check the path or the range in '{source}'."
+            )
         return shards
     source = source.rstrip("/")
     return _expand_url(source, split) if is_url(source) else _expand_folder(source, split)
@@ -85,7 +98,10 @@ def _expand_folder(source: str, split: str) -> list[str]:
     if not os.path.isdir(source):
         raise InputError(f"there is no file or folder {source}; check the path.")
     for folder in (Path(source), Path(source, split)):
-        tars = sorted(folder.glob("*.tar"), key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])
+        tars = sorted(
+            folder.glob("*.tar"),
+            key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)],
+        )
         if tars:
             stated = read_text(str(folder / "nshards.txt"))
             if stated is not None and stated.strip() != str(len(tars)):
@@ -94,7 +110,9 @@ def _expand_folder(source: str, split: str) -> list[str]:
                     "write the set again, or mend nshards.txt."
                 )
             return [str(tar) for tar in tars]
-    raise InputError(f"neither {source} nor {source}/{split} holds .tar files; `flyp shards write` makes shards.")
+    raise InputError(
+        f"neither {source} nor {source}/{split} holds .tar files; `flyp shards write` makes shards."
+    )
 
 
 def _expand_url(source: str, split: str) -> list[str]:
@@ -102,7 +120,9 @@ def _expand_url(source: str, split: str) -> list[str]:
         stated = read_text(_metadata(f"{folder}/nshards.txt"))
         if stated is not None:
             if not stated.strip().isdigit() or int(stated) < 1:
-                raise InputError(f"{folder}/nshards.txt holds {stated.strip()[:40]!r}, not a number of shards.")
+                raise InputError(
+                    f"{folder}/nshards.txt holds {stated.strip()[:40]!r}, not a number of shards."
+                )
             return [f"{folder.replace('/tree/', '/resolve/')}/{i}.tar" for i in range(int(stated))]
     raise InputError(
         f"neither {source}/nshards.txt nor {source}/{split}/nshards.txt can be had; give a data folder in the "
@@ -112,7 +132,9 @@ def _expand_url(source: str, split: str) -> list[str]:
 
 def _metadata(url: str) -> str:
     """Where a data hub keeps text: its tars are under resolve/, its text under raw/."""
-    return re.sub(r"(/datasets/[^/]+/[^/]+)/(?:tree|resolve)/", r"\1/raw/", url, count=1) if is_url(url) else url
+    return (
+        re.sub(r"(/datasets/[^/]+/[^/]+)/(?:tree|resolve)/", r"\1/raw/", url, count=1) if is_url(url) else url
+    )
 
 
 def find_beside(shards: Sequence[str], name: str) -> str | None:
@@ -180,7 +202,9 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
         try:
             sizes[name] = count_shard(os.path.join(folder, name), image_key)
         except (tarfile.TarError, OSError, EOFError) as error:
-            _log.warning(f"{os.path.join(folder, name)} cannot be read as a tar ({error}) and counts as empty.")
+            _log.warning(
+                f"{os.path.join(folder, name)} cannot be read as a tar ({error}) and counts as empty."
+            )
     counted = sum(sizes.values())
     path = Path(folder, "sizes.json")
     if len(sizes) == len(names) and not path.exists():
@@ -188,7 +212,9 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
             write_atomically(path, json.dumps(sizes, indent=1) + "\n")
             _log.info(f"Counted {counted} samples in {len(names)} shards of {folder}; remembered in {path}.")
         except OSError:
-            _log.info(f"Counted {counted} samples in {len(names)} shards of {folder} (which cannot be written to).")
+            _log.info(
+                f"Counted {counted} samples in {len(names)} shards of {folder} (which cannot be written to)."
+            )
     return counted
 
 
