@@ -1,0 +1,203 @@
+"""Count class-labelled shards and check them, before a training run meets what is wrong. They come from shards.py."""
+
+import argparse
+import io
+import json
+import logging
+import os
+import tarfile
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from flyp_plugin.errors import InputError
+from flyp_plugin.shards import in_processes, local_shards
+from flyp_plugin.sources import IMAGE_KEY, count_shard, read_text
+
+if TYPE_CHECKING:
+    from flyp_plugin.prompts import ClassPrompts
+
+SHOWN = 5  # problems of a kind
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Findings:
+    """What is in some shards: problems are sentences by their kind, `samples` are the images with a good label."""
+
+    images: int = 0
+    samples: int = 0
+    labels: Counter[int] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    pixels: list[tuple[int, int]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))
+
+
+def check(
+    shards: Sequence[str],
+    num_classes: int,
+    *,
+    label_key: str = "cls",
+    image_key: str = IMAGE_KEY,
+    workers: int = 1,
+) -> Findings:
+    """Read each sample of local `shards`, decode each image, and compare with sizes.json."""
+    found = Findings()
+    look = partial(_check_shard, num_classes=num_classes, label_key=label_key, image_key=image_key)
+    stated = _stated_sizes(shards, found.problems)
+    first: dict[tuple[str, str], str] = {}
+    for shard, part in zip(shards, in_processes(look, shards, workers, "checking")):
+        found.samples += part.samples
+        found.labels += part.labels
+        found.formats += part.formats
+        found.pixels += part.pixels
+        for kind, problems in part.problems.items():
+            found.problems[kind] += problems
+        if stated.get(shard, part.images) != part.images:
+            found.problems["wrong sizes.json"].append(f"{shard}: {part.images} images, not {stated[shard]}")
+        for key in part.keys:
+            identity = (os.path.dirname(shard), key)
+            if identity in first:
+                found.problems["repeated keys"].append(f"{shard}, sample {key}, also in {first[identity]}")
+            first.setdefault(identity, shard)
+    return found
+
+
+def _stated_sizes(shards: Sequence[str], problems: dict[str, list[str]]) -> dict[str, int]:
+    stated: dict[str, int] = {}
+    for folder in {os.path.dirname(shard): None for shard in shards}:
+        text = read_text(os.path.join(folder, "sizes.json"))
+        try:
+            sizes = json.loads(text or "{}").items()
+            stated |= {os.path.join(folder, name): int(size) for name, size in sizes}
+        except (ValueError, TypeError, AttributeError):
+            problems["wrong sizes.json"].append(f"{folder}/sizes.json does not hold sample counts; delete it")
+    return stated
+
+
+def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -> Findings:
+    from flyp_plugin.samples import labelled, read_samples
+
+    found = Findings()
+    unreadable: list[str] = []
+    lonely: list[str] = []
+    for sample in read_samples([shard], unreadable.append):
+        found.keys.append(sample["__key__"])
+        found.images += any(name in sample for name in image_key.split(";"))
+        try:
+            for one in labelled([sample], num_classes, lonely.append, image_key, label_key):
+                found.samples += 1
+                found.labels[one["label"]] += 1
+                _check_image(one, found)
+        except InputError as error:
+            found.problems["labels that are missing or wrong"].append(str(error))
+    found.problems |= {"unreadable shards": unreadable} if unreadable else {}
+    found.problems |= {"samples without image": lonely} if lonely else {}
+    return found
+
+
+def _check_image(sample: dict[str, Any], found: Findings) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(sample["image"]))
+            image.load()
+    except Exception as error:  # noqa: BLE001 - PIL raises nearly anything on a broken file
+        found.problems["unreadable images"].append(f"{sample['shard']}, sample {sample['key']}: {error}")
+        return
+    found.formats[image.format or "?"] += 1
+    found.pixels.append(image.size)
+
+
+def count_command(args: argparse.Namespace) -> None:
+    """flyp shards count"""
+    pairs = [(source, split) for source in args.source for split in _splits(source, args.split)]
+    shards = [shard for pair in pairs for shard in local_shards(*pair)]
+    sizes = dict(zip(shards, in_processes(_count, shards, 1, "counting")))
+    if args.json:
+        print(json.dumps({"shards": sizes, "total": sum(sizes.values())}))
+    else:
+        print("\n".join(f"{size:>10}  {shard}" for shard, size in sizes.items()))
+        print(f"{sum(sizes.values()):>10}  in {len(sizes)} shards")
+
+
+def _count(shard: str) -> int:
+    try:
+        return count_shard(shard)
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        reason = str(error).partition(":")[0]
+        raise InputError(f"{shard} cannot be read as a tar ({reason}); write or download it again.") from None
+
+
+def check_command(args: argparse.Namespace) -> int:
+    """flyp shards check; status 1 where something is wrong"""
+    from flyp_plugin.prompts import resolve_prompts
+
+    reports = {}
+    for split in _splits(args.source, args.split):
+        shards = local_shards(args.source, split)
+        prompts = resolve_prompts(shards, args.classnames, args.templates)
+        keys = {"label_key": args.label_key, "image_key": args.image_key}
+        found = check(shards, len(prompts.classnames), workers=args.workers, **keys)
+        reports[os.path.dirname(shards[0]) or "."] = _report(shards, found, prompts)
+    print(json.dumps(reports, indent=1) if args.json else "\n\n".join(map(_table, reports, reports.values())))
+    wrong = sum(len(problems) for report in reports.values() for problems in report["problems"].values())
+    if wrong:
+        _log.info(f"{wrong} problems.")
+    else:
+        flags = f"--model ViT-B-16 --pretrained openai --train-data {args.source}"
+        _log.info(f"No problems. Next: python train_flyp.py {flags}")
+    return int(wrong > 0)
+
+
+def _splits(source: str, split: str | None) -> list[str]:
+    if split:
+        return [split]
+    return [name for name in ("train", "test") if os.path.isdir(os.path.join(source, name))] or ["train"]
+
+
+def _report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") -> dict[str, Any]:
+    names = prompts.classnames
+    a_class = [found.labels[label] for label in range(len(names))]
+    by_area = sorted(found.pixels, key=lambda size: size[0] * size[1]) or [(0, 0)]
+    if not found.samples:
+        found.problems["sets without samples"].append(f"nothing in {len(shards)} shards from {shards[0]} on")
+    return {
+        "samples": found.samples,
+        "shards": len(shards),
+        "classes": len(names),
+        "images a class": [min(a_class), median(a_class), max(a_class)],
+        "classes without images": [name for name, number in zip(names, a_class) if not number],
+        "formats": dict(found.formats.most_common()),
+        "sizes": [f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1])],
+        "prompts": [prompts(i * len(names) // 5, i % len(prompts.templates)) for i in range(5)],
+        "problems": found.problems,
+    }
+
+
+def _table(place: str, report: dict[str, Any]) -> str:
+    empty = report["classes without images"]
+    more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+    lines = [
+        f"{place}: {report['samples']} samples in {report['shards']} shards",
+        f"  classes: {report['classes']}, {len(empty)} without images"
+        + ": " * bool(empty)
+        + ", ".join(empty[:10])
+        + more,
+        "  images a class: {:g} / {:g} / {:g} (min / median / max)".format(*report["images a class"]),
+        "  formats: " + ", ".join(f"{name} {number}" for name, number in report["formats"].items()),
+        "  sizes: {} / {} / {} (min / median / max by area)".format(*report["sizes"]),
+        "  prompts: " + " | ".join(dict.fromkeys(report["prompts"])),
+    ]
+    for kind, problems in report["problems"].items():
+        lines += [f"  {len(problems)} {kind}:", *(f"    {problem}" for problem in problems[:SHOWN])]
+        lines += [f"    and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "\n".join(lines)

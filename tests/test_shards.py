@@ -1,0 +1,535 @@
+"""`flyp shards`: write, subset, count and check, on the digits of scikit-learn."""
+
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from flyp_plugin import shards as shards_module
+from flyp_plugin.cli import _main as flyp
+from flyp_plugin.errors import InputError
+from flyp_plugin.shards import few_shot_keys, local_shards, write
+from flyp_plugin.sources import count_samples, expand_source
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGITS = load_digits()
+
+
+def png(index: int, form: str = "PNG") -> bytes:
+    raw = io.BytesIO()
+    Image.fromarray((DIGITS.images[index] * 15).astype("uint8")).save(raw, format=form)
+    return raw.getvalue()
+
+
+def digit_folder(folder: Path, indices: range) -> Path:
+    """A folder of class folders with mixed endings, names with dots, and a folder in a folder."""
+    for i in indices:
+        name = f"{i}.v1.PNG" if i % 3 else f"more/{i}.jpeg"
+        path = folder / NAMES[DIGITS.target[i]] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(i, "PNG" if i % 3 else "JPEG"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return digit_folder(tmp_path_factory.mktemp("photos"), range(200))
+
+
+@pytest.fixture(scope="module")
+def data(photos, tmp_path_factory):
+    """A data folder with a train split of 200 images."""
+    folder = tmp_path_factory.mktemp("data")
+    write(str(photos), str(folder / "train"))
+    return folder
+
+
+def members(split: Path) -> dict[str, bytes]:
+    """All members of all tars, by name."""
+    found = {}
+    for shard in expand_source(str(split), "train"):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                assert member.name not in found
+                found[member.name] = tar.extractfile(member).read()
+    return found
+
+
+def samples(split: Path) -> Counter:
+    """(image, label) pairs of a split."""
+    found = members(split)
+    keys = {name.partition(".")[0] for name in found}
+    image = {
+        name.partition(".")[0]: raw for name, raw in found.items() if not name.endswith((".cls", ".group"))
+    }
+    return Counter((image[key], int(found[f"{key}.cls"])) for key in keys)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, raw in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(raw)
+            tar.addfile(header, io.BytesIO(raw))
+
+
+def write_csv(path: Path, header: str, lines: list[str]) -> str:
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return str(path)
+
+
+# write
+
+
+def test_a_folder_becomes_shards_with_the_same_bytes(photos, data):
+    order = sorted(NAMES)
+    expected = Counter(
+        (path.read_bytes(), order.index(path.relative_to(photos).parts[0]))
+        for path in photos.rglob("*")
+        if path.is_file()
+    )
+    assert samples(data / "train") == expected
+    assert (data / "classnames.txt").read_text().split("\n") == [*order, ""]
+    assert (data / "zeroshot_classification_templates.txt").read_text() == "a photo of a {c}.\n"
+
+
+def test_a_split_folder_says_how_much_is_in_it(data):
+    sizes = json.loads((data / "train" / "sizes.json").read_text())
+    assert (data / "train" / "nshards.txt").read_text() == f"{len(sizes)}\n"
+    assert list(sizes) == [f"{i}.tar" for i in range(16)]
+    assert sum(sizes.values()) == count_samples(expand_source(str(data), "train")) == 200
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+
+
+def test_keys_are_running_numbers_and_endings_are_lower_case(data):
+    names = members(data / "train")
+    assert {name.partition(".")[0] for name in names} == {f"s{i:07d}" for i in range(200)}
+    assert {name.partition(".")[2] for name in names} == {"png", "jpeg", "cls"}
+
+
+def test_shards_are_shuffled(data):
+    with tarfile.open(data / "train" / "0.tar") as tar:
+        labels = {tar.extractfile(member).read() for member in tar if member.name.endswith(".cls")}
+    assert len(labels) > 3
+
+
+def test_bytes_depend_on_source_and_seed_alone(photos, data, tmp_path):
+    def tars(split: Path) -> list[bytes]:
+        return [Path(shard).read_bytes() for shard in expand_source(str(split), "train")]
+
+    write(str(photos), str(tmp_path / "same" / "train"), workers=2)
+    write(str(photos), str(tmp_path / "other" / "train"), seed=1)
+    assert tars(tmp_path / "same" / "train") == tars(data / "train")
+    assert tars(tmp_path / "other" / "train") != tars(data / "train")
+    assert samples(tmp_path / "other" / "train") == samples(data / "train")
+
+
+@pytest.mark.parametrize(
+    "number,size,expected", [(3, None, 3), (100, None, 16), (50_000, None, 50), (100, 40, 3), (5, 100, 1)]
+)
+def test_number_of_shards(number, size, expected):
+    sizes = list(shards_module._shard_sizes(number, size).values())
+    assert len(sizes) == expected and sum(sizes) == number
+    assert max(sizes) <= (size or 1000) and min(sizes) >= 1
+
+
+def test_a_test_set_gets_the_train_sets_indices(photos, tmp_path, caplog):
+    write(str(photos), str(tmp_path / "train"))
+    two = digit_folder(tmp_path / "photos", range(200, 230))
+    for name in set(NAMES) - {"two", "nine"}:
+        for path in (two / name).rglob("*.*"):
+            path.unlink()
+    caplog.set_level(logging.INFO)
+    write(str(two), str(tmp_path / "test"))
+    assert "Class order: that of" in caplog.text
+    assert {label for _, label in samples(tmp_path / "test")} == {
+        sorted(NAMES).index(name) for name in ("two", "nine")
+    }
+
+
+def test_a_list_of_class_names_sets_the_order(photos, tmp_path):
+    (tmp_path / "names").write_text("\n".join(NAMES))
+    write(
+        str(photos), str(tmp_path / "data" / "train"), classnames=str(tmp_path / "names"), templates="a {c}."
+    )
+    assert (tmp_path / "data" / "classnames.txt").read_text().split() == NAMES
+    assert Counter(label for _, label in samples(tmp_path / "data" / "train").elements()) == Counter(
+        DIGITS.target[:200].tolist()
+    )
+    assert (tmp_path / "data" / "zeroshot_classification_templates.txt").read_text() == "a {c}.\n"
+
+
+def test_a_list_that_is_there_is_not_overwritten(photos, tmp_path):
+    (tmp_path / "classnames.txt").write_text("\n".join(sorted(NAMES)))
+    (tmp_path / "names").write_text("\n".join(NAMES))
+    with pytest.raises(InputError, match="classnames.txt holds another list"):
+        write(str(photos), str(tmp_path / "train"), classnames=str(tmp_path / "names"))
+    assert (tmp_path / "classnames.txt").read_text() == "\n".join(sorted(NAMES))
+
+
+def test_files_that_are_no_images_are_left_out_and_named(photos, tmp_path, caplog):
+    folder = digit_folder(tmp_path / "photos", range(20))
+    (folder / "one" / "notes.txt").write_text("")
+    (folder / "one" / "._1.png").write_bytes(b"a resource fork")
+    (folder / "one" / ".ipynb_checkpoints").mkdir()
+    (folder / "one" / ".ipynb_checkpoints" / "1.png").write_bytes(png(1))
+    caplog.set_level(logging.INFO)
+    write(str(folder), str(tmp_path / "data" / "train"))
+    assert len(members(tmp_path / "data" / "train")) == 2 * 20
+    assert "Left out 2 files" in caplog.text and "._1.png" in caplog.text
+
+
+def test_wilds_metadata_with_indices_splits_and_groups(tmp_path):
+    for i in range(30):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        (tmp_path / "train" / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "names").write_text("\n".join(NAMES))
+    lines = [f"{i},{'test' if i % 3 == 0 else 'train'},{i % 4},{DIGITS.target[i]},{i}.png" for i in range(30)]
+    source = write_csv(tmp_path / "metadata.csv", ",split,location_remapped,y,filename", lines)
+    flags = f"--image-col filename --label-col y --group-col location_remapped --split test --root {tmp_path}/train"
+    flyp(
+        [
+            "shards",
+            "write",
+            source,
+            f"{tmp_path}/data/test",
+            *flags.split(),
+            "--classnames",
+            f"{tmp_path}/names",
+        ]
+    )
+    assert samples(tmp_path / "data" / "test") == Counter((png(i), DIGITS.target[i]) for i in range(0, 30, 3))
+    found = members(tmp_path / "data" / "test")
+    group = {png(i): str(i % 4).encode() for i in range(30)}
+    assert all(
+        found[name[:-4] + ".group"] == group[raw] for name, raw in found.items() if name.endswith("png")
+    )
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+def test_a_table_may_hold_class_names(tmp_path, separator):
+    lines = []
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+        lines.append(f"{i}.png{separator}{NAMES[DIGITS.target[i]]}")
+    source = write_csv(tmp_path / "list.csv", f"\ufeffpath{separator}class", lines)
+    write(source, str(tmp_path / "data" / "train"), image_col="path", label_col="class")
+    order = sorted(NAMES)
+    assert samples(tmp_path / "data" / "train") == Counter(
+        (png(i), order.index(NAMES[DIGITS.target[i]])) for i in range(12)
+    )
+
+
+def test_numbers_as_class_names_are_in_numerical_order(tmp_path, caplog):
+    lines = []
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+        lines.append(f"{i}.png,{i}")
+    source = write_csv(tmp_path / "list.csv", "path,y", lines)
+    write(source, str(tmp_path / "data" / "train"), image_col="path", label_col="y")
+    assert (tmp_path / "data" / "classnames.txt").read_text().split() == [str(i) for i in range(12)]
+    assert "--classnames FILE names them" in caplog.text
+
+
+def test_mistakes_in_a_folder_are_one_sentence(photos, tmp_path):
+    def fails(match: str, source: Path, dest: str = "out/train", **options) -> None:
+        with pytest.raises(InputError, match=match):
+            write(str(source), str(tmp_path / dest), **options)
+
+    fails("no folder or CSV file", tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    fails("holds no folders", tmp_path / "empty")
+    (tmp_path / "empty" / "cat").mkdir()
+    fails("hold no jpg, jpeg, png, webp files", tmp_path / "empty")
+    (tmp_path / "empty" / "cat" / "1.png").write_bytes(png(1))
+    fails("only one class, 'cat'", tmp_path / "empty")
+    (tmp_path / "splits" / "train").mkdir(parents=True)
+    fails("splits, not classes", tmp_path / "splits")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    fails("not empty", photos, "full")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "classnames.txt").write_text("one\ntwo\n")
+    fails(r"the class 'eight' \(and 7 more\) is not in the list of 2", photos, "data/train")
+    fails("shard size is 0", photos, shard_size=0)
+    fails("no file a picture with templates", photos, templates="a picture")
+    fails("cannot be made", photos, "full/mine/train")
+    fails("--image-col is for a CSV", photos, image_col="x")
+    assert not (tmp_path / "out").exists() and os.listdir(tmp_path / "data") == ["classnames.txt"]
+
+
+def test_mistakes_in_a_table_are_one_sentence(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "1.tif").write_bytes(b"")
+    (tmp_path / "names").write_text("cat\ndog\n")
+
+    def fails(match: str, lines: list[str], header: str = "path,y,split", **options) -> None:
+        source = write_csv(tmp_path / "list.csv", header, lines)
+        with pytest.raises(InputError, match=match):
+            write(
+                source, str(tmp_path / "out" / "train"), **({"image_col": "path", "label_col": "y"} | options)
+            )
+
+    good = ["0.png,0,train", "1.png,1,train"]
+    fails("--label-col label is not a column: the columns of .* are path, y, split", good, label_col="label")
+    fails("--image-col is not given", good, image_col="")
+    fails("--group-col place is not a column", good, group_col="place")
+    fails(r"no lines with split 'val' \(it has train\)", good, split="val")
+    fails("has no lines;", [])
+    fails("line 3, has no y", [good[0], "1.png,,train"])
+    fails("line 3, has no y", [good[0], "1.png"])
+    fails(r"2 of 3 images .* are not there, first .*7.png \(line 3\)", [good[0], "7.png,1,", "8.png,1,"])
+    fails(r"1.tif \(.*line 2\) is not a jpg", ["1.tif,1,train"])
+    fails(
+        "the class '2' is not in the list of 2", ["0.png,0,", "1.png,2,"], classnames=str(tmp_path / "names")
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_run_that_stops_leaves_nothing(photos, tmp_path, monkeypatch, error):
+    def stop(shard, found):
+        if shard.name == "3.tar":
+            raise error
+        real(shard, found)
+
+    real = shards_module._write_tar
+    monkeypatch.setattr(shards_module, "_write_tar", stop)
+    with pytest.raises((KeyboardInterrupt, InputError)) as raised:
+        write(str(photos), str(tmp_path / "train"))
+    assert isinstance(error, KeyboardInterrupt) or "(No space left on device)" in str(raised.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_run_leaves_is_refused(photos, tmp_path):
+    code = f"""if True:
+        import os, signal
+        from flyp_plugin import shards
+        real = shards._write_tar
+        def kill(shard, found):
+            os.kill(os.getpid(), signal.SIGKILL) if shard.name == "3.tar" else real(shard, found)
+        shards._write_tar = kill
+        shards.write({str(photos)!r}, {str(tmp_path / "train")!r})"""
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, check=False)
+    assert done.returncode == -9
+    assert os.listdir(tmp_path) == ["train.part"]
+    with pytest.raises(InputError, match="neither"):
+        expand_source(str(tmp_path), "train")
+    with pytest.raises(InputError, match="says '16' shards but the folder has 3"):
+        expand_source(str(tmp_path / "train.part"), "train")
+    with pytest.raises(InputError, match="train.part is there"):
+        write(str(photos), str(tmp_path / "train"))
+
+
+def test_an_empty_folder_may_be_written_to(photos, tmp_path):
+    (tmp_path / "train").mkdir()
+    write(str(photos), str(tmp_path / "train"))
+    assert len(samples(tmp_path / "train"))
+
+
+# subset
+
+
+@pytest.mark.parametrize("shots", [1, 4, 16])
+def test_a_subset_has_k_images_of_each_class_as_they_are(data, tmp_path, shots):
+    flyp(["shards", "subset", str(data), str(tmp_path / "train"), "--shots", str(shots), "--seed", "3"])
+    assert members(tmp_path / "train").items() <= members(data / "train").items()
+    assert Counter(label for _, label in samples(tmp_path / "train").elements()) == dict.fromkeys(
+        range(10), shots
+    )
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        assert (tmp_path / name).read_bytes() == (data / name).read_bytes()
+    assert flyp(["shards", "check", str(tmp_path)]) == 0
+
+
+def test_shots_depend_on_the_seed_and_fewer_are_a_part_of_more(data):
+    shards = local_shards(str(data), "train")
+    assert few_shot_keys(shards, 4, seed=0) == few_shot_keys(shards, 4, seed=0)
+    assert few_shot_keys(shards, 4, seed=0) < few_shot_keys(shards, 8, seed=0)
+    assert few_shot_keys(shards, 4, seed=0) != few_shot_keys(shards, 4, seed=1)
+
+
+def test_classes_with_fewer_images_give_all_and_are_named(tmp_path, caplog):
+    (tmp_path / "classnames.txt").write_text("cat\ndog\nowl\n")
+    write_tar(
+        tmp_path / "a.tar", {f"{i}.{end}": b"1" if i else b"0" for i in range(4) for end in ("png", "cls")}
+    )
+    keys = few_shot_keys([str(tmp_path / "a.tar")], 2, 0, classnames=["cat", "dog", "owl"])
+    assert len(keys) == 3 and (str(tmp_path / "a.tar"), "0") in keys
+    assert "2 classes have fewer than 2 images: cat (1), owl (0)." in caplog.text
+
+
+def test_a_label_may_be_in_a_json_member(tmp_path):
+    files = {f"{i}.{end}": json.dumps({"y": i % 3}).encode() for i in range(9) for end in ("jpg", "json")}
+    write_tar(tmp_path / "a.tar", files)
+    assert len(few_shot_keys([str(tmp_path / "a.tar")], 2, 0, "json:y")) == 6
+
+
+def test_joined_sets_may_have_the_same_keys(data, tmp_path):
+    shutil.copytree(data / "train", tmp_path / "copy")
+    flyp(["shards", "subset", f"{data}::{tmp_path}/copy", str(tmp_path / "train"), "--shots", "30"])
+    found = samples(tmp_path / "train")
+    assert Counter(label for _, label in found.elements()) == dict.fromkeys(range(10), 30)
+    assert flyp(["shards", "check", str(tmp_path)]) == 0
+
+
+def test_mistakes_in_a_subset_are_one_sentence(data, tmp_path):
+    def fails(match: str, *args: str) -> None:
+        with pytest.raises(InputError, match=match):
+            flyp(["shards", "subset", *args])
+
+    dest = str(tmp_path / "few" / "train")
+    fails("0 shots", str(data), dest, "--shots", "0")
+    fails("not a local file", "http://localhost/{0..3}.tar", dest, "--shots", "1")
+    fails("no file or folder", str(tmp_path / "nothing"), dest, "--shots", "1")
+    fails("not empty", str(data), str(data / "train"), "--shots", "1")
+    write_tar(tmp_path / "a.tar", {"1.png": png(1), "1.cls": b"cat"})
+    fails("'cat' is not an integer", str(tmp_path / "a.tar"), dest, "--shots", "1")
+    write_tar(tmp_path / "b.tar", {"1.txt": b""})
+    fails("has no samples", str(tmp_path / "b.tar"), dest, "--shots", "1")
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    fails("holds another list", str(data), str(tmp_path / "train"), "--shots", "1")
+    assert not (tmp_path / "few").exists()
+
+
+# count and check
+
+
+def test_count_gives_samples_by_shard_and_in_all(data, capsys):
+    flyp(["shards", "count", str(data)])
+    assert capsys.readouterr().out.split("\n")[-2].split() == ["200", "in", "16", "shards"]
+    flyp(["shards", "count", str(data), f"{data}/train/{{0..1}}.tar", "--json"])
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["shards"][f"{data}/train/0.tar"] == 12 and counted["total"] == 200
+
+
+def test_check_describes_a_good_set(data, capsys):
+    assert flyp(["shards", "check", str(data), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)[f"{data}/train"]
+    per_class = np.bincount(DIGITS.target[:200])
+    assert (report["samples"], report["shards"], report["classes"], report["problems"]) == (200, 16, 10, {})
+    assert report["images a class"] == [per_class.min(), np.median(per_class), per_class.max()]
+    assert report["formats"] == {"PNG": 133, "JPEG": 67} and report["sizes"] == ["8x8"] * 3
+    assert report["prompts"][0] == "a photo of a eight." and len(set(report["prompts"])) == 5
+    assert flyp(["shards", "check", str(data)]) == 0
+    assert "200 samples in 16 shards" in capsys.readouterr().out
+
+
+def test_check_looks_at_train_and_test(photos, tmp_path, capsys):
+    for split in ("train", "test"):
+        write(str(photos), str(tmp_path / split))
+    assert flyp(["shards", "check", str(tmp_path), "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == [f"{tmp_path}/train", f"{tmp_path}/test"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_check_lists_all_that_is_wrong(tmp_path, capsys, workers):
+    (tmp_path / "classnames.txt").write_text("cat\ndog\nowl\n")
+    bad = {
+        "ok.png": png(0), "ok.cls": b"0",
+        "cut.png": png(1)[:60], "cut.cls": b"1",
+        "text.jpg": b"<html>", "text.cls": b"1",
+        "high.png": png(2), "high.cls": b"3",
+        "low.png": png(2), "low.cls": b"-1",
+        "word.png": png(2), "word.cls": b"dog",
+        "image_only.png": png(3),
+        "label_only.cls": b"1",
+        "a.b.png": png(4), "a.b.cls": b"1",
+    }  # fmt: skip
+    write_tar(tmp_path / "test" / "0.tar", bad)
+    write_tar(tmp_path / "test" / "1.tar", {"ok.png": png(5), "ok.cls": b"1"})
+    (tmp_path / "test" / "2.tar").write_bytes((tmp_path / "test" / "0.tar").read_bytes()[:1600])
+    (tmp_path / "test" / "sizes.json").write_text('{"0.tar": 7, "1.tar": 5}')
+    assert flyp(["shards", "check", str(tmp_path), "--workers", workers, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)[f"{tmp_path}/test"]
+    shard = f"{tmp_path}/test/0.tar"
+
+    def keys(kind: str) -> list[str]:
+        problems = [problem for problem in report["problems"][kind] if shard in problem]
+        return [problem.partition("sample ")[2].replace(":", ",").partition(",")[0] for problem in problems]
+
+    assert keys("unreadable images") == ["cut", "text"]
+    assert keys("labels that are missing or wrong") == ["high", "low", "word", "image_only"]
+    assert keys("samples without image") == ["label_only", "a"]
+    assert [p.partition(":")[0] for p in report["problems"]["unreadable shards"]] == [
+        f"{tmp_path}/test/2.tar"
+    ]
+    assert f"{tmp_path}/test/1.tar, sample ok, also in {shard}" in report["problems"]["repeated keys"]
+    assert report["problems"]["wrong sizes.json"] == [f"{tmp_path}/test/1.tar: 1 images, not 5"]
+    assert report["classes without images"] == ["owl"]
+
+
+def test_check_shows_the_first_few_of_a_kind_and_their_number(tmp_path, capsys):
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    write_tar(tmp_path / "train" / "0.tar", {f"{i}.{end}": b"0" for i in range(9) for end in ("png", "cls")})
+    assert flyp(["shards", "check", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "9 unreadable images:" in out and "and 4 more" in out and out.count("0.tar, sample") == 5
+
+
+def test_check_needs_class_names(tmp_path):
+    write_tar(tmp_path / "train" / "0.tar", {"1.png": png(1), "1.cls": b"1"})
+    with pytest.raises(InputError, match="no classnames.txt"):
+        flyp(["shards", "check", str(tmp_path)])
+
+
+def test_a_file_that_is_no_tar_is_one_sentence(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar")
+    with pytest.raises(InputError, match="a.tar cannot be read as a tar"):
+        flyp(["shards", "count", str(tmp_path / "a.tar")])
+
+
+# with others
+
+
+def test_clip_benchmark_reads_what_is_written_here(photos, data):
+    from clip_benchmark.datasets.builder import build_wds_dataset
+
+    dataset = build_wds_dataset("wds/digits", np.asarray, split="train", data_dir=str(data))
+    read = Counter((image.tobytes(), label) for image, label in dataset)
+    assert dataset.classes == sorted(NAMES) and dataset.templates == ["a photo of a {c}."]
+    decoded = Counter()
+    for (raw, label), number in samples(data / "train").items():
+        decoded[np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).tobytes(), label] += number
+    assert read == decoded
+
+
+class _Digits(list):
+    classes = NAMES
+    templates = ("a photo of the number {c}.",)
+
+
+def test_what_clip_benchmark_writes_is_read_here(tmp_path, capsys):
+    from clip_benchmark.webdataset_builder import convert_dataset
+
+    dataset = _Digits((png(i), int(DIGITS.target[i])) for i in range(60))
+    convert_dataset(dataset, "test", str(tmp_path), image_format="png", max_count=25, verbose=False)
+    capsys.readouterr()
+    flyp(["shards", "count", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["total"] == 60
+    assert flyp(["shards", "check", str(tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)[f"{tmp_path}/test"]
+    assert report["samples"] == 60 and report["prompts"][0] == "a photo of the number zero."
+    flyp(["shards", "subset", str(tmp_path), str(tmp_path / "few"), "--split", "test", "--shots", "2"])
+    assert len(samples(tmp_path / "few")) == 20
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from flyp_plugin import shards, check; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(SystemExit) as done:
+        flyp(["shards", "write", "--help"])
+    assert done.value.code == 0
