@@ -1,0 +1,226 @@
+"""Weights in and out: checkpoints read without running code, models built from them, files written whole or not at all.
+
+Knows no objective and no head: what the weights are for is its callers' business.
+"""
+
+import difflib
+import hashlib
+import logging
+import os
+import pickle
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from flyp_plugin.errors import InputError
+
+StateDict = Mapping[str, torch.Tensor]
+Model = Any  # a CLIP model of open_clip: a torch.nn.Module whose attributes torch's own types would not allow
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint (.pt of open_clip or of torch.save, or .safetensors), on the CPU.
+
+    Tensors of a .pt are mapped, not read: an optimizer state beside the weights costs nothing.
+
+    Raises:
+        InputError: no file, a truncated one, one with more than tensors in its pickle (nothing of it is run), or
+            one that holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}; check the path.")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"more than tensors in it ({name[1]})" if name else "something other than tensors in it"
+        raise InputError(
+            f"{path} is refused: it has {what}, which could run code when it is read; save the state_dict alone."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
+        if "TorchScript" in str(error):
+            raise InputError(f"{path} is refused: it is a TorchScript archive; save its state_dict alone.") from None
+        reason = str(error).strip().split("\n")[0][:150]
+        raise InputError(f"{path} is not a whole checkpoint ({reason}); was its writing cut short?") from None
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise InputError(f"{path} holds no weights; give a state_dict, or a checkpoint of open_clip.")
+    # the wrappers that DistributedDataParallel and torch.compile leave in the names
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
+
+
+def _load_pickle(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):  # files from before torch 1.6
+            raise
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def first_difference(expected: StateDict, given: StateDict) -> str | None:
+    """What keeps two state dicts from being of one architecture, naming the first tensor; None where nothing does."""
+    for key, tensor in expected.items():
+        if key in given and given[key].shape != tensor.shape:
+            return f"tensor {key} has shape {tuple(given[key].shape)} and not {tuple(tensor.shape)}"
+    for here, there, verb in ((expected, given, "is missing"), (given, expected, "has no counterpart")):
+        odd = [key for key in here if key not in there]
+        if odd:
+            return f"tensor {odd[0]} {verb}" + (f" (and {len(odd) - 1} more)" if len(odd) > 1 else "")
+    return None
+
+
+def load_model(
+    model_name: str, pretrained: str | os.PathLike, precision: str = "fp32", device: str | torch.device = "cpu", **kwargs: Any
+) -> Model:
+    """A CLIP model with weights, in eval mode: open_clip.create_model with its failures in one sentence.
+
+    Args:
+        model_name: open_clip's name, also `hf-hub:` or `local-dir:`.
+        pretrained: a tag of that model, or a checkpoint's path.
+        precision: as open_clip's --precision.
+        kwargs: passed through to open_clip.create_model.
+
+    Raises:
+        InputError: an unknown model or tag, weights that cannot be read or had, or those of another architecture.
+    """
+    pretrained = os.fspath(pretrained)
+    schema = re.match(r"(hf-hub|local-dir):", model_name)
+    is_file = os.path.isfile(pretrained)
+    if not schema and model_name.replace("/", "-") not in open_clip.list_models():
+        near = difflib.get_close_matches(model_name, open_clip.list_models(), 1)
+        hint = f"did you mean {near[0]}?" if near else "give its configuration with --model-config FILE."
+        raise InputError(f"open_clip has no model {model_name}; {hint}")
+    if not is_file and (schema or not open_clip.get_pretrained_cfg(model_name, pretrained)):
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        known = f"its tags are {', '.join(tags)}" if tags else "it has no tags"
+        raise InputError(f"there is no checkpoint {pretrained}, nor has {model_name} such weights ({known}).")
+    state = read_state_dict(pretrained) if is_file and not pretrained.endswith((".npz", ".npy")) else {}
+    kwargs = dict(kwargs, precision=precision, device=device)
+    with _quiet():
+        try:
+            model = open_clip.create_model(model_name, pretrained=None if schema else pretrained, **kwargs)
+            if schema:
+                open_clip.load_checkpoint(model, pretrained)
+        except Exception as error:
+            if not is_file:
+                reason = str(error).strip().split("\n")[0][:200]
+                raise InputError(
+                    f"the weights {pretrained} of {model_name} could not be had ({reason}); check the network, or give "
+                    "a checkpoint's path."
+                ) from error
+            bare = open_clip.create_model(model_name, pretrained_hf=False, **kwargs)
+            difference = first_difference(bare.state_dict(), state)
+            if difference is None:
+                raise
+            raise InputError(f"{pretrained} is not a checkpoint of {model_name}: {difference}.") from None
+    return model.eval()
+
+
+def model_from_args(args: Namespace, pretrained: str, precision: str | None = None) -> Model:
+    """`load_model` from the flags that `flyp eval`, `wiseft` and `export` share (cli.py)."""
+    if args.model_config:
+        add_model_config(args.model_config)
+    device = args.device or default_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} cannot be used ({str(error).splitlines()[0]}).") from None
+    overrides = {
+        "mean": args.image_mean,
+        "std": args.image_std,
+        "interpolation": args.image_interpolation,
+        "resize_mode": args.image_resize_mode,
+    }
+    return load_model(
+        args.model,
+        pretrained,
+        precision or args.precision,
+        device,
+        force_quick_gelu=args.force_quick_gelu,
+        force_preprocess_cfg={key: value for key, value in overrides.items() if value is not None},
+    )
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_model_config(path: str) -> None:
+    """open_clip.add_model_config for a file or a folder of them.
+
+    Raises:
+        InputError: it is not there or not JSON.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"there is no model configuration {path}; check --model-config.")
+    try:
+        open_clip.add_model_config(path)
+    except ValueError as error:
+        raise InputError(f"{path} is not a model configuration in JSON ({error}).") from None
+
+
+def weights_file(model_name: str, pretrained: str) -> str:
+    """The file that `load_model` read: the checkpoint itself, or where open_clip keeps a tag's download."""
+    if os.path.isfile(pretrained):
+        return pretrained
+    return open_clip.download_pretrained(open_clip.get_pretrained_cfg(model_name, pretrained))
+
+
+def sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def refuse_existing(path: str | os.PathLike, force: bool) -> None:
+    """InputError where `path` is there already and --force is not given."""
+    if os.path.lexists(path) and not force:
+        raise InputError(f"{path} is there already; give another name, or --force to write over it.")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, which takes the place of `path` only once the block has ended well.
+
+    Raises:
+        InputError: the file could not be written, e.g. because the disk is full; what was at `path` is untouched.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by a RuntimeError
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0][:150]
+        raise InputError(f"{path} could not be written ({reason}); what was there before is untouched.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip tells each step of building a model to the root logger; keep its warnings only."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,143 @@
+"""Named evaluation sets, from --eval-data NAME=SHARDS to classifier and loader; and `flyp eval`."""
+
+import argparse
+import csv
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+from tqdm import tqdm
+
+from flyp_plugin.checkpoints import model_from_args, refuse_existing, replacing
+from flyp_plugin.data import LabelledDataset
+from flyp_plugin.errors import InputError
+from flyp_plugin.heads import ImageClassifier, val_preprocess
+from flyp_plugin.metrics import evaluate, table
+from flyp_plugin.prompts import ClassPrompts, resolve_prompts
+from flyp_plugin.sources import expand_source
+
+_COLUMNS = ["set", "key", "label", "prediction", "probability", "group", "label_name", "prediction_name"]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A labelled set with its own class names and templates; the first of a run is the ID validation set.
+
+    Attributes:
+        name: stands in metrics and tables.
+        shards: tar URLs.
+        prompts: C class names in T templates.
+        source: what the user gave for the shards.
+    """
+
+    name: str
+    shards: list[str]
+    prompts: ClassPrompts
+    source: str
+
+
+def parse_eval_sets(
+    specs: Sequence[str], classnames: str | None = None, templates: str | None = None
+) -> list[EvalSet]:
+    """Evaluation sets from NAME=SHARDS, where SHARDS may also be a data folder, whose `test` split is used.
+
+    Args:
+        specs: as given with --eval-data.
+        classnames, templates: replace the text files beside the shards, for all sets.
+
+    Raises:
+        InputError: not NAME=SHARDS, a name given twice or not fit for a metric's name, no shards, no class names.
+    """
+    sets: dict[str, EvalSet] = {}
+    for spec in specs:
+        name, equals, source = spec.partition("=")
+        if not equals or not source or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise InputError(
+                f"--eval-data {spec!r} is not NAME=SHARDS; the name, of letters, digits, '_', '-' and '.', stands in "
+                "the metrics (val=data/test)."
+            )
+        if name in sets:
+            raise InputError(f"--eval-data gives the name {name!r} twice ({sets[name].source}, {source}); rename one.")
+        shards = [shard for part in source.split("::") for shard in expand_source(part, "test")]
+        sets[name] = EvalSet(name, shards, resolve_prompts(shards, classnames, templates), source)
+    return list(sets.values())
+
+
+def loader_from_args(eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace) -> LabelledDataset:
+    """The set's images as the flags of `flyp eval` and `flyp wiseft` say."""
+    return LabelledDataset(
+        eval_set.shards,
+        preprocess,
+        args.batch_size,
+        num_classes=len(eval_set.prompts.classnames),
+        num_workers=args.workers,
+        image_key=args.image_key,
+        label_key=args.label_key,
+        group_key=args.group_key,
+    )
+
+
+def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    """The batches of a loader, under a bar that counts images."""
+    with tqdm(desc=name, unit="image", disable=None) as bar:
+        for batch in loader:
+            yield batch
+            bar.update(len(batch["labels"]))
+
+
+def eval_command(args: argparse.Namespace) -> None:
+    """`flyp eval`: score a checkpoint on the sets given; the table or the JSON goes to stdout.
+
+    Raises:
+        InputError: as its parts.
+    """
+    sets = parse_eval_sets(args.eval_data, args.classnames, args.templates)
+    if args.predictions:
+        refuse_existing(args.predictions, args.force)
+    model = model_from_args(args, args.checkpoint)
+    tokenizer, preprocess = open_clip.get_tokenizer(args.model), val_preprocess(model)
+    results = {}
+    with _predictions(args.predictions) as write:
+        for eval_set in sets:
+            classifier = ImageClassifier.from_prompts(model, tokenizer, eval_set.prompts, args.precision)
+            loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
+            results[eval_set.name] = evaluate(classifier, loader, on_batch=write and write(eval_set))
+    text = json.dumps({"checkpoint": args.checkpoint, "model": args.model, "results": results}, indent=1)
+    sys.stdout.write((text if args.json else table(results, "set")) + "\n")
+    if args.predictions:
+        _log.info(f"Wrote each image's prediction to {args.predictions}.")
+
+
+@contextmanager
+def _predictions(path: str | None) -> Iterator[Callable[[EvalSet], Callable] | None]:
+    """Write a CSV row an image; yields a function that gives the `on_batch` of a set."""
+    if path is None:
+        yield None
+        return
+    with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(_COLUMNS)
+
+        def on_batch_of(eval_set: EvalSet) -> Callable:
+            names = eval_set.prompts.classnames
+
+            def on_batch(batch: dict[str, Any], logits: torch.Tensor) -> None:
+                best = logits.softmax(dim=1).max(dim=1)
+                labels, groups = batch["labels"].tolist(), batch.get("groups") or [""] * len(batch["labels"])
+                for key, label, guess, probability, group in zip(
+                    batch["keys"], labels, best.indices.tolist(), best.values.tolist(), groups
+                ):
+                    row = [eval_set.name, key, label, guess, f"{probability:.6f}", group, names[label], names[guess]]
+                    writer.writerow(row)
+
+            return on_batch
+
+        yield on_batch_of

@@ -1,0 +1,156 @@
+"""The zero-shot head of a set of class prompts, and the classifier that a CLIP model becomes with it."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import nn
+
+from flyp_plugin.checkpoints import Model, load_model
+from flyp_plugin.prompts import ClassPrompts
+from flyp_plugin.text import short_text
+
+
+def build_zeroshot_head(
+    model: Model,
+    tokenizer: Callable,
+    prompts: ClassPrompts,
+    num_classes_per_batch: int | None = 10,
+    device: str | torch.device = "cpu",
+    use_tqdm: bool = False,
+) -> torch.Tensor:
+    """The head of the class prompts: per class the mean over templates of normalised features, normalised again.
+
+    open_clip.build_zero_shot_classifier makes it, on text cut to its length where that changes nothing (text.py).
+
+    Args:
+        model: a CLIP model of open_clip, in eval mode.
+        tokenizer: open_clip.get_tokenizer's for that model.
+        prompts: C class names in T templates.
+        num_classes_per_batch: classes encoded at once; all if None.
+        device: where the model is.
+        use_tqdm: show a progress bar.
+
+    Returns:
+        float (D, C), D the width of the joint space; columns have length 1.
+    """
+    with short_text(model):
+        return open_clip.build_zero_shot_classifier(
+            model,
+            tokenizer,
+            classnames=prompts.classnames,
+            templates=prompts.template_functions(),
+            num_classes_per_batch=num_classes_per_batch,
+            device=device,
+            use_tqdm=use_tqdm,
+        )
+
+
+def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:
+    """The context in which a forward pass runs under open_clip's --precision."""
+    dtype = {"amp": torch.float16, "amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16}.get(precision)
+    return torch.autocast(torch.device(device).type, dtype=dtype) if dtype else nullcontext()
+
+
+def val_preprocess(model: Model) -> Callable:
+    """The model's own transform for evaluation, PIL image -> float (3, H, W): open_clip's `preprocess_val`."""
+    return image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+
+
+class ImageClassifier(nn.Module):
+    """A CLIP model with a head: images in, logits out, scaled by logit_scale.exp().
+
+    Args:
+        model: a CLIP model of open_clip.
+        head: (D, C), a column a class; see `build_zeroshot_head`.
+        classnames: C names.
+        precision: open_clip's --precision that the model was made with.
+
+    Raises:
+        ValueError: head and classnames do not agree on C.
+
+    Example, a folder of images:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from flyp_plugin import ClassPrompts, ImageClassifier
+        >>> prompts = ClassPrompts(["cat", "dog"], ["a photo of a {c}."])
+        >>> classifier = ImageClassifier.from_checkpoint("ViT-B-16", "epoch_10.pt", prompts)
+        >>> for path in Path("photos").glob("*.jpg"):
+        ...     name, probability = classifier.predict([Image.open(path)])[0]
+        ...     print(path, name, f"{probability:.2f}")
+    """
+
+    head: torch.Tensor
+
+    def __init__(self, model: Model, head: torch.Tensor, classnames: Sequence[str], precision: str = "fp32"):
+        super().__init__()
+        if head.shape[1:] != (len(classnames),):
+            raise ValueError(f"a head of shape {tuple(head.shape)} does not fit {len(classnames)} class names")
+        self.model: Any = model
+        self.classnames = list(classnames)
+        self.precision = precision
+        self.register_buffer("head", head)  # in the state dict, so that it moves and merges with the weights
+        self.training = model.training  # so that eval() and back leaves the model as it was
+
+    @classmethod
+    def from_prompts(
+        cls, model: Model, tokenizer: Callable, prompts: ClassPrompts, precision: str = "fp32", **kwargs: Any
+    ) -> "ImageClassifier":
+        """The zero-shot classifier of a model as it is; kwargs go to `build_zeroshot_head`."""
+        device = model.logit_scale.device
+        with autocast(precision, device):
+            head = build_zeroshot_head(model, tokenizer, prompts, device=device, **kwargs)
+        return cls(model, head, prompts.classnames, precision)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        model_name: str,
+        path: str | os.PathLike,
+        prompts: ClassPrompts,
+        precision: str = "fp32",
+        device: str | torch.device = "cpu",
+        **kwargs: Any,
+    ) -> "ImageClassifier":
+        """A classifier from open_clip's model name and a checkpoint's path (or a pretrained tag).
+
+        Args:
+            kwargs: passed to open_clip.create_model, e.g. force_quick_gelu=True.
+
+        Raises:
+            InputError: weights that cannot be read or are another architecture's.
+        """
+        model = load_model(model_name, path, precision, device, **kwargs)
+        return cls.from_prompts(model, open_clip.get_tokenizer(model_name), prompts, precision).eval()
+
+    @property
+    def preprocess(self) -> Callable:
+        """PIL image -> float (3, H, W)."""
+        return val_preprocess(self.model)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Preprocessed images (B, 3, H, W) -> float32 logits (B, C)."""
+        images = images.to(open_clip.get_input_dtype(self.precision))  # None, which changes nothing, but for fp16, bf16
+        with autocast(self.precision, images.device):
+            features = self.model.encode_image(images, normalize=True)
+        # in full precision whatever the towers' was: bfloat16 logits of several classes are often equal
+        return self.model.logit_scale.exp().float() * features.float() @ self.head.float()
+
+    @torch.no_grad()
+    def predict(self, images: Sequence | torch.Tensor) -> list[tuple[str, float]]:
+        """The most likely class of each image and its probability.
+
+        Args:
+            images: a sequence of PIL images, or preprocessed images (B, 3, H, W).
+
+        Returns:
+            (class name, probability) of each image.
+        """
+        if not isinstance(images, torch.Tensor):
+            images = torch.stack([self.preprocess(image) for image in images])
+        best = self(images.to(self.head.device)).softmax(dim=1).max(dim=1)
+        return [(self.classnames[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]

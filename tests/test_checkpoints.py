@@ -1,0 +1,119 @@
+import os
+import pickle
+import resource
+
+import open_clip
+import pytest
+import torch
+from helpers_eval import checkpoint, root
+from safetensors.torch import save_file
+
+from flyp_plugin.checkpoints import first_difference, load_model, read_state_dict, replacing
+from flyp_plugin.errors import InputError
+
+MODEL = "tiny-digits"
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_reads_what_open_clip_and_torch_save(tmp_path):
+    weights = {"a": torch.randn(3), "n": torch.tensor(4)}
+    wrapped = {f"module._orig_mod.{key}": tensor for key, tensor in weights.items()}
+    torch.save(weights, tmp_path / "bare.pt")
+    torch.save({"epoch": 3, "state_dict": wrapped, "optimizer": {}}, tmp_path / "run.pt")
+    torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "it.safetensors")
+    for path in tmp_path.iterdir():
+        read = read_state_dict(path)
+        assert read.keys() == weights.keys() and all(torch.equal(read[key], weights[key]) for key in weights)
+
+
+def mistakes(folder):
+    evil = {"state_dict": {"a": torch.ones(2)}, "note": Evil(str(folder / "ran"))}
+    torch.save(evil, folder / "code.pt")
+    torch.save(evil, folder / "code-old.pt", _use_new_zipfile_serialization=False)
+    (folder / "plain.pkl").write_bytes(pickle.dumps(evil["note"]))
+    whole = checkpoint(MODEL, 15).read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.pt").write_bytes(b"")
+    save_file({"a": torch.ones(5)}, folder / "whole.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "whole.safetensors").read_bytes()[:-3])
+    torch.save({"epoch": 3}, folder / "none.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(folder / "jit.pt")
+
+
+def test_bad_files_are_one_sentence_and_their_code_does_not_run(tmp_path):
+    mistakes(tmp_path)
+    expected = {
+        "code.pt": "refused: it has more than tensors in it .*mkdir.*save the state_dict alone",
+        "code-old.pt": "refused: it has more than tensors in it",
+        "plain.pkl": "refused: it has something other than tensors in it",
+        "cut.pt": "is not a whole checkpoint",
+        "empty.pt": "is not a whole checkpoint",
+        "cut.safetensors": "is not a whole checkpoint",
+        "none.pt": "holds no weights",
+        "list.pt": "holds no weights",
+        "jit.pt": "TorchScript",
+        "gone.pt": "there is no checkpoint",
+    }
+    for name, message in expected.items():
+        with pytest.raises(InputError, match=message) as error:
+            read_state_dict(tmp_path / name)
+        assert "\n" not in str(error.value) and name in str(error.value)
+    with pytest.raises(InputError, match="refused"):
+        load_model(MODEL, str(tmp_path / "code.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_another_architecture_name_the_first_tensor_and_both_shapes():
+    root()
+    with pytest.raises(InputError, match=r"tensor visual\.\S+ has shape \(80,?.*\) and not \(64,?.*\)") as error:
+        load_model(MODEL, str(checkpoint("tiny-digits-wide", 1)))
+    assert "\n" not in str(error.value)
+    expected, given = {"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "c": torch.ones(1)}
+    assert first_difference(expected, expected) is None
+    assert first_difference(expected, given) == "tensor b is missing"
+    assert first_difference({"a": torch.ones(2)}, expected) == "tensor b has no counterpart"
+    assert first_difference(expected, {}) == "tensor a is missing (and 1 more)"
+
+
+def test_unknown_models_tags_and_a_hub_that_does_not_answer(monkeypatch):
+    root()
+    with pytest.raises(InputError, match=r"no model ViT-B-61; did you mean ViT-B-16\?"):
+        load_model("ViT-B-61", "openai")
+    with pytest.raises(InputError, match="its tags are .*openai"):
+        load_model("ViT-B-16", "opemai")
+    with pytest.raises(InputError, match="it has no tags"):
+        load_model(MODEL, "epoch_10.pt")
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route to host\nlong story")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", fail)
+    with pytest.raises(InputError, match=r"could not be had \(.*no route to host\)") as error:
+        load_model("RN50", "yfcc15m")
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_text("the old one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        for save in (lambda part: torch.save({"a": torch.zeros(10**6)}, part),
+                     lambda part: save_file({"a": torch.zeros(10**6)}, part),
+                     lambda part: part.write_bytes(bytes(10**6))):  # fmt: skip
+            with pytest.raises(InputError, match="could not be written") as error, replacing(path) as part:
+                save(part)
+            assert "\n" not in str(error.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "the old one" and os.listdir(tmp_path) == ["weights.pt"]

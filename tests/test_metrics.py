@@ -1,0 +1,221 @@
+import csv
+import json
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from helpers_eval import NAMES, TEMPLATES, checkpoint, flyp, root, write_set
+from sklearn import metrics as sk
+
+from flyp_plugin.data import LabelledDataset
+from flyp_plugin.errors import InputError
+from flyp_plugin.evalsets import parse_eval_sets
+from flyp_plugin.heads import ImageClassifier
+from flyp_plugin.metrics import Tally, evaluate, score, table
+from flyp_plugin.prompts import ClassPrompts
+
+MODEL = "tiny-digits"
+
+
+def guesses(n=500, classes=9, seed=0):
+    """Logits and labels of which some classes never occur and some are never predicted."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([0, 1, 2, 4, 5, 8], n, p=[0.4, 0.2, 0.2, 0.1, 0.09, 0.01])
+    logits = rng.normal(size=(n, classes)) + 1.5 * np.eye(classes)[labels]
+    logits[:, 4] -= 20
+    groups = rng.choice(["north", "south", "", "élan"], n, p=[0.5, 0.3, 0.15, 0.05])
+    return torch.tensor(logits), torch.tensor(labels), groups.tolist()
+
+
+def tallied(logits, labels, groups=None, batch=64):
+    tally = Tally(logits.shape[1])
+    for i in range(0, len(labels), batch):
+        part = slice(i, i + batch)
+        tally.update(logits[part], labels[part], groups and groups[part])
+    return tally
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_scikit_learn(seed):
+    logits, labels, _ = guesses(seed=seed)
+    ours, prediction, occur = tallied(logits, labels).metrics(), logits.argmax(1), np.unique(labels)
+    assert ours["n"] == 500
+    assert ours["top1"] == sk.accuracy_score(labels, prediction)
+    assert ours["top5"] == pytest.approx(sk.top_k_accuracy_score(labels, logits, k=5, labels=range(9)), abs=1e-12)
+    assert ours["mean_per_class_recall"] == pytest.approx(sk.balanced_accuracy_score(labels, prediction), abs=1e-12)
+    f1 = sk.f1_score(labels, prediction, labels=occur, average="macro")
+    assert ours["macro_f1"] == pytest.approx(f1, abs=1e-12)
+
+
+def test_top5_only_where_there_are_more_than_five_classes():
+    logits = torch.eye(5)
+    assert set(tallied(logits, torch.arange(5)).metrics()) == {"n", "top1", "mean_per_class_recall", "macro_f1"}
+
+
+def test_groups_as_wilds_defines_them():
+    """WILDS, Metric.compute_group_wise: mean over each group; the worst over groups with counts > 0."""
+    logits, labels, groups = guesses()
+    correct = (logits.argmax(1) == labels).numpy()
+    index = {name: i for i, name in enumerate(["never", *dict.fromkeys(groups)])}
+    g = np.array([index[name] for name in groups])
+    counts = np.bincount(g, minlength=len(index))
+    means = np.bincount(g, weights=correct, minlength=len(index)) / np.maximum(counts, 1)
+    ours = tallied(logits, labels, groups).metrics()
+    assert ours["worst_group_top1"] == pytest.approx(means[counts > 0].min(), abs=1e-12)
+    assert index[ours["worst_group"]] == np.flatnonzero(counts > 0)[means[counts > 0].argmin()]
+
+
+def test_merged_tallies_equal_one_pass():
+    logits, labels, groups = guesses()
+    merged = Tally(9)
+    for rank in range(3):
+        merged.merge(tallied(logits[rank::3], labels[rank::3], groups[rank::3]))
+    assert merged.metrics() == tallied(logits, labels, groups).metrics()
+
+
+def test_a_label_that_is_no_class_and_a_set_without_images():
+    with pytest.raises(InputError, match=r"label 9 is outside 0\.\.8"):
+        tallied(torch.zeros(2, 9), torch.tensor([0, 9]))
+    with pytest.raises(InputError, match=r"label -1 is outside 0\.\.8"):
+        tallied(torch.zeros(1, 9), torch.tensor([-1]))
+    with pytest.raises(InputError, match="no image"):
+        evaluate(torch.nn.Identity(), [])
+
+
+def test_evaluate_takes_tuples_and_dicts_and_leaves_the_mode():
+    logits, labels, _ = guesses(80)
+    classifier = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Dropout(0.9))
+    tuples = [(logits[:50], labels[:50]), (logits[50:], labels[50:])]
+    dicts = [{"images": images, "labels": target} for images, target in tuples]
+    expected = tallied(logits, labels).metrics()
+    assert evaluate(classifier, tuples) == evaluate(classifier, dicts) == expected
+    assert classifier.training and classifier[1].training
+
+
+def test_table_aligns_and_shows_percentages():
+    text = table({"val": {"n": 12, "top1": 0.5}, "sketch": {"n": 3, "top1": 1.0, "worst_group": "a"}}, "set")
+    assert text.split("\n") == ["set      n    top1  worst_group", "val     12   50.00", "sketch   3  100.00            a"]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    prompts = ClassPrompts(NAMES, TEMPLATES)
+    root()
+    return ImageClassifier.from_checkpoint(MODEL, checkpoint(MODEL, 80), prompts)
+
+
+def loader(classifier, **kwargs):
+    shards = [str(root() / f"data/test/{i}.tar") for i in range(2)]
+    return LabelledDataset(shards, classifier.preprocess, kwargs.pop("batch_size", 32), num_classes=10, **kwargs)
+
+
+def test_equal_to_clip_benchmark_to_the_last_image(classifier, monkeypatch):
+    from clip_benchmark.datasets.builder import build_wds_dataset
+    from clip_benchmark.metrics import zeroshot_classification
+
+    def accuracy(output, target, topk):  # theirs, but for float() of an array, which numpy 2.4 refuses
+        correct = output.topk(max(topk), 1, True, True)[1].t().eq(target.view(1, -1))
+        return [correct[:k].reshape(-1).float().sum().item() / len(target) for k in topk]
+
+    monkeypatch.setattr(zeroshot_classification, "accuracy", accuracy)
+    dataset = build_wds_dataset("digits", classifier.preprocess, data_dir=str(root() / "data"))
+    batches = torch.utils.data.DataLoader(dataset.batched(32), batch_size=None)
+    batches.dataset.classes = dataset.classes
+    theirs = zeroshot_classification.evaluate(
+        classifier.model, batches, open_clip.get_tokenizer(MODEL), dataset.classes, dataset.templates, "cpu", amp=False
+    )
+    ours = evaluate(classifier, loader(classifier))
+    assert 0.2 < ours["top1"] < 0.95
+    assert ours["top1"] == theirs["acc1"]
+    assert ours["top5"] == theirs["acc5"]
+    assert ours["mean_per_class_recall"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-12)
+    assert evaluate(classifier, batches) == {**ours, "n": 203}  # their loader, of tuples
+
+
+def test_two_ranks_and_two_workers_count_as_one(classifier):
+    alone = evaluate(classifier, loader(classifier, group_key="hand"))
+    merged = Tally(10)
+    for rank in range(2):
+        part = loader(classifier, group_key="hand", rank=rank, world_size=2, num_workers=2, batch_size=30)
+        merged.merge(score(classifier, part, Tally(10)))
+    assert merged.metrics() == alone
+    assert alone["n"] == 203 and "worst_group" in alone
+
+
+def test_flyp_eval_writes_table_json_and_predictions(tmp_path, capsys):
+    file = tmp_path / "predictions.csv"
+    argv = ["eval", checkpoint(MODEL, 80), "--model", MODEL, "--batch-size", 32, "--workers", 0, "--group-key", "hand",
+            "--eval-data", f"val={root()}/data", "--eval-data", f"ood={root()}/ood/test/{{0..1}}.tar"]  # fmt: skip
+    flyp(*argv, "--json", "--predictions", file)
+    results = json.loads(capsys.readouterr().out)["results"]
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
+    assert {name: r["n"] for name, r in results.items()} == {"val": 203, "ood": 97}
+    for name, classes in (("val", NAMES), ("ood", NAMES[1::2])):
+        mine = [row for row in rows if row["set"] == name]
+        assert len({row["key"] for row in mine}) == results[name]["n"]
+        right = [row["label"] == row["prediction"] for row in mine]
+        assert np.mean(right) == pytest.approx(results[name]["top1"])
+        by_group = {g: np.mean([r for r, row in zip(right, mine) if row["group"] == g]) for g in ("left", "right")}
+        assert results[name]["worst_group_top1"] <= min(by_group.values())
+        assert all(classes[int(row["prediction"])] == row["prediction_name"] for row in mine)
+        assert all(1 / len(classes) <= float(row["probability"]) <= 1 for row in mine)
+    flyp(*argv)
+    assert capsys.readouterr().out.split("\n")[1].split()[:2] == ["val", "203"]
+    with pytest.raises(InputError, match="is there already"):
+        flyp(*argv, "--predictions", file)
+
+
+def test_a_set_is_scored_over_its_own_classes():
+    sets = parse_eval_sets([f"val={root()}/data", f"ood={root()}/ood/test::{root()}/ood/test/0.tar"])
+    assert [len(s.prompts.classnames) for s in sets] == [10, 5]
+    assert [len(s.shards) for s in sets] == [2, 3]
+
+
+def test_class_names_and_templates_given_or_missing(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_set(tmp_path / "bare", *([], [], []), shards=1)
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        (tmp_path / "bare" / name).unlink()
+    spec = f"bare={tmp_path}/bare"
+    with pytest.raises(InputError, match="--classnames"):
+        parse_eval_sets([spec])
+    (only,) = parse_eval_sets([spec], classnames=f"{root()}/data/classnames.txt")
+    assert only.prompts(1, 0) == "a photo of a one." and "no templates beside" in caplog.text
+    (only,) = parse_eval_sets([spec], f"{root()}/data/classnames.txt", "just {c}")
+    assert only.prompts(1, 0) == "just one"
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["data"], "is not NAME=SHARDS"),
+        (["a/b=data"], "is not NAME=SHARDS"),
+        (["=data"], "is not NAME=SHARDS"),
+        (["val="], "is not NAME=SHARDS"),
+        (["val={root}/data", "val={root}/ood"], "the name 'val' twice"),
+        (["val={root}/nowhere"], "no file or folder"),
+    ],
+)
+def test_eval_data_mistakes_are_one_sentence(specs, message):
+    with pytest.raises(InputError, match=message) as error:
+        parse_eval_sets([spec.format(root=root()) for spec in specs])
+    assert "\n" not in str(error.value)
+
+
+def test_labels_of_other_classes_are_one_sentence(tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("zero\none\n")
+    with pytest.raises(InputError, match=r"outside 0\.\.1.*--classnames"):
+        flyp("eval", checkpoint(MODEL, 80), "--model", MODEL, "--eval-data", f"val={root()}/data", "--classnames", few,
+             "--workers", 0, "--predictions", tmp_path / "p.csv")  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.txt"]
+
+
+@pytest.mark.parametrize("command", ["eval", "wiseft", "export"])
+def test_help_opens_with_an_example(command, capsys):
+    with pytest.raises(SystemExit):
+        flyp(command, "--help")
+    assert f"example:\n  flyp {command}" in capsys.readouterr().out
+    assert "flyp_plugin.metrics" in sys.modules  # here; test_cli looks at what a fresh process imports
