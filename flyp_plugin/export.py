@@ -1,0 +1,213 @@
+"""`flyp export`: a folder that open_clip, or timm as a plain classifier, reads by its `local-dir:` name."""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import timm
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+from flyp_plugin.checkpoints import Model, model_from_args, refuse_existing, replacing
+from flyp_plugin.errors import InputError
+from flyp_plugin.heads import ImageClassifier
+from flyp_plugin.prompts import resolve_prompts
+from flyp_plugin.sources import expand_source
+
+_log = logging.getLogger(__name__)
+
+
+def export_command(args: argparse.Namespace) -> None:
+    """`flyp export`: write the folder and say how to read it.
+
+    Raises:
+        InputError: a model that the format cannot hold, an output that exists, or as the checkpoint's reading.
+    """
+    out = Path(args.out)
+    refuse_existing(out, args.force)
+    classifier = None
+    if args.format == "timm":
+        if not args.data and not (args.classnames and args.templates):
+            raise InputError("a classifier needs its classes; give --data DIR, or --classnames and --templates.")
+        shards = expand_source(args.data, "test") if args.data else []
+        prompts = resolve_prompts(shards, args.classnames, args.templates)
+    model = model_from_args(args, args.checkpoint, "fp32")
+    config = open_clip.get_model_config(args.model.replace("/", "-") if ":" not in args.model else args.model)
+    if args.force_quick_gelu:
+        config["quick_gelu"] = True
+    tokenizer = open_clip.get_tokenizer(args.model)
+    if args.format == "open_clip":
+        with replacing_folder(out) as folder:
+            save_open_clip(model, config, tokenizer, folder)
+        call = f"open_clip.create_model_and_transforms('local-dir:{out}')"
+        if not hasattr(open_clip.factory, "parse_model_name"):
+            call += f", from open_clip 3.0 on (this is {open_clip.__version__})"
+    else:
+        classifier = ImageClassifier.from_prompts(model, tokenizer, prompts)
+        twin, timm_config = timm_twin(classifier, config)
+        with replacing_folder(out) as folder:
+            save_file({key: t.contiguous() for key, t in twin.state_dict().items()}, folder / "model.safetensors")
+            (folder / "config.json").write_text(json.dumps(timm_config, indent=1) + "\n", encoding="utf-8")
+        call = f"timm.create_model('local-dir:{out}', pretrained=True)"
+    _log.info(f"Wrote {out}/: {', '.join(sorted(os.listdir(out)))}. Read it with {call}.")
+
+
+def save_open_clip(model: Model, config: dict[str, Any], tokenizer: Any, folder: Path) -> None:
+    """The model as open_clip's own hub folders have it: configuration, weights, and a Hugging Face tokenizer's files."""
+    keep = ("mean", "std", "interpolation", "resize_mode")
+    preprocess = {key: model.visual.preprocess_cfg[key] for key in keep}
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1)
+    (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
+    weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The image tower as a timm model with the head folded into its linear classifier, and timm's config.json of it.
+
+    timm's classifier does not normalise the image feature, and logit_scale is left out: its logits are ours times the
+    feature's length / logit_scale. That is one positive factor an image: the ranking of the classes is ours,
+    probabilities are not.
+
+    Args:
+        classifier: in full precision.
+        config: open_clip's configuration of the model.
+
+    Raises:
+        InputError: a tower or a preprocessing that timm does not have.
+    """
+    visual: Any = classifier.model.visual
+    names = classifier.classnames
+    vision = config["vision_cfg"]
+    if isinstance(visual, TimmModel):
+        architecture = vision["timm_model_name"].split(".")[0]
+        model_args = {"global_pool": pool} if (pool := vision.get("timm_pool", "avg")) else {}
+        weights, projection, bias = _timm_tower(visual)
+    elif isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.proj is not None:
+        architecture = "vit_base_patch16_clip_224"  # of any size: every measure is in the arguments
+        model_args = {
+            "img_size": visual.image_size[0],
+            "patch_size": visual.patch_size[0],
+            "embed_dim": vision["width"],
+            "depth": vision["layers"],
+            "num_heads": vision["width"] // vision.get("head_width", 64),
+            "mlp_ratio": vision.get("mlp_ratio", 4.0),
+            "act_layer": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        }
+        weights, projection, bias = {}, visual.proj.T, None
+    else:
+        raise _no_twin(type(visual).__name__)
+    try:
+        twin: Any = timm.create_model(architecture, num_classes=len(names), **model_args).eval()
+        name = twin.pretrained_cfg["classifier"]
+        weights = weights or _native_tower(visual, twin)
+        weights |= _folded(classifier.head, projection, bias, name, twin.state_dict())
+        twin.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise _no_twin(f"{architecture}: {str(error).strip().splitlines()[-1].strip()[:200]}") from error
+    preprocess = visual.preprocess_cfg
+    size = preprocess["size"] if isinstance(preprocess["size"], (tuple, list)) else [preprocess["size"]] * 2
+    pretrained_cfg = {
+        "num_classes": len(names),
+        "input_size": [3, *size],
+        "pool_size": twin.pretrained_cfg.get("pool_size"),
+        "fixed_input_size": twin.pretrained_cfg.get("fixed_input_size", False),
+        "crop_pct": 1.0,
+        "crop_mode": {"shortest": "center", "squash": "squash"}.get(preprocess["resize_mode"], "border"),
+        "interpolation": "bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
+        "mean": list(preprocess["mean"]),
+        "std": list(preprocess["std"]),
+        "first_conv": twin.pretrained_cfg["first_conv"],
+        "classifier": name,
+    }
+    _check_twin(classifier, twin, pretrained_cfg)
+    return twin, {
+        "architecture": architecture,
+        "num_classes": len(names),
+        "num_features": twin.num_features,
+        "label_names": names,
+        "model_args": model_args,
+        "pretrained_cfg": pretrained_cfg,
+    }
+
+
+def _timm_tower(visual: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """The trunk's weights without its classifier, and the projection (D, W) with its bias that stands for it."""
+    weights = dict(visual.trunk.state_dict())
+    if set(visual.head._modules) <= {"drop", "proj"} and "proj" in visual.head._modules:
+        return weights, visual.head.proj.weight, visual.head.proj.bias
+    if len(visual.head):
+        raise _no_twin("a timm tower with a head of open_clip's own")
+    classifier = visual.trunk.get_classifier()
+    if isinstance(classifier, nn.Linear):
+        name = visual.trunk.pretrained_cfg["classifier"]
+        return weights, weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias", None)
+    return weights, torch.eye(visual.trunk.num_features, device=next(visual.parameters()).device), None
+
+
+def _native_tower(visual: Any, twin: Any) -> dict[str, torch.Tensor]:
+    """open_clip's own tower under timm's names, by timm's own conversion."""
+    return checkpoint_filter_fn({f"visual.{key}": tensor for key, tensor in visual.state_dict().items()}, twin)
+
+
+def _folded(
+    head: torch.Tensor, projection: torch.Tensor, bias: torch.Tensor | None, name: str, twin: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """head (D, C) after projection (D, W) as the weight and bias of one linear layer."""
+    weight = (head.T.double() @ projection.double()).float()
+    offset = head.new_zeros(head.shape[1]) if bias is None else (head.T.double() @ bias.double()).float()
+    return {f"{name}.weight": weight.reshape(twin[f"{name}.weight"].shape), f"{name}.bias": offset}
+
+
+def _check_twin(classifier: ImageClassifier, twin: Any, pretrained_cfg: dict[str, Any]) -> None:
+    """Compare with what was exported, so that no option of a tower that is unknown here can make it another one."""
+    device = classifier.head.device
+    _, height, width = pretrained_cfg["input_size"]
+    images = torch.randn(4, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    ours = classifier.model.encode_image(images) @ classifier.head
+    if not torch.allclose(twin.to(device)(images), ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item()):
+        raise _no_twin("its options change the features in a way that timm's model of it has not")
+    pixels = np.random.default_rng(0).integers(0, 256, (height + 7, 2 * width + 5, 3), dtype=np.uint8)
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    transform = create_transform(**{key: pretrained_cfg[key] for key in keys})
+    if not torch.equal(transform(Image.fromarray(pixels)), classifier.preprocess(Image.fromarray(pixels))):
+        mode = classifier.model.visual.preprocess_cfg["resize_mode"]
+        raise InputError(f"timm has no preprocessing with the same pixels (resize mode {mode!r}); use --format open_clip.")
+
+
+def _no_twin(what: str) -> InputError:
+    return InputError(f"timm has no model of this image tower ({what}); use --format open_clip.")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Like `replacing`, for a folder."""
+    with replacing(path) as part:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        old = part.with_suffix(".old")
+        try:
+            yield part
+            if path.exists():
+                os.replace(path, old)
+        except BaseException:
+            shutil.rmtree(part)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
