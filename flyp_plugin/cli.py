@@ -16,6 +16,102 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     commands.add_parser("train", help="fine-tune a CLIP model with FLYP (the same as train_flyp.py)", add_help=False)
 
 
+def _model_flags() -> argparse.ArgumentParser:
+    """The model, under open_clip's names for its flags."""
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="NAME", help="open_clip's name of the architecture")
+    group.add_argument("--model-config", metavar="PATH", help="JSON file of a model that open_clip has not, or a folder")
+    group.add_argument("--force-quick-gelu", action="store_true", help="QuickGELU, as the OpenAI weights were trained with")
+    group.add_argument("--image-mean", type=float, nargs=3, metavar="X", help="default: the model's")
+    group.add_argument("--image-std", type=float, nargs=3, metavar="X", help="default: the model's")
+    group.add_argument("--image-interpolation", choices=["bicubic", "bilinear"], help="default: the model's")
+    group.add_argument("--image-resize-mode", choices=["shortest", "longest", "squash"], help="default: the model's")
+    group.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    return flags
+
+
+def _classes_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group("classes")
+    group.add_argument("--classnames", metavar="FILE", help="a file, or imagenet (default: classnames.txt of each set)")
+    group.add_argument("--templates", metavar="FILE", help="a file, openai, simple, or one template with its {c} "
+                       "(default: zeroshot_classification_templates.txt of each set)")  # fmt: skip
+    return flags
+
+
+def _data_flags(required: bool) -> argparse.ArgumentParser:
+    """The evaluation sets and how they are read."""
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group("data")
+    group.add_argument("--eval-data", action="append", required=required, metavar="NAME=SHARDS", help="a labelled set: "
+                       "a data folder (its test split), a split folder or tars; repeatable, the ID set first")  # fmt: skip
+    group.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
+    group.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (default: %(default)s)")
+    group.add_argument("--precision", default="fp32", help="default: %(default)s", choices=[
+        "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"])  # fmt: skip
+    group.add_argument("--image-key", default="jpg;jpeg;png;webp", metavar="KEYS", help="default: %(default)s")
+    group.add_argument("--label-key", default="cls", metavar="KEY", help="or json:FIELD (default: %(default)s)")
+    group.add_argument("--group-key", metavar="KEY", help="member (or json:FIELD) with a group, for worst-group accuracy")
+    return flags
+
+
+def _add(
+    commands: argparse._SubParsersAction, name: str, help: str, example: str, *flags: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """A command whose --help opens with an example."""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        parents=flags,
+        description=f"example:\n{example}\n\n{help[0].upper()}{help[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"flyp {name} ...",
+    )
+    parser.add_argument("--force", action="store_true", help="write over files that are there already")
+    return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    example = "  flyp eval logs/RUN/checkpoints/epoch_10.pt --model ViT-B-16 --eval-data val=data --eval-data sketch=other"
+    help = "score a checkpoint's zero-shot classifier on labelled sets"
+    parser = _add(commands, "eval", help, example, _model_flags(), _data_flags(required=True), _classes_flags())
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint's path, or one of open_clip's pretrained tags")
+    parser.add_argument("--json", action="store_true", help="JSON on the terminal in place of the table")
+    parser.add_argument("--predictions", metavar="FILE.csv", help="write each image's prediction there")
+    parser.set_defaults(function=_call("evalsets:eval_command"))
+
+
+def _add_wiseft(commands: argparse._SubParsersAction) -> None:
+    example = """  flyp wiseft --model ViT-B-16 --pretrained openai --finetuned logs/RUN/checkpoints/epoch_10.pt \\
+      --eval-data val=data --eval-data sketch=other --out merged"""
+    help = "merge the pretrained and the fine-tuned weights, with the alpha that is best on the first set"
+    parser = _add(commands, "wiseft", help, example, _model_flags(), _data_flags(required=False), _classes_flags())
+    parser.add_argument("--pretrained", required=True, metavar="TAG|PATH", help="what the fine-tuning started from")
+    finetuned = parser.add_mutually_exclusive_group(required=True)
+    finetuned.add_argument("--finetuned", metavar="PATH", help="the fine-tuned checkpoint")
+    finetuned.add_argument("--average", nargs="+", metavar="PATH", help="several, of which the mean is taken")
+    alphas = parser.add_mutually_exclusive_group()
+    alphas.add_argument("--alphas", default="0:1:0.1", metavar="A:B:STEP", help="or A,B,... (default: %(default)s)")
+    alphas.add_argument("--alpha", type=float, help="this one alone; needs no --eval-data")
+    parser.add_argument("--out", required=True, metavar="DIR", help="for the merged weights, wiseft.json and frontier.png")
+    parser.add_argument("--save-all", action="store_true", help="write the weights of every alpha")
+    parser.add_argument("--per-set", action="store_true", help="a curve a set in frontier.png, in place of the mean")
+    parser.add_argument("--json", action="store_true", help="JSON on the terminal in place of the table")
+    parser.set_defaults(function=_call("wiseft:wiseft_command"))
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    example = """  flyp export merged/wise_ft_alpha=0.60.pt --model ViT-B-16 --data data --format timm --out classifier"""
+    help = "write a folder that open_clip or, as a plain classifier, timm reads by its local-dir: name"
+    parser = _add(commands, "export", help, example, _model_flags(), _classes_flags())
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint's path, or one of open_clip's pretrained tags")
+    parser.add_argument("--data", metavar="DIR", help="the data whose classes the classifier gets")
+    parser.add_argument("--format", choices=["open_clip", "timm"], required=True)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.set_defaults(function=_call("export:export_command"))
+
+
 def _add_shards(commands: argparse._SubParsersAction) -> None:
     what = "write class-labelled shards, cut few-shot sets from them, count and check them"
     shards = commands.add_parser("shards", help=what, description=f"{what[0].upper()}{what[1:]}.").add_subparsers(
@@ -104,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"flyp-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_train, _add_shards):
+    for add in (_add_train, _add_eval, _add_wiseft, _add_export, _add_shards):
         add(commands)
     return parser
 
