@@ -98,7 +98,7 @@ def _add_wiseft(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--save-all", action="store_true", help="write the weights of every alpha")
     parser.add_argument("--per-set", action="store_true", help="a curve a set in frontier.png, in place of the mean")
     parser.add_argument("--json", action="store_true", help="JSON on the terminal in place of the table")
-    parser.set_defaults(function=_call("wiseft:wiseft_command"))
+    parser.set_defaults(function=_call("merge:wiseft_command"))
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:

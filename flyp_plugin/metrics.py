@@ -168,12 +168,6 @@ def evaluate(classifier: Callable[[torch.Tensor], torch.Tensor], loader: Iterabl
     return score(classifier, loader, **kwargs).metrics()
 
 
-def mean_ood(by_set: Mapping[str, Metrics]) -> float | None:
-    """Mean top-1 over all sets but the first; None where there is only one."""
-    _, *others = (metrics["top1"] for metrics in by_set.values())
-    return sum(others) / len(others) if others else None
-
-
 def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
     """Rows of metrics as aligned text, fractions as percentages."""
     columns = list(dict.fromkeys(chain.from_iterable(rows.values())))

@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shlex
 import sys
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 import torch
 from helpers_eval import checkpoint, flyp, root
 
-from flyp_plugin import plots
 from flyp_plugin.errors import InputError
-from flyp_plugin.wiseft import average, choose, interpolate, parse_alphas
+from flyp_plugin.merge import draw_frontier, parse_alphas
+from flyp_plugin.wiseft import average, choose, interpolate
 
 MODEL = "tiny-digits"
 PRETRAINED, FINETUNED = 15, 80
@@ -203,7 +204,15 @@ def test_writes_the_chosen_alpha_the_record_the_picture_and_a_table(tmp_path, ca
     assert table[0].split() == ["alpha", "val", "top1", "ood", "top1", "mean", "OOD"] and len(table) == 4
     assert [line.split()[0] for line in table if "*" in line] == [f"{record['chosen_alpha']:.2f}"]
     assert len(record["inputs"]["pretrained"]["sha256"]) == 64 and record["versions"]["torch"] == torch.__version__
-    assert f"Next: flyp export '{tmp_path}/{merged}'" in caplog.text or f"flyp export {tmp_path}/{merged}" in caplog.text
+    command = next(record.message for record in caplog.records if record.message.startswith("Next: flyp "))
+    flyp(*[word.replace("classifier", f"{tmp_path}/classifier") for word in shlex.split(command)[2:]])
+    assert (tmp_path / "classifier" / "model.safetensors").exists()
+
+
+def test_the_next_command_tells_the_preprocessing_that_came_with_the_pretrained_weights(tmp_path, caplog):
+    caplog.set_level("INFO")
+    flyp(*argv(tmp_path, "--alpha", 0.5, "--image-mean", 0.5, 0.5, 0.5, "--image-resize-mode", "squash", "--force-quick-gelu"))
+    assert "--force-quick-gelu --image-mean 0.5 0.5 0.5 --image-resize-mode squash --data DIR" in caplog.text
 
 
 def test_frontier_of_one_set_and_of_many(tmp_path):
@@ -211,7 +220,7 @@ def test_frontier_of_one_set_and_of_many(tmp_path):
         results = {alpha: {name: {"top1": alpha / 2 + i / 10} for i, name in enumerate(("id", *others))}
                    for alpha in (0.0, 0.5, 1.0)}  # fmt: skip
         for per_set in (False, True):
-            plots.draw_frontier(results, 0.5, tmp_path / "f.png", per_set)
+            draw_frontier(results, 0.5, tmp_path / "f.png", per_set)
             assert np.array(PIL.Image.open(tmp_path / "f.png").convert("L")).std() > 5
 
 

@@ -1,0 +1,222 @@
+"""`flyp wiseft`: sweep, choose alpha, write the merged weights, the record and the picture. The method is wiseft.py."""
+
+import argparse
+import importlib.util
+import json
+import logging
+import math
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg
+
+import flyp_plugin
+from flyp_plugin.checkpoints import (
+    Model,
+    model_from_args,
+    read_state_dict,
+    refuse_existing,
+    replacing,
+    sha256,
+    weights_file,
+)
+from flyp_plugin.errors import InputError
+from flyp_plugin.evalsets import loader_from_args, parse_eval_sets
+from flyp_plugin.heads import val_preprocess
+from flyp_plugin.metrics import Metrics, table
+from flyp_plugin.wiseft import average, check_same, choose, interpolate, sweep
+
+Results = Mapping[float, Mapping[str, Metrics]]  # of each alpha on each set, the ID set first
+_log = logging.getLogger(__name__)
+
+
+def wiseft_command(args: argparse.Namespace) -> None:
+    """`flyp wiseft`; the table or the JSON goes to stdout.
+
+    Raises:
+        InputError: as its parts; all but a full disk before anything is written.
+    """
+    alphas = parse_alphas(args.alphas if args.alpha is None else str(args.alpha))
+    sets = parse_eval_sets(args.eval_data or [], args.classnames, args.templates)
+    out = Path(args.out)
+    _check_outputs(out, alphas, bool(sets), args.force)
+    model, pretrained = _start(args)
+    paths = args.average or [args.finetuned]
+    finetuned = average([read_state_dict(path) for path in paths]) if args.average else read_state_dict(paths[0])
+    check_same(pretrained, finetuned, " + ".join(paths), args.pretrained)
+    finetuned = {key: tensor.to(model.logit_scale.device) for key, tensor in finetuned.items()}
+    results: Results = {alpha: {} for alpha in alphas}
+    chosen = alphas[0]
+    if sets:
+        tokenizer, preprocess = open_clip.get_tokenizer(args.model), val_preprocess(model)
+        results = sweep(
+            model,
+            pretrained,
+            finetuned,
+            alphas,
+            sets,
+            tokenizer,
+            lambda eval_set: loader_from_args(eval_set, preprocess, args),
+            args.precision,
+        )
+        chosen = choose(results, sets[0].name)
+    for alpha in alphas if args.save_all else [chosen]:
+        merged = interpolate(pretrained, finetuned, alpha)
+        with replacing(out / merged_name(alpha)) as part:
+            torch.save({key: tensor.cpu().contiguous() for key, tensor in merged.items()}, part)
+    text = json.dumps(_record(args, paths, results, chosen, sets[0].name if sets else None), indent=1)
+    with replacing(out / "wiseft.json") as part:
+        part.write_text(text + "\n", encoding="utf-8")
+    if len(alphas) > 1:
+        draw_frontier(results, chosen, out / "frontier.png", args.per_set)
+    if args.json:
+        sys.stdout.write(text + "\n")
+    elif sets:
+        sys.stdout.write(table(_rows(results, chosen), "alpha") + "\n")
+    _log.info(f"Wrote {out}/: {', '.join(sorted(path.name for path in out.iterdir()))}.")
+    words = ["flyp", "export", str(out / merged_name(chosen)), *model_flags(args, model), "--data",
+             sets[0].source if sets else "DIR", "--format", "timm", "--out", "classifier"]  # fmt: skip
+    _log.info(f"Next: {shlex.join(words)}")
+
+
+def parse_alphas(text: str) -> list[float]:
+    """START:STOP:STEP, both ends included, or numbers joined by commas; in order, each once.
+
+    Raises:
+        InputError: not that, outside [0, 1], or finer than 0.01, which is what the files' names tell apart.
+    """
+    parts = text.split(":")
+    try:
+        if len(parts) == 3:
+            start, stop, step = map(float, parts)
+            if abs(step) < 0.0099:
+                raise ValueError
+            # a little grace at the end, for 0.1 is no binary fraction
+            alphas = [start + i * step for i in range(math.floor((stop - start) / step + 1e-6) + 1)]
+        else:
+            alphas = [float(part) for part in text.split(",")]
+    except (ValueError, OverflowError):
+        alphas = []
+    if not alphas:
+        raise InputError(f"{text!r} is not START:STOP:STEP, with a STEP of 0.01 or more, nor numbers joined by commas.")
+    for alpha in alphas:
+        if not -1e-9 <= alpha <= 1 + 1e-9:
+            raise InputError(f"alpha {alpha:g} is outside [0, 1]; 0 is the pretrained and 1 the fine-tuned model.")
+        if abs(alpha - round(alpha, 2)) > 1e-9:
+            raise InputError(f"alpha {alpha:g} is finer than 0.01, which the names of the files cannot tell; round it.")
+    return sorted({abs(round(alpha, 2)) for alpha in alphas})
+
+
+def merged_name(alpha: float) -> str:
+    return f"wise_ft_alpha={alpha:.2f}.pt"
+
+
+def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) -> None:
+    draw = len(alphas) > 1
+    if draw and not scored:
+        raise InputError("which alpha is best can only be told from data; give --eval-data NAME=SHARDS, or one --alpha.")
+    if draw and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("frontier.png needs matplotlib; pip install 'flyp-plugin[plot]'.")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} cannot be made a folder: there is a file of that name; give another --out.")
+    for name in [*map(merged_name, alphas), "wiseft.json", *(["frontier.png"] if draw else [])]:
+        refuse_existing(out / name, force)
+
+
+def _start(args: argparse.Namespace) -> tuple[Model, dict[str, torch.Tensor]]:
+    """A working model in --precision, and the pretrained weights in float32."""
+    source = model_from_args(args, args.pretrained, "fp32")
+    if args.precision in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
+        return source, {key: tensor.clone() for key, tensor in source.state_dict().items()}
+    return model_from_args(args, args.pretrained), source.state_dict()
+
+
+def model_flags(args: argparse.Namespace, model: Model) -> list[str]:
+    """The flags that make `model` again from a checkpoint, which does not tell the preprocessing of a pretrained tag."""
+    flags = ["--model", args.model]
+    if args.model_config:
+        flags += ["--model-config", args.model_config]
+    config = open_clip.get_model_config(args.model.replace("/", "-")) or {}
+    if not config.get("quick_gelu") and any(type(module).__name__ == "QuickGELU" for module in model.modules()):
+        flags += ["--force-quick-gelu"]
+    for name in ("mean", "std", "interpolation", "resize_mode"):
+        value, default = model.visual.preprocess_cfg[name], getattr(PreprocessCfg(), name)
+        value = value if isinstance(value, str) else tuple(value)
+        if value != default:
+            flags += [f"--image-{name.replace('_', '-')}", *([value] if isinstance(value, str) else map(str, value))]
+    return flags
+
+
+def _record(
+    args: argparse.Namespace, finetuned: list[str], results: Results, chosen: float, chosen_by: str | None
+) -> dict[str, Any]:
+    def source(given: str, path: str) -> dict[str, str]:
+        return {"given": given, "sha256": sha256(path)}
+
+    return {
+        "model": args.model,
+        "chosen_alpha": chosen,
+        "chosen_by": chosen_by and f"{chosen_by}/top1",
+        "alphas": {f"{alpha:.2f}": metrics for alpha, metrics in results.items()},
+        "inputs": {
+            "pretrained": source(args.pretrained, weights_file(args.model, args.pretrained)),
+            "finetuned": [source(path, path) for path in finetuned],
+        },
+        "versions": {"flyp_plugin": flyp_plugin.__version__, "open_clip": open_clip.__version__, "torch": torch.__version__},
+    }
+
+
+def mean_ood(by_set: Mapping[str, Metrics]) -> float | None:
+    """Mean top-1 over all sets but the first; None where there is only one."""
+    _, *others = (metrics["top1"] for metrics in by_set.values())
+    return sum(others) / len(others) if others else None
+
+
+def _rows(results: Results, chosen: float) -> dict[str, dict[str, float]]:
+    rows = {}
+    for alpha, by_set in results.items():
+        row = {f"{name} top1": metrics["top1"] for name, metrics in by_set.items()}
+        ood = mean_ood(by_set)
+        rows[f"{alpha:.2f}{' *' if alpha == chosen else ''}"] = row | ({} if ood is None else {"mean OOD": ood})
+    return rows
+
+
+def draw_frontier(results: Results, chosen: float, path: Path, per_set: bool = False) -> None:
+    """ID accuracy across, OOD accuracy up, a point an alpha (WiSE-FT, figure 1); with one set alone, alpha across.
+
+    Args:
+        results: metrics of each alpha on each set, the first set being the ID one.
+        chosen: the alpha that gets the star.
+        path: where the PNG goes.
+        per_set: a curve for each OOD set in place of their mean.
+    """
+    from matplotlib.figure import Figure
+
+    alphas = sorted(results)
+    first, *others = results[alphas[0]]
+    across = [100 * results[alpha][first]["top1"] for alpha in alphas] if others else alphas
+    curves = {name: [100 * results[alpha][name]["top1"] for alpha in alphas] for name in others if per_set}
+    if others and not per_set:
+        curves["mean OOD"] = [100 * mean_ood(results[alpha]) for alpha in alphas]  # type: ignore[operator]
+    if not others:
+        curves[first] = [100 * results[alpha][first]["top1"] for alpha in alphas]
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    at = alphas.index(chosen)
+    for name, up in curves.items():
+        (line,) = axes.plot(across, up, "o-", markersize=4, label=name)
+        axes.plot(across[at], up[at], "*", markersize=16, color=line.get_color(), markeredgecolor="black")
+        for x, y, alpha in zip(across, up, alphas):
+            axes.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.plot([], [], "*", markersize=12, color="white", markeredgecolor="black", label=f"chosen: alpha = {chosen:g}")
+    axes.set_xlabel(f"{first} (ID) top-1, %" if others else "alpha (0: pretrained, 1: fine-tuned)")
+    axes.set_ylabel("OOD top-1, %" if others else "top-1, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=150)
