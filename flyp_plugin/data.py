@@ -332,15 +332,29 @@ class ClassPromptDataset(IterableDataset):
             yield {"image": images, "text": texts} if self.as_dict else (images, texts)
         skipped.report(f"epoch {epoch}")
 
-    def peek(self, number: int) -> list[tuple[str, str]]:
-        """(key, prompt) of the first samples in the first shards, as epoch 0 pairs them.
 
-        Raises:
-            InputError: a label there that the class names do not fit.
-        """
-        samples = self._stream.reader.labelled(self.shards[:3], Skipped())
-        samples = prompted(samples, len(self.prompts.templates), self._stream.seed, 0, 0)
-        return [(s["key"], self.prompts(s["label"], s["template"])) for s in islice(samples, number)]
+def peek(
+    shards: Sequence[str],
+    prompts: ClassPrompts,
+    seed: int = 0,
+    image_key: str = IMAGE_KEY,
+    label_key: str = "cls",
+    number: int = 3,
+) -> list[tuple[str, str]]:
+    """(key, prompt) of the first samples in the first shards, as epoch 0 pairs them.
+
+    Raises:
+        InputError: a label there that the class names do not fit, or nothing but shards that cannot be read.
+    """
+    skip = Skipped()
+    samples = labelled(
+        read_samples(shards[:number], skip), len(prompts.classnames), skip, image_key, label_key
+    )
+    samples = islice(prompted(samples, len(prompts.templates), seed, 0, 0), number)
+    pairs = [(sample["key"], prompts(sample["label"], sample["template"])) for sample in samples]
+    if not pairs and len(shards) <= number:
+        raise _nothing(shards, skip)
+    return pairs
 
 
 class LabelledDataset(IterableDataset):

@@ -11,17 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import open_clip
 import torch
 from tqdm import tqdm
 
-from flyp_plugin.checkpoints import model_from_args, refuse_existing, replacing
+from flyp_plugin.checkpoints import load_tokenizer, model_from_args, refuse_existing, replacing
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier, val_preprocess
 from flyp_plugin.metrics import evaluate, table
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
-from flyp_plugin.sources import expand_source
+from flyp_plugin.sources import expand_source, find_beside
 
 _COLUMNS = ["set", "key", "label", "prediction", "probability", "group", "label_name", "prediction_name"]
 _log = logging.getLogger(__name__)
@@ -45,13 +44,14 @@ class EvalSet:
 
 
 def parse_eval_sets(
-    specs: Sequence[str], classnames: str | None = None, templates: str | None = None
+    specs: Sequence[str], classnames: str | None = None, templates: str | None = None, own_first: bool = False
 ) -> list[EvalSet]:
     """Evaluation sets from NAME=SHARDS, where SHARDS may also be a data folder, whose `test` split is used.
 
     Args:
         specs: as given with --eval-data.
         classnames, templates: replace the text files beside the shards, for all sets.
+        own_first: they only stand in where a set has no such file, as in training, whose flags they are.
 
     Raises:
         InputError: not NAME=SHARDS, a name given twice or not fit for a metric's name, no shards, no class names.
@@ -65,9 +65,14 @@ def parse_eval_sets(
                 "the metrics (val=data/test)."
             )
         if name in sets:
-            raise InputError(f"--eval-data gives the name {name!r} twice ({sets[name].source}, {source}); rename one.")
+            raise InputError(
+                f"--eval-data gives the name {name!r} twice ({sets[name].source}, {source}); rename one."
+            )
         shards = [shard for part in source.split("::") for shard in expand_source(part, "test")]
-        sets[name] = EvalSet(name, shards, resolve_prompts(shards, classnames, templates), source)
+        given = {"classnames.txt": classnames, "zeroshot_classification_templates.txt": templates}
+        if own_first:
+            given = {file: find_beside(shards, file) or value for file, value in given.items()}
+        sets[name] = EvalSet(name, shards, resolve_prompts(shards, *given.values()), source)
     return list(sets.values())
 
 
@@ -103,7 +108,7 @@ def eval_command(args: argparse.Namespace) -> None:
     if args.predictions:
         refuse_existing(args.predictions, args.force)
     model = model_from_args(args, args.checkpoint)
-    tokenizer, preprocess = open_clip.get_tokenizer(args.model), val_preprocess(model)
+    tokenizer, preprocess = load_tokenizer(args.model), val_preprocess(model)
     results = {}
     with _predictions(args.predictions) as write:
         for eval_set in sets:
@@ -135,7 +140,16 @@ def _predictions(path: str | None) -> Iterator[Callable[[EvalSet], Callable] | N
                 for key, label, guess, probability, group in zip(
                     batch["keys"], labels, best.indices.tolist(), best.values.tolist(), groups
                 ):
-                    row = [eval_set.name, key, label, guess, f"{probability:.6f}", group, names[label], names[guess]]
+                    row = [
+                        eval_set.name,
+                        key,
+                        label,
+                        guess,
+                        f"{probability:.6f}",
+                        group,
+                        names[label],
+                        names[guess],
+                    ]
                     writer.writerow(row)
 
             return on_batch

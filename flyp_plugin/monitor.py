@@ -1,0 +1,126 @@
+"""Accuracy in and out of distribution while a run trains: what --eval-data shows. Scoring itself is metrics.py's."""
+
+import json
+import logging
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flyp_plugin.data import LabelledDataset
+from flyp_plugin.evalsets import EvalSet
+from flyp_plugin.heads import ImageClassifier
+from flyp_plugin.metrics import Metrics, Tally, score
+
+_log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Scores a model on evaluation sets after epoch 0 (the zero-shot row), every --eval-frequency epochs and after the last.
+
+    With several ranks each scores its part of the images and all get the figures of the whole.
+
+    Args:
+        sets: the first is the ID validation set.
+        args: open_clip's and FLYP's, of a run that has begun; a resumed one goes on from its results.jsonl.
+    """
+
+    def __init__(self, sets: Sequence[EvalSet], args: Namespace):
+        self.sets, self.args = sets, args
+        self.loaders: dict[str, LabelledDataset] = {}
+        self.history: dict[int, dict[str, Any]] = {}
+        results = Path(args.checkpoint_path, "results.jsonl")
+        if args.resume and results.exists():
+            rows = [json.loads(line) for line in results.read_text().splitlines()]
+            self.history = {row["epoch"]: row for row in rows if f"{sets[0].name}/top1" in row}
+
+    def __call__(
+        self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int
+    ) -> dict[str, Any]:
+        """Metrics as `NAME/top1`, `NAME/macro_f1`, ... and the epoch; empty where this epoch is not evaluated."""
+        frequency = self.args.eval_frequency
+        if epoch not in (0, self.args.epochs) and (frequency == 0 or epoch % frequency):
+            return {}
+        row: dict[str, Any] = {}
+        for eval_set in self.sets:
+            classifier = ImageClassifier.from_prompts(model, tokenizer, eval_set.prompts, self.args.precision)
+            metrics = self._over_ranks(
+                score(classifier, self._loader(eval_set, preprocess), self._tally(eval_set))
+            )
+            if "worst_group" in metrics:  # a name; what is logged as a metric has to be a number
+                _log.info(f"{eval_set.name}: the worst group is {metrics.pop('worst_group')!r}")
+            row.update({f"{eval_set.name}/{metric}": value for metric, value in metrics.items()})
+        self.history[epoch] = {**row, "epoch": epoch}
+        if self.args.rank == 0:
+            for line in self.table(epoch):
+                _log.info(line)
+        return self.history[epoch]
+
+    def table(self, epoch: int) -> list[str]:
+        """The figures of an epoch as aligned lines, with the change since epoch 0."""
+        lines = [f"{f'epoch {epoch}':<12}" + "".join(f"{name:>22}" for name in ("top-1", "macro-F1", "n"))]
+        for eval_set in self.sets:
+            cells = []
+            for metric in ("top1", "macro_f1"):
+                name = f"{eval_set.name}/{metric}"
+                now, before = self.history[epoch][name], self.history.get(0, {}).get(name)
+                change = f" ({100 * (now - before):+.2f})" if epoch and before is not None else ""
+                cells.append(f"{100 * now:.2f}{change}")
+            cells.append(str(self.history[epoch][f"{eval_set.name}/n"]))
+            lines.append(f"{eval_set.name:<12}" + "".join(f"{cell:>22}" for cell in cells))
+        return lines
+
+    def summary(self) -> list[str]:
+        """What to say at the end of a run: its best epoch on the first set, and the merge to try next."""
+        args, first = self.args, f"{self.sets[0].name}/top1"
+        trained = {epoch: row[first] for epoch, row in self.history.items() if epoch}
+        if not trained:
+            return []
+        best = max(trained, key=lambda epoch: (trained[epoch], -epoch))
+        folder = Path(args.logs, args.name, "checkpoints")
+        saved = [e for e in (best, max(trained)) if (folder / f"epoch_{e}.pt").exists()]
+        lines = [f"Best epoch on {self.sets[0].name}: {best}, top-1 {100 * trained[best]:.2f}."]
+        if saved and args.pretrained:
+            command = ["flyp", "wiseft", "--model", args.model, "--pretrained", args.pretrained]
+            command += ["--model-config", args.model_config] if args.model_config else []
+            command += ["--finetuned", str(folder / f"epoch_{saved[0]}.pt")]
+            for spec in args.eval_data:
+                command += ["--eval-data", spec]
+            for flag in ("classnames", "templates"):
+                command += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
+            command += ["--out", str(Path(args.logs, args.name, "wiseft"))]
+            lines.append(f"Next, merge it with the pretrained weights:\n  {shlex.join(command)}")
+        return lines
+
+    def _loader(self, eval_set: EvalSet, preprocess: Callable) -> LabelledDataset:
+        args = self.args
+        if eval_set.name not in self.loaders:
+            self.loaders[eval_set.name] = LabelledDataset(
+                eval_set.shards,
+                preprocess,
+                args.batch_size,
+                num_classes=len(eval_set.prompts.classnames),
+                num_workers=args.workers,
+                image_key=args.image_key,
+                label_key=args.label_key,
+                group_key=args.group_key,
+                rank=args.rank,
+                world_size=args.world_size,
+            )
+        return self.loaders[eval_set.name]
+
+    def _tally(self, eval_set: EvalSet) -> Tally:
+        return Tally(len(eval_set.prompts.classnames))
+
+    def _over_ranks(self, tally: Tally) -> Metrics:
+        if self.args.world_size > 1:
+            parts: list[Any] = [None] * self.args.world_size
+            dist.all_gather_object(parts, tally)
+            tally, *others = parts
+            for other in others:
+                tally.merge(other)
+        return tally.metrics()

@@ -1,0 +1,251 @@
+"""FLYP inside open_clip's own training script: the only module that knows open_clip_train's internals.
+
+`run` calls open_clip_train.main.main with a few of its module globals replaced for the time of that call:
+    main.parse_args                      our flags join open_clip's, so that params.txt and loggers have them
+    main.create_model_and_transforms     the model is met before DDP and torch.compile
+    main.get_data                        data["train"] is our loader; all else stays open_clip's
+    main.evaluate, train.zero_shot_eval  our metrics, on every rank, logged by open_clip
+    main.train_one_epoch                 before its first call, the evaluation of the starting weights
+The loop, the loss, the optimizer, checkpoints and logs are open_clip's, unchanged.
+"""
+
+import inspect
+import logging
+import random
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from flyp_plugin.data import ClassPromptDataset
+from flyp_plugin.errors import InputError
+from flyp_plugin.samples import sample_seed
+
+SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
+_log = logging.getLogger(__name__)
+
+
+class Plan(Protocol):
+    """What is put into open_clip's run; its methods are called on every rank, in this order."""
+
+    args: Namespace  # open_clip's and ours, as main() is to see them; main() adds rank, world_size, name, ...
+
+    def on_model(self, model: torch.nn.Module) -> None: ...
+
+    def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset: ...
+
+    @property
+    def evaluates(self) -> bool: ...
+
+    def evaluate(
+        self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int
+    ) -> dict: ...
+
+    def finish(self) -> None: ...
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return import_module(f"open_clip_train.{name}")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("open_clip_train"):
+            raise InputError(
+                f"open_clip_torch {version('open_clip_torch')} has no open_clip_train; FLYP needs {SUPPORTED}: "
+                "pip install -U 'flyp-plugin[train]'"
+            ) from None
+        raise InputError(
+            f"open_clip's training script needs the package {error.name}: pip install 'flyp-plugin[train]'"
+        ) from None
+
+
+def parse_args(argv: Sequence[str]) -> Namespace:
+    """open_clip's own parser; on a wrong flag it leaves the process, as it does there."""
+    return _module("params").parse_args(list(argv))
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks) that open_clip will find, from the environment that torchrun or Slurm has set."""
+    distributed = _module("distributed")
+    if not distributed.is_using_distributed():
+        return 0, 1
+    _, rank, size = distributed.world_info_from_env()
+    return rank, size
+
+
+def run_folder(args: Namespace) -> Path | None:
+    """Where open_clip keeps this run; None where it makes up the name itself."""
+    return Path(args.logs, args.name) if args.name else None
+
+
+def check_run_folder(args: Namespace) -> None:
+    """Look at the run's folder before open_clip does.
+
+    A checkpoint that a killed run left half-written, and that --resume latest would take, gets another name.
+
+    Raises:
+        InputError: a run of this name is there and is not to be resumed.
+    """
+    folder = run_folder(args)
+    if folder is None:
+        return
+    if args.resume != "latest":
+        if (folder / "out.log").exists():
+            raise InputError(
+                f"there is a run in {folder}; choose another --name, or go on with it by --resume latest."
+            )
+        return
+    for path in sorted(folder.glob("checkpoints/**/*.pt")):
+        if not zipfile.is_zipfile(path):  # torch writes a zip file, whose directory comes last
+            path.rename(path.with_suffix(".pt.incomplete"))
+            _log.warning(
+                f"{path} is incomplete and is left out: it is now {path.with_suffix('.pt.incomplete')}."
+            )
+
+
+def run(plan: Plan) -> int:
+    """open_clip_train.main.main, unchanged, on the plan's data; returns the exit status."""
+    main = _module("main")
+    with _installed(_Seams(plan)):
+        if main.main([]) == -1:  # its parser's answer is the plan's
+            return 1
+    plan.finish()
+    return 0
+
+
+@contextmanager
+def _installed(seams: "_Seams") -> Iterator[None]:
+    args, replaced = seams.plan.args, []
+
+    def replace(module: ModuleType, name: str, value: object) -> None:
+        replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    try:
+        for module_name, name in seams.places:
+            module = _module(module_name)
+            if not hasattr(module, name):
+                raise InputError(
+                    f"open_clip_torch {version('open_clip_torch')} has no open_clip_train.{module_name}.{name}; FLYP "
+                    f"is made for {SUPPORTED}."
+                )
+            seams.original[name] = getattr(module, name)
+            replace(module, name, getattr(seams, name))
+        if args.device.startswith("cpu") or not torch.cuda.is_available():
+            replace(torch.nn.parallel, "DistributedDataParallel", _CpuDistributed)
+        yield
+    finally:
+        for module, name, original in reversed(replaced):
+            setattr(module, name, original)
+
+
+class _CpuDistributed(torch.nn.parallel.DistributedDataParallel):
+    """Without device_ids: open_clip gives [cpu], which DistributedDataParallel refuses."""
+
+    def __init__(self, module: torch.nn.Module, device_ids: object = None, **kwargs: Any):
+        super().__init__(module, **kwargs)
+
+
+class _Seams:
+    """The functions that stand in for open_clip_train's during one call of its main()."""
+
+    places = (
+        ("main", "parse_args"),
+        ("main", "create_model_and_transforms"),
+        ("main", "get_data"),
+        ("main", "evaluate"),
+        ("main", "train_one_epoch"),
+        ("train", "zero_shot_eval"),
+    )
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.original: dict[str, Callable] = {}
+        self.model: Any = None
+        self.preprocess_val: Any = None
+        self.tokenizer: Any = None
+        self.metrics: dict[str, float] = {}  # of the evaluation that open_clip is about to log
+        self.started = False
+
+    def parse_args(self, argv: list[str]) -> Namespace:
+        return self.plan.args
+
+    def create_model_and_transforms(self, name: str, pretrained: str | None = None, **kwargs: Any) -> tuple:
+        try:
+            created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise InputError(
+                f"open_clip could not make {name} with --pretrained {pretrained!r} ({reason}); check that the weights "
+                "are this model's and can be had."
+            ) from error
+        if self.model is None:  # a second one is the teacher of --distill-model
+            self.model = created[0]
+            self.plan.on_model(created[0])
+        return created
+
+    def get_data(
+        self, args: Namespace, preprocess: tuple, epoch: int = 0, tokenizer: Any = None, **kwargs: Any
+    ) -> dict:
+        as_dict = (
+            "naflex_data_config" in inspect.signature(self.original["get_data"]).parameters
+        )  # open_clip 4
+        others = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
+        data = self.original["get_data"](others, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
+        self.preprocess_val, self.tokenizer = preprocess[1], tokenizer
+        dataset = self.plan.train_data(preprocess[0], tokenizer, as_dict)
+        data["train"] = _data_info(dataset, args)
+        if self.plan.evaluates:
+            data.setdefault(
+                "imagenet-val", None
+            )  # main() evaluates where this key is; zero_shot_eval below answers
+        return data
+
+    def evaluate(self, model: Any, data: dict, epoch: int, args: Namespace, **kwargs: Any) -> dict:
+        if self.plan.evaluates:
+            self.metrics = self.plan.evaluate(self.model, self.preprocess_val, self.tokenizer, epoch)
+        return self.original["evaluate"](model, data, epoch, args, **kwargs)
+
+    def zero_shot_eval(self, model: Any, data: dict, epoch: int, args: Namespace, **kwargs: Any) -> dict:
+        real = {name: info for name, info in data.items() if info is not None}
+        if not {"imagenet-val", "imagenet-v2"} & real.keys():
+            return self.metrics
+        return {**self.original["zero_shot_eval"](model, real, epoch, args, **kwargs), **self.metrics}
+
+    def train_one_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(self.original["train_one_epoch"]).bind(*args, **kwargs).arguments
+        state = given.get("state")  # open_clip 4: one object for model, optimizer and epoch
+        if not self.started and self.plan.evaluates and (state.epoch if state else given["epoch"]) == 0:
+            model, tb_writer = state.task if state else given["model"], given.get("tb_writer")
+            self.evaluate(
+                model, given["data"], 0, given["args"], tb_writer=tb_writer, tokenizer=self.tokenizer
+            )
+        self.started = True
+        return self.original["train_one_epoch"](*args, **kwargs)
+
+
+def _data_info(dataset: ClassPromptDataset, args: Namespace) -> Any:
+    """open_clip's DataInfo, whose set_epoch it calls at the start of each epoch.
+
+    Everything random is seeded there too: open_clip does not restore random states when it resumes, and a resumed
+    run is to equal an uninterrupted one.
+    """
+
+    info = _module("data").DataInfo(dataloader=dataset)
+
+    def set_epoch(epoch: int) -> None:
+        dataset.set_epoch(epoch)
+        seed = sample_seed(args.seed, epoch, args.rank)
+        torch.manual_seed(seed % 2**63)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+
+    info.set_epoch = set_epoch
+    return info

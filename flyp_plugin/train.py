@@ -1,0 +1,293 @@
+"""FLYP's flags and defaults on top of open_clip's training script, which does the training.
+
+    python train_flyp.py --model ViT-B-16 --pretrained openai --train-data data --eval-data val=data
+
+`flyp train` and `python -m flyp_plugin.train` are the same program. Flags that are not listed by --help are
+open_clip's and go through to it untouched.
+"""
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+
+import open_clip
+import torch
+
+from flyp_plugin import checkpoints, openclip
+from flyp_plugin.data import ClassPromptDataset, peek
+from flyp_plugin.errors import InputError, run
+from flyp_plugin.evalsets import parse_eval_sets
+from flyp_plugin.monitor import Monitor
+from flyp_plugin.prompts import resolve_prompts
+from flyp_plugin.sources import IMAGE_KEY, count_samples, expand_sources
+from flyp_plugin.text import shorten
+
+GLOBAL_BATCH = 512
+# The paper's, where they differ from open_clip's, which are for pretraining (arXiv 2212.00638, appendix)
+DEFAULTS = {
+    "lr": "1e-5",
+    "wd": "0.1",
+    "warmup": "500",
+    "epochs": "10",
+    "beta1": "0.9",
+    "beta2": "0.999",
+    "eps": "1e-8",
+    "precision": "fp32",
+    "batch_size": str(GLOBAL_BATCH),
+}
+_OTHER = {"precision": "bf16"}  # with -1 for the numbers: other defaults, which show what the user gives
+_log = logging.getLogger(__name__)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of FLYP's own flags; it takes no abbreviations, so that it catches none of open_clip's."""
+    parser = argparse.ArgumentParser(
+        prog="train_flyp.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Fine-tune a CLIP model like it was pretrained (FLYP), by open_clip's own training script.\n\n"
+        "example:\n  python train_flyp.py --model ViT-B-16 --pretrained openai --train-data data --batch-size 256",
+        epilog="All other flags are open_clip's (--model, --pretrained, --train-data, --batch-size, --epochs, --lr,\n"
+        "--precision, --resume latest, ...): see --help-open-clip. With FLYP's defaults: "
+        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DEFAULTS.items())
+        + "\n(over all ranks together), and --local-loss --gather-with-grad with several ranks.",
+    )
+    add = parser.add_argument
+    add(
+        "--classnames",
+        metavar="FILE",
+        help="class names, a line each (or: imagenet); else classnames.txt by the shards",
+    )
+    add("--templates", metavar="FILE", help="prompt templates with {c}, a line each (or: openai, simple, or one "
+        "template); else zeroshot_classification_templates.txt by the shards")  # fmt: skip
+    add(
+        "--label-key", default="cls", help="member with the class index, or json:FIELD (default: %(default)s)"
+    )
+    add("--image-key", default=IMAGE_KEY, help="members that may hold the image (default: %(default)s)")
+    add(
+        "--model-config",
+        metavar="PATH",
+        help="a model configuration of your own for open_clip, or a folder of them",
+    )
+    add("--eval-data", metavar="NAME=SHARDS", action="append", default=[], help="a labelled set to score before "
+        "training and after each epoch; repeatable, the first is the ID validation set")  # fmt: skip
+    add(
+        "--eval-frequency",
+        metavar="N",
+        type=int,
+        default=1,
+        help="score every N epochs (default: %(default)s)",
+    )
+    add(
+        "--group-key",
+        metavar="KEY",
+        help="member with a sample's group, or json:FIELD, for worst-group accuracy",
+    )
+    add("--full-text", action="store_true", help="run the text tower on its full context and on every row, as "
+        "open_clip does: slower, the same features")  # fmt: skip
+    add("--softmax-loss", action="store_true", help="train a SigLIP model with the softmax loss all the same")
+    add(
+        "--no-flyp-defaults", action="store_true", help="leave open_clip's own defaults, made for pretraining"
+    )
+    add("--help-open-clip", action="store_true", help="show open_clip's flags and leave")
+    return parser
+
+
+class FlypRun:
+    """A FLYP run as openclip.run wants it: made and checked before there is a model.
+
+    Args:
+        ours: FLYP's own flags.
+        rest: all other flags, which are open_clip's.
+
+    Raises:
+        InputError: whatever is wrong in the flags, the class names, the templates or the first samples.
+    """
+
+    def __init__(self, ours: argparse.Namespace, rest: Sequence[str]):
+        rank, world_size = openclip.world()
+        self.defaults = {} if ours.no_flyp_defaults else _defaults(rest, world_size)
+        args = openclip.parse_args([*_flags(self.defaults, world_size), *rest])
+        self.args = args = argparse.Namespace(**{**vars(args), **vars(ours)})
+        if args.model_config:
+            checkpoints.add_model_config(args.model_config)
+        checkpoints.check_names(args.model, args.pretrained)
+        if rank == 0:
+            openclip.check_run_folder(args)
+        self.shards, self.weights = _shards(args)
+        self.prompts = resolve_prompts(self.shards, args.classnames, args.templates)
+        self.eval_sets = parse_eval_sets(args.eval_data, args.classnames, args.templates, own_first=True)
+        self.num_samples = args.train_num_samples or count_samples(self.shards, args.image_key)
+        self.pairs = peek(self.shards, self.prompts, args.seed, args.image_key, args.label_key)
+        self.steps = _steps(args, self.num_samples, world_size)
+        most = self.steps * args.epochs // 10
+        if "warmup" in self.defaults and args.warmup > most:
+            self.defaults["warmup"] = f"{most} (a tenth of the steps, which are few)"
+            args.warmup = most
+        self.monitor: Monitor | None = None
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.eval_sets)
+
+    def on_model(self, model: torch.nn.Module) -> None:
+        """Refuse the wrong loss, and make the text tower short."""
+        args = self.args
+        if getattr(model, "logit_bias", None) is not None and not args.siglip and not args.softmax_loss:
+            raise InputError(
+                f"{args.model} was pretrained with the sigmoid loss, so like pretrained means --siglip; give that, "
+                "or --softmax-loss to train it with the softmax loss all the same."
+            )
+        if not args.full_text:
+            tokenizer = open_clip.get_tokenizer(args.model, context_length=args.force_context_length)
+            two = tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
+            compiled = args.torchcompile  # wants few shapes, and none that depend on the data
+            shorten(model, two, unique=not compiled, multiple_of=8 if compiled else 1)
+
+    def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
+        """The training batches; says what they are."""
+        args = self.args
+        dataset = ClassPromptDataset(
+            self.shards,
+            preprocess,
+            tokenizer,
+            args.batch_size,
+            prompts=self.prompts,
+            num_samples=self.num_samples,
+            num_workers=args.workers,
+            seed=args.seed,
+            rank=args.rank,
+            world_size=args.world_size,
+            shard_weights=self.weights,
+            image_key=args.image_key,
+            label_key=args.label_key,
+            as_dict=as_dict,
+        )
+        if args.rank == 0:
+            self._say(dataset)
+        return dataset
+
+    def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
+        """Metrics of the evaluation sets, to be logged by open_clip; empty where this epoch is not evaluated."""
+        if self.monitor is None:
+            self.monitor = Monitor(self.eval_sets, self.args)
+        return self.monitor(model, preprocess, tokenizer, epoch)
+
+    def finish(self) -> None:
+        """Say which epoch was best and what to do next."""
+        if self.monitor and self.args.rank == 0:
+            for line in self.monitor.summary():
+                _log.info(line)
+
+    def _say(self, dataset: ClassPromptDataset) -> None:
+        args, prompts = self.args, self.prompts
+        classes, templates = len(prompts.classnames), len(prompts.templates)
+        fewer = (
+            "" if dataset.num_workers == args.workers else f" (not {args.workers}: a worker needs a shard)"
+        )
+        named = ", ".join(f"{name} {value}" for name, value in self.defaults.items()) or "none"
+        for line in (
+            f"FLYP's defaults in use: {named}. All else is open_clip's, or yours.",
+            f"Samples: {self.num_samples} an epoch, in {len(self.shards)} shards.",
+            f"Prompts: {classes} classes x {templates} templates = {len(prompts)}.",
+            f"Steps: {self.steps} an epoch, {args.epochs} epochs; {dataset.num_workers} workers a rank{fewer}.",
+            *(f"  {key}: {prompt!r}" for key, prompt in self.pairs),
+        ):
+            _log.info(line)
+
+
+def train(argv: Sequence[str]) -> int:
+    """Check what can be checked before a model is made, then hand over to open_clip's main(); the exit status."""
+    ours, rest = parser().parse_known_args(argv)
+    if ours.help_open_clip:
+        openclip.parse_args(["--help"])
+    with _logging_until_open_clip_does():
+        flyp = FlypRun(ours, rest)
+    return openclip.run(flyp)
+
+
+@contextmanager
+def _logging_until_open_clip_does() -> Iterator[None]:
+    logger, handler = logging.getLogger("flyp_plugin"), logging.StreamHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _defaults(rest: Sequence[str], world_size: int) -> dict[str, str]:
+    """FLYP's defaults without those that the user gives otherwise: found by trying another default with open_clip."""
+    others = openclip.parse_args([*_flags({name: _OTHER.get(name, "-1") for name in DEFAULTS}), *rest])
+    defaults = {
+        name: value
+        for name, value in DEFAULTS.items()
+        if str(getattr(others, name)) in ("-1", "-1.0", "bf16")
+    }
+    if "batch_size" in defaults:  # FLYP's is the number of images that one loss sees
+        defaults["batch_size"] = str(max(1, GLOBAL_BATCH // (world_size * others.accum_freq)))
+    return defaults
+
+
+def _flags(values: dict[str, str], world_size: int = 1) -> list[str]:
+    """As a command line; with several ranks FLYP's loss is over the batches of all of them."""
+    flags = chain.from_iterable((f"--{name.replace('_', '-')}", value) for name, value in values.items())
+    return [*flags, *(("--local-loss", "--gather-with-grad") if values and world_size > 1 else ())]
+
+
+def _shards(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
+    """The tar URLs of --train-data, and the weight of each where they are sampled with replacement."""
+    if not args.train_data:
+        raise InputError("--train-data is missing; give a data folder or shards (see --help).")
+    if args.dataset_type not in ("auto", "webdataset"):
+        raise InputError(
+            f"--dataset-type {args.dataset_type} is not for FLYP; `flyp shards write` makes shards."
+        )
+    if args.train_num_samples is not None and args.train_num_samples < 1:
+        raise InputError(
+            f"--train-num-samples {args.train_num_samples} is no number of samples; give 1 or more."
+        )
+    sources = expand_sources(args.train_data, "train")
+    shards = list(chain.from_iterable(sources))
+    factors = args.train_data_upsampling_factors
+    if factors is None:
+        return shards, [1.0] * len(shards) if args.dataset_resampled else None
+    if not args.dataset_resampled:
+        raise InputError(
+            "--train-data-upsampling-factors is for sampling with replacement: add --dataset-resampled."
+        )
+    try:
+        weights = [float(factor) for factor in factors.split("::")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(sources) or min(weights) < 0 or not any(weights):
+        raise InputError(
+            f"--train-data-upsampling-factors {factors} is not one positive number for each of the {len(sources)} "
+            "sources in --train-data, joined by '::'."
+        )
+    return shards, [weight for weight, source in zip(weights, sources) for _ in source]
+
+
+def _steps(args: argparse.Namespace, num_samples: int, world_size: int) -> int:
+    """Optimizer steps an epoch, as open_clip counts them."""
+    batches = math.ceil(math.ceil(num_samples / world_size) / args.batch_size)
+    if batches < args.accum_freq:
+        raise InputError(
+            f"an epoch has {batches} batches of {args.batch_size}, fewer than --accum-freq {args.accum_freq}, so that "
+            "no step would be taken; lower one of the two."
+        )
+    return batches // args.accum_freq
+
+
+def main() -> None:
+    """Entry point of train_flyp.py; leaves the process."""
+    run(lambda: train(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
