@@ -261,6 +261,8 @@ class ClassPromptDataset(IterableDataset):
         self.shards = list(
             chain.from_iterable(expand_sources(shards, "train")) if isinstance(shards, str) else shards
         )
+        if not self.shards:
+            raise InputError("the list of shards is empty; give at least one tar.")
         self.prompts = prompts or resolve_prompts(self.shards)
         self.rank, self.world_size = _world() if rank is None or world_size is None else (rank, world_size)
         self.as_dict = as_dict
@@ -389,6 +391,8 @@ class LabelledDataset(IterableDataset):
         world_size: int = 1,
     ):
         self.shards = list(shards)
+        if not self.shards:
+            raise InputError("the list of shards is empty; give at least one tar.")
         reader = _Reader(
             self.shards, preprocess, batch_size, num_classes, image_key, label_key, rank, world_size
         )

@@ -103,7 +103,10 @@ class PromptTokens:
         self.context_length, self._pad = len(empty), int(empty[-1])
         chunks = _Chunks(prompts, tokenizer, self._pad)
         workers = 0 if len(prompts) <= _CHUNK else min(len(chunks), torch.get_num_threads(), 8)
-        parts = list(DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is))
+        own = torch.Generator()  # else it would draw from the global one
+        parts = list(
+            DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=own)
+        )
         width = max(part.shape[1] for part, _ in parts)
         self._type = np.result_type(*(part.dtype for part, _ in parts))
         self._shape = (len(prompts.classnames), len(prompts.templates), width)

@@ -59,12 +59,22 @@ def sample_seed(*what: object) -> int:
 
 
 def read_samples(shards: Iterable[str], skip: Callable[[str], None]) -> Iterator[Sample]:
-    """The samples of `shards`, as webdataset gives them. A tar that breaks is skipped from there on, and counted."""
+    """The samples of `shards`, as webdataset gives them. A tar that breaks is skipped from there on, and counted.
+
+    Where it breaks, `__broken__` is set; `__short__` is in a tar's last sample with fewer members than the one before:
+    a tar that ends too early between two members, or in a header, ends like a good one.
+    """
     for shard in shards:
         errors: list[Exception] = []  # append returns None, which would stop webdataset: `or True` goes on
         read = wds.tarfile_to_samples(handler=lambda error, errors=errors: errors.append(error) or True)
+        before, held = 0, None
         for sample in read(iter([{"url": shard}])):
-            yield {**sample, "__url__": shard, "__broken__": bool(errors)}
+            if held:
+                before = len(held)
+                yield held
+            held = {**sample, "__url__": shard, "__broken__": bool(errors), "__short__": False}
+        if held:
+            yield {**held, "__short__": len(held) < before}
         if errors:
             skip(f"{shard}: {_reason(errors[0])}")
 
@@ -85,13 +95,18 @@ def labelled(
     for sample in samples:
         key, shard = sample["__key__"], sample["__url__"]
         image = next((sample[name] for name in image_key.split(";") if name in sample), None)
+        text = _member(sample, label_key)
+        if (image is None or text is None) and sample[
+            "__broken__"
+        ]:  # the tar broke between the two, and is counted
+            continue
+        if (image is None or text is None) and sample["__short__"]:
+            skip(f"{shard} ends in the middle of sample {key}")
+            continue
         if image is None:
             skip(f"{shard}, sample {key}, has no {image_key.replace(';', '/')} member")
             continue
-        text = _member(sample, label_key)
         if text is None:
-            if sample["__broken__"]:  # the tar ended between the two
-                continue
             members = ", ".join(name for name in sample if not name.startswith("__"))
             raise InputError(
                 f"{shard}, sample {key}, has no label '{label_key}' (its members: {members}); name the member that "
@@ -135,7 +150,8 @@ def _member(sample: Sample, key: str) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error.args[0]) if error.args else ""
+    known = getattr(error, "strerror", None)  # an OSError's first argument is a number
+    text = str(known or (error.args[0] if error.args else ""))
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
 
 

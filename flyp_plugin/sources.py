@@ -10,7 +10,9 @@ import re
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import braceexpand
@@ -51,8 +53,8 @@ def read_text(path: str) -> str | None:
         raise InputError(
             f"{path} could not be read: the server answers {error.code} {error.reason}."
         ) from None
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error.strerror or error
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: no address at all
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise InputError(f"{path} could not be read ({reason}); check the address.") from None
 
 
@@ -80,7 +82,12 @@ def expand_source(source: str, split: str) -> list[str]:
             raise InputError(
                 f"'{source}' has a '*'; shards are named by braces (DIR/{{0..9}}.tar) or by folder."
             )
-        shards = list(braceexpand.braceexpand(source))
+        try:
+            shards = list(braceexpand.braceexpand(source))
+        except ValueError as error:
+            raise InputError(
+                f"the braces in '{source}' do not pair ({error}); write {{0..9}} or {{a,b}}."
+            ) from None
         missing = [s for s in shards if not is_url(s) and not s.startswith("pipe:") and not os.path.isfile(s)]
         if missing:
             more = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
@@ -99,8 +106,8 @@ def _expand_folder(source: str, split: str) -> list[str]:
         raise InputError(f"there is no file or folder {source}; check the path.")
     for folder in (Path(source), Path(source, split)):
         tars = sorted(
-            folder.glob("*.tar"),
-            key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)],
+            (path for path in folder.glob("*.tar") if not path.name.startswith(".")),
+            key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)],
         )
         if tars:
             stated = read_text(str(folder / "nshards.txt"))
@@ -123,7 +130,7 @@ def _expand_url(source: str, split: str) -> list[str]:
                 raise InputError(
                     f"{folder}/nshards.txt holds {stated.strip()[:40]!r}, not a number of shards."
                 )
-            return [f"{folder.replace('/tree/', '/resolve/')}/{i}.tar" for i in range(int(stated))]
+            return [f"{_on_hub(folder, 'resolve')}/{i}.tar" for i in range(int(stated))]
     raise InputError(
         f"neither {source}/nshards.txt nor {source}/{split}/nshards.txt can be had; give a data folder in the "
         "CLIP_benchmark layout, or the shards themselves (URL/{0..9}.tar)."
@@ -132,9 +139,11 @@ def _expand_url(source: str, split: str) -> list[str]:
 
 def _metadata(url: str) -> str:
     """Where a data hub keeps text: its tars are under resolve/, its text under raw/."""
-    return (
-        re.sub(r"(/datasets/[^/]+/[^/]+)/(?:tree|resolve)/", r"\1/raw/", url, count=1) if is_url(url) else url
-    )
+    return _on_hub(url, "raw")
+
+
+def _on_hub(url: str, part: str) -> str:
+    return re.sub(r"(://.*?/datasets/[^/]+/[^/]+)/(?:tree|resolve)/", rf"\1/{part}/", url, count=1)
 
 
 def find_beside(shards: Sequence[str], name: str) -> str | None:
@@ -188,7 +197,8 @@ def _read_sizes(folder: str, names: Sequence[str]) -> int | None:
             sizes = json.loads(text)
             return sum(int(sizes[name]) for name in names) if all(name in sizes for name in names) else None
         text = read_text(_metadata(f"{folder}/__len__"))
-        return None if text is None else int(text)
+        # __len__ is the whole folder's, and says nothing of a part of it
+        return None if text is None or _is_part(folder, names) else int(text)
     except (ValueError, TypeError):
         raise InputError(
             f"{folder}/{'sizes.json' if text and '{' in text else '__len__'} does not hold sample counts; "
@@ -196,33 +206,50 @@ def _read_sizes(folder: str, names: Sequence[str]) -> int | None:
         ) from None
 
 
+def _is_part(folder: str, names: Sequence[str]) -> bool:
+    return not is_url(folder) and any(path.name not in names for path in Path(folder).glob("[!.]*.tar"))
+
+
 def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
-    sizes = {}
-    for name in tqdm(names, desc=f"counting {folder}", unit="shard", disable=None, delay=3):
+    sizes, whole = {}, True
+    for name in tqdm(dict.fromkeys(names), desc=f"counting {folder}", unit="shard", disable=None, delay=3):
+        path = os.path.join(folder, name)
+        keys: set[str] = set()
         try:
-            sizes[name] = count_shard(os.path.join(folder, name), image_key)
-        except (tarfile.TarError, OSError, EOFError) as error:
-            _log.warning(
-                f"{os.path.join(folder, name)} cannot be read as a tar ({error}) and counts as empty."
+            keys.update(_keys(path, image_key))  # keeps those before an error
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            whole = False
+            _log.warning(f"{path} cannot be read to its end as a tar ({error}); {len(keys)} samples count.")
+        sizes[name] = len(keys)
+    counted = sum(sizes[name] for name in names)
+    remembered = Path(folder, "sizes.json")
+    if whole and counted and not remembered.exists():  # nothing at all: the image key may be wrong
+        try:
+            write_atomically(remembered, json.dumps(sizes, indent=1) + "\n")
+            _log.info(
+                f"Counted {counted} samples in {len(sizes)} shards of {folder}; remembered in {remembered}."
             )
-    counted = sum(sizes.values())
-    path = Path(folder, "sizes.json")
-    if len(sizes) == len(names) and not path.exists():
-        try:
-            write_atomically(path, json.dumps(sizes, indent=1) + "\n")
-            _log.info(f"Counted {counted} samples in {len(names)} shards of {folder}; remembered in {path}.")
         except OSError:
             _log.info(
-                f"Counted {counted} samples in {len(names)} shards of {folder} (which cannot be written to)."
+                f"Counted {counted} samples in {len(sizes)} shards of {folder} (which cannot be written to)."
             )
     return counted
 
 
 def count_shard(path: str, image_key: str = IMAGE_KEY) -> int:
-    """Number of samples (members that are images, by their ending) in one local tar, from its headers."""
-    endings = tuple(f".{key}" for key in image_key.split(";"))
+    """Number of samples with an image in one local tar, from its headers."""
+    return len(set(_keys(path, image_key)))
+
+
+def _keys(path: str, image_key: str) -> Iterator[str]:
+    """Keys of the samples that have an image; as in webdataset, a key ends at the first dot of the file's name."""
+    endings = image_key.split(";")
     with tarfile.open(path) as tar:
-        return sum(member.isreg() and member.name.lower().endswith(endings) for member in tar)
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            key, _, ending = name.partition(".")
+            if member.isreg() and key and ending.lower() in endings:
+                yield f"{folder}/{key}"
 
 
 def write_atomically(path: Path, text: str) -> None:
