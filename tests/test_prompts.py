@@ -1,0 +1,300 @@
+"""Class names x templates: what is filled in, what is an error and where, and the table of tokens."""
+
+import logging
+import multiprocessing
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from flyp_plugin import ClassPrompts
+from flyp_plugin.errors import InputError
+from flyp_plugin.prompts import PromptTokens, fill, resolve_prompts
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return open_clip.get_tokenizer("ViT-B-32")
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """Write the two lists as bytes, and read them as ClassPrompts."""
+
+    def read(classnames: bytes, templates: bytes = b"a photo of a {c}.\n") -> ClassPrompts:
+        (tmp_path / "names.txt").write_bytes(classnames)
+        (tmp_path / "templates.txt").write_bytes(templates)
+        return ClassPrompts.from_files(str(tmp_path / "names.txt"), str(tmp_path / "templates.txt"))
+
+    return read
+
+
+# filling in
+
+
+@pytest.mark.parametrize(
+    "template,name,prompt",
+    [
+        ("a photo of a {c}.", "cat", "a photo of a cat."),
+        ("a photo of a {}.", "cat", "a photo of a cat."),
+        ("{c}, or {}, or {c}", "cat", "cat, or cat, or cat"),
+        ("{c} {0} {c.__class__} {name} { {{}}", "cat", "cat {0} {c.__class__} {name} { {cat}"),
+        ("a {c}.", "{c}", "a {c}."),
+        ("a {c} and a {}.", "{} {0} \\1 %s", "a {} {0} \\1 %s and a {} {0} \\1 %s."),
+        ("{c}", "naïve café 猫", "naïve café 猫"),
+    ],
+)
+def test_only_the_place_of_the_class_is_filled(template, name, prompt):
+    assert fill(template, name) == prompt
+    assert ClassPrompts([name], [template])(0, 0) == prompt
+    assert ClassPrompts([name], [template]).template_functions()[0](name) == prompt
+
+
+@pytest.mark.parametrize(
+    "template", ["{0}", "{c.__class__}", "{c!r}", "{c:>9}", "{ c }", "{C}", "a photo", ""]
+)
+def test_a_template_without_a_place_for_the_class_is_an_error(template):
+    with pytest.raises(InputError, match="entry 2, .* has no place for the class name; write {c}"):
+        ClassPrompts(["cat"], ["a {c}.", template])
+
+
+def test_every_class_comes_in_every_template():
+    prompts = ClassPrompts(["cat", "dog"], ["a {c}.", "the {}.", "{c}"])
+    assert len(prompts) == 6
+    assert [[prompts(label, t) for t in range(3)] for label in range(2)] == [
+        ["a cat.", "the cat.", "cat"],
+        ["a dog.", "the dog.", "dog"],
+    ]
+    assert [template("dog") for template in prompts.template_functions()] == ["a dog.", "the dog.", "dog"]
+
+
+def test_an_empty_list_is_an_error():
+    with pytest.raises(InputError, match="list of class names is empty"):
+        ClassPrompts([], ["{c}"])
+    with pytest.raises(InputError, match="list of templates is empty"):
+        ClassPrompts(["cat"], [])
+
+
+# lists by name and from files
+
+
+def test_built_in_lists_are_open_clips():
+    prompts = ClassPrompts.from_files("imagenet", "openai")
+    assert (len(prompts.classnames), len(prompts.templates)) == (1000, 80)
+    assert prompts.classnames == list(open_clip.IMAGENET_CLASSNAMES)
+    for ours, theirs in zip(prompts.template_functions(), open_clip.OPENAI_IMAGENET_TEMPLATES):
+        assert ours("great white shark") == theirs("great white shark")
+    simple = ClassPrompts.from_files("imagenet", "simple")
+    assert simple(0, 0) == open_clip.SIMPLE_IMAGENET_TEMPLATES[0](simple.classnames[0])
+    assert len(simple.templates) == len(open_clip.SIMPLE_IMAGENET_TEMPLATES)
+
+
+def test_a_template_may_be_given_literally():
+    assert ClassPrompts.from_files("imagenet", "a bad {}.")(2, 0) == "a bad great white shark."
+
+
+@pytest.mark.parametrize(
+    "raw", [b"cat\ndog", b"cat\ndog\n", b"cat\ndog\n\n \n", b"cat\r\ndog\r\n", b"\xef\xbb\xbfcat\ndog\n"]
+)
+def test_trailing_newlines_crlf_and_bom_are_no_part_of_a_name(lists, raw):
+    assert lists(raw).classnames == ["cat", "dog"]
+    assert lists(b"cat", raw.replace(b"cat", b"a {c}").replace(b"dog", b"{}")).templates == ["a {c}", "{}"]
+
+
+@pytest.mark.parametrize(
+    "raw,message",
+    [
+        (b"", r"names.txt is empty; write one of the class names on each line"),
+        (b"\n \n", r"names.txt is empty"),
+        (b"cat\n\ndog\n", r"names.txt, line 2, is blank; delete the line"),
+        (b"\ncat\n", r"names.txt, line 1, is blank"),
+        (
+            b"cat\ndog\n cat\n",
+            r"names.txt, line 3, repeats the class name 'cat' of line 1; two classes need two",
+        ),
+        (b"cat\nna\xefve\n", r"names.txt, line 2, is not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_a_mistake_in_the_class_names_is_told_with_file_and_line(lists, raw, message):
+    with pytest.raises(InputError, match=message):
+        lists(raw)
+
+
+@pytest.mark.parametrize(
+    "raw,message",
+    [
+        (b"", r"templates.txt is empty; write one of the templates on each line"),
+        (b"a {c}\n\nb {c}\n", r"templates.txt, line 2, is blank"),
+        (b"a {c}\nb {0}\n", r"templates.txt, line 2, 'b \{0\}', has no place for the class name; write {c}"),
+        (b"{c.__class__}\n", r"templates.txt, line 1, '{c.__class__}', has no place"),
+        (b"a {c}\nb {c}\n\xff {c}\n", r"templates.txt, line 3, is not UTF-8"),
+    ],
+)
+def test_a_mistake_in_the_templates_is_told_with_file_and_line(lists, raw, message):
+    with pytest.raises(InputError, match=message):
+        lists(b"cat\n", raw)
+
+
+def test_a_file_that_is_not_there_is_told_with_its_flag(lists, tmp_path):
+    with pytest.raises(
+        InputError, match=r"no file .*gone.txt with class names; .* --classnames FILE \(or imagenet\)"
+    ):
+        ClassPrompts.from_files(str(tmp_path / "gone.txt"), "simple")
+    with pytest.raises(InputError, match=r"no file a photo of a \{0\} with templates; .* --templates FILE"):
+        ClassPrompts.from_files("imagenet", "a photo of a {0}")
+    with pytest.raises(InputError, match="could not be read"):
+        ClassPrompts.from_files(str(tmp_path), "simple")
+
+
+def test_imagenets_own_repetitions_are_tolerated_in_a_file(lists):
+    names = "\n".join(open_clip.IMAGENET_CLASSNAMES).encode()
+    assert lists(names).classnames == list(open_clip.IMAGENET_CLASSNAMES)
+
+
+# the files that belong to shards
+
+
+@pytest.mark.parametrize("place", ["data/train", "data"])
+def test_prompts_are_found_beside_the_shards_or_one_folder_above(tmp_path, place):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / place / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / place / "zeroshot_classification_templates.txt").write_text("one {c}\n")
+    prompts = resolve_prompts([str(tmp_path / "data" / "train" / "0.tar")])
+    assert (prompts.classnames, prompts.templates) == (["cat", "dog"], ["one {c}"])
+
+
+def test_what_is_given_comes_before_what_is_found(tmp_path):
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "other.txt").write_text("bird\n")
+    prompts = resolve_prompts([str(tmp_path / "0.tar")], str(tmp_path / "other.txt"), "my {c}")
+    assert (prompts.classnames, prompts.templates) == (["bird"], ["my {c}"])
+
+
+def test_without_templates_the_prompt_is_a_photo_of_a(tmp_path):
+    (tmp_path / "classnames.txt").write_text("cat\n")
+    assert resolve_prompts([str(tmp_path / "0.tar")])(0, 0) == "a photo of a cat."
+
+
+@pytest.mark.parametrize("shard", ["0.tar", "pipe:cat 0.tar"])
+def test_without_class_names_the_flag_is_named(tmp_path, monkeypatch, shard):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"no classnames.txt beside {shard} .* --classnames FILE"):
+        resolve_prompts([shard])
+
+
+# tokens
+
+
+def test_take_gives_what_the_tokenizer_gives(tokenizer):
+    prompts = ClassPrompts(
+        ["cat", "great white shark", "naïve {} café 猫"], ["a {c}.", "itap of my {}!", "{c}"]
+    )
+    labels, templates = [2, 0, 1, 1, 2], [1, 0, 2, 1, 2]
+    tokens = prompts.tokenize(tokenizer).take(labels, templates)
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens, tokenizer([prompts(*pair) for pair in zip(labels, templates)]))
+
+
+def test_the_table_is_as_wide_as_the_longest_prompt_in_two_bytes_a_token(tokenizer):
+    prompts = ClassPrompts(["cat", "great white shark"], ["a photo of a {c}.", "{c}"])
+    table = prompts.tokenize(tokenizer).table
+    longest = len(tokenizer.encode("a photo of a great white shark.")) + 2  # with start and end of text
+    assert (table.shape, table.dtype) == ((2, 2, longest), np.uint16)
+
+
+def test_a_small_vocabulary_takes_one_byte_and_a_large_one_four():
+    def tokenizer_up_to(highest):
+        def tokenize(texts, context_length=8):
+            rows = [
+                ([1, highest] + [0] * context_length)[:context_length] if t else [0] * context_length
+                for t in texts
+            ]
+            return torch.tensor(rows)
+
+        return tokenize
+
+    prompts = ClassPrompts(["cat"], ["{c}"])
+    for highest, dtype in ((255, np.uint8), (256, np.uint16), (65536, np.uint32)):
+        tokens = PromptTokens(prompts, tokenizer_up_to(highest))
+        assert (tokens.table.dtype, tokens.table.shape) == (dtype, (1, 1, 2))
+        assert tokens.take([0], [0]).tolist() == [[1, highest, 0, 0, 0, 0, 0, 0]]
+
+
+def test_padding_may_be_another_token_than_zero():
+    def tokenize(texts, context_length=6):
+        return torch.tensor([([5, len(t), 2] + [1] * context_length)[:context_length] for t in texts])
+
+    prompts = ClassPrompts(["cat", "mouse"], ["{c}"])
+    tokens = PromptTokens(prompts, tokenize)
+    assert tokens.table.shape == (2, 1, 3)
+    assert tokens.take([1], [0]).tolist() == [[5, 5, 2, 1, 1, 1]]
+
+
+def test_several_processes_give_the_same_table(tokenizer, monkeypatch):
+    prompts = ClassPrompts(
+        [f"class {i}" + " long" * (i % 7) for i in range(40)], ["a {c}.", "some {c} of mine"]
+    )
+    alone = prompts.tokenize(tokenizer).table.copy()
+    monkeypatch.setattr("flyp_plugin.prompts._CHUNK", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert np.array_equal(prompts.tokenize(tokenizer).table, alone)
+
+
+def test_a_large_table_is_scaled_by_classes_and_no_wider_than_its_prompts(tokenizer):
+    names, templates = (
+        [f"species number {i}" for i in range(420)],
+        [f"view {i} of a {{c}}." for i in range(80)],
+    )
+    table = ClassPrompts(names, templates).tokenize(tokenizer).table
+    assert table.nbytes == 420 * 80 * table.shape[2] * 2
+    assert table.nbytes * 50 < 300 * 2**20  # so 21,000 classes fit in 300 MB
+
+
+def test_tokenizing_leaves_the_global_generator_alone(tokenizer):
+    before = torch.get_rng_state()
+    ClassPrompts(["cat"], ["{c}"]).tokenize(tokenizer)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cut_prompts_are_one_warning_with_their_number_and_the_first(tokenizer, caplog):
+    long, longer = "word " * 76, "word " * 90
+    with caplog.at_level(logging.WARNING, "flyp_plugin"):
+        tokens = ClassPrompts(["cat", long, longer], ["{c}", "my {c}"]).tokenize(tokenizer)
+    assert [record.getMessage() for record in caplog.records] == [
+        "4 of 6 prompts are longer than the model's 77 tokens and are cut there, the first of them: "
+        + repr(long[:80])
+    ]
+    assert torch.equal(tokens.take([2], [1]), tokenizer(["my " + longer]))
+
+
+def test_a_prompt_that_just_fits_is_not_reported(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, "flyp_plugin"):
+        tokens = ClassPrompts(["cat", "word " * 75], ["{c}"]).tokenize(
+            tokenizer
+        )  # 75 words, start and end: 77
+    assert tokens.table.shape[2] == 77
+    assert not caplog.records
+
+
+class _Overwrites(Dataset):
+    """Writes into the table in a worker process."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, item):
+        self.tokens.table[0, 0, 0] = 7
+        return 0
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_share_the_table_and_do_not_copy_it(tokenizer, method):
+    tokens = ClassPrompts(["cat"], ["{c}"]).tokenize(tokenizer)
+    context = multiprocessing.get_context(method)
+    list(DataLoader(_Overwrites(tokens), num_workers=1, multiprocessing_context=context))
+    assert tokens.table[0, 0, 0] == 7
