@@ -1,0 +1,208 @@
+"""Time of a training step: open_clip as it is, the same model with short text, and image-only cross-entropy.
+
+    python tests/bench/step.py                          # ViT-B-32 at 32, ViT-B-16 at 16, fp32, CPU
+    python tests/bench/step.py --threads 1 --clock cpu  # on a machine that others use too
+    python tests/bench/step.py --device cuda --precision amp_bf16 --batch-size 512
+    python tests/bench/step.py --model ViT-B-32 --batch-size 8 --rounds 2   # a first look
+
+A step is open_clip's: zero_grad, forward, loss, backward, AdamW, clamp of the logit scale; random weights,
+random pixels, one random (class, template) a sample. Image-only is the image tower with a linear head on
+the same number of classes, and AdamW over these alone. Each round runs every variant once on one batch, in
+changing order; a ratio is the median of the rounds' ratios, so that what slows the machine for a while
+cancels.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flyp_plugin import text
+
+DEFAULTS = {"ViT-B-32": 32, "ViT-B-16": 16}
+VARIANTS = ("open_clip", "ours", "image-only")
+
+
+def main() -> None:
+    args = _parse()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for model in args.model:
+        size = args.batch_size or DEFAULTS.get(model, 32)
+        steps = _Steps(model, args)
+        for spec in args.prompts:
+            rows.append(_row(model, size, spec, steps, args))
+            print(rows[-1], flush=True)
+        del steps
+    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
+    print(f"\n{device_name(args.device)}{threads}, {args.precision}, torch {torch.__version__}, ", end="")
+    print(f"open_clip {open_clip.__version__}; {args.clock} time, medians of {args.rounds} rounds\n")
+    print(
+        "| model | batch | prompts | unique, longest | open_clip | ours | image-only | open_clip / ours "
+        "| at most | ours / image-only |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(rows))
+    print("\nAt most: open_clip / image-only, what a text tower at no cost would give.")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", default=list(DEFAULTS))
+    parser.add_argument("--batch-size", type=int, help="default: 32 for ViT-B-32, 16 for ViT-B-16")
+    parser.add_argument("--prompts", nargs="+", default=["1000x80", "10x1"], help="classes x templates")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    add_clock(parser)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "amp_bf16"])
+    parser.add_argument("--multiple-of", type=int, default=1, help="text.shorten's multiple_of")
+    parser.add_argument("--no-unique", action="store_true", help="trim only")
+    parser.add_argument("--profile", action="store_true", help="also print where the time of ours goes")
+    return parser.parse_args()
+
+
+class _Steps:
+    """The three steps, on one model: what one leaves in caches and allocator, the next one finds too."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        torch.manual_seed(0)
+        self.args = args
+        self.model = open_clip.create_model(name, device=args.device, output_dict=True).train()
+        self.loss = open_clip.ClipLoss()
+        self.optimizer = _adamw(self.model)
+        self.head = nn.Linear(self.model.visual.output_dim, 1000).to(args.device)
+        self.image_only = nn.ModuleList([self.model.visual, self.head])
+        self.image_optimizer = _adamw(self.image_only)
+        self.image_size = self.model.visual.image_size[0]
+
+    def contrastive(self, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
+        self.optimizer.zero_grad()
+        with self._autocast():
+            loss = self.loss(**self.model(images, tokens))
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, 4.6052)
+
+    def ours(self, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
+        before = type(self.model)
+        text.shorten(self.model, unique=not self.args.no_unique, multiple_of=self.args.multiple_of)
+        try:
+            self.contrastive(images, tokens, labels)
+        finally:
+            self.model.__class__ = before
+
+    def cross_entropy(self, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
+        self.image_optimizer.zero_grad()
+        with self._autocast():
+            loss = F.cross_entropy(self.head(self.model.visual(images)), labels)
+        loss.backward()
+        self.image_optimizer.step()
+
+    def _autocast(self):
+        return (
+            torch.autocast(self.args.device, torch.bfloat16)
+            if self.args.precision == "amp_bf16"
+            else nullcontext()
+        )
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """As open_clip_train.main makes it."""
+    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n]
+    rest = [
+        p for n, p in model.named_parameters() if not (p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n)
+    ]
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.1}]
+    return torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.999), eps=1e-8)
+
+
+def _row(name: str, size: int, spec: str, steps: _Steps, args: argparse.Namespace) -> str:
+    classes, templates = (int(n) for n in spec.split("x"))
+    batches = _Batches(name, classes, templates, size, steps.image_size, args.device)
+    variants = dict(zip(VARIANTS, (steps.contrastive, steps.ours, steps.cross_entropy)))
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    shapes = []
+    for round_ in range(-1, args.rounds):  # the first is a warm-up: allocator, AdamW's state
+        batch = batches.draw()
+        turn = [VARIANTS[(round_ + i) % 3] for i in range(3)]
+        for variant in turn:
+            elapsed = seconds(partial(variants[variant], *batch), args.device, args.clock)
+            if round_ >= 0:
+                times[variant].append(elapsed)
+        shapes.append((len(torch.unique(batch[1], dim=0)), int(batch[1].argmax(-1).max()) + 1))
+    if args.profile:
+        _profile(partial(steps.ours, *batch))
+    unique, longest = (statistics.median(values) for values in zip(*shapes))
+    full, ours, image_only = (times[variant] for variant in VARIANTS)
+    cells = [f"{statistics.median(column) * 1000:.0f} ms" for column in (full, ours, image_only)]
+    cells += [f"{_ratio(*pair):.2f}x" for pair in ((full, ours), (full, image_only), (ours, image_only))]
+    what = f"{name} | {size} | {classes} classes x {templates} | {unique:.0f}, {longest:.0f}"
+    return f"| {what} | {' | '.join(cells)} |"
+
+
+class _Batches:
+    def __init__(self, model: str, classes: int, templates: int, size: int, image_size: int, device: str):
+        self.tokenizer = open_clip.get_tokenizer(model)
+        self.names = open_clip.IMAGENET_CLASSNAMES[:classes]
+        self.templates = (
+            [lambda c: f"a photo of a {c}."]
+            if templates == 1
+            else open_clip.OPENAI_IMAGENET_TEMPLATES[:templates]
+        )
+        self.shape, self.device = (size, 3, image_size, image_size), device
+        self.random = torch.Generator().manual_seed(0)
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        labels = torch.randint(len(self.names), self.shape[:1], generator=self.random)
+        chosen = torch.randint(len(self.templates), self.shape[:1], generator=self.random)
+        prompts = [self.templates[t](self.names[c]) for t, c in zip(chosen.tolist(), labels.tolist())]
+        images = torch.randn(self.shape, generator=self.random)
+        return images.to(self.device), self.tokenizer(prompts).to(self.device), labels.to(self.device)
+
+
+def seconds(step: Callable[[], object], device: str, clock: str = "wall") -> float:
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    synchronize()
+    start = now()
+    step()
+    synchronize()
+    return now() - start
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below))
+
+
+def _profile(step: Callable[[], None]) -> None:
+    with torch.profiler.profile() as profile:
+        step()
+    print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: the process's CPU time"
+    )
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo") as lines:
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+
+
+if __name__ == "__main__":
+    main()
