@@ -1,4 +1,4 @@
-"""Weights in and out: checkpoints read without running code, models built from them, files written whole or not at all.
+"""Weights in and out: checkpoints read without running code, models built, files written whole or not at all.
 
 Knows no objective and no head: what the weights are for is its callers' business.
 """
@@ -9,8 +9,9 @@ import logging
 import os
 import pickle
 import re
+import textwrap
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from flyp_plugin.errors import InputError
 
 StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: a torch.nn.Module whose attributes torch's own types would not allow
+_SCHEMA = r"(hf-hub|local-dir):"  # names that are places
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -32,8 +34,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     Tensors of a .pt are mapped, not read: an optimizer state beside the weights costs nothing.
 
     Raises:
-        InputError: no file, a truncated one, one with more than tensors in its pickle (nothing of it is run), or
-            one that holds no weights.
+        InputError: no file, a truncated one, one with more than tensors in its pickle (nothing of it is run),
+            or one that holds no weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,15 +46,22 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f"more than tensors in it ({name[1]})" if name else "something other than tensors in it"
         raise InputError(
-            f"{path} is refused: it has {what}, which could run code when it is read; save the state_dict alone."
+            f"{path} is refused: it has {what}, which could run code when it is read; save the state_dict "
+            "alone."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
         if "TorchScript" in str(error):
-            raise InputError(f"{path} is refused: it is a TorchScript archive; save its state_dict alone.") from None
+            raise InputError(
+                f"{path} is refused: it is a TorchScript archive; save its state_dict alone."
+            ) from None
         reason = str(error).strip().split("\n")[0][:150]
         raise InputError(f"{path} is not a whole checkpoint ({reason}); was its writing cut short?") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(v, torch.Tensor) for v in weights.values())
+    ):
         raise InputError(f"{path} holds no weights; give a state_dict, or a checkpoint of open_clip.")
     # the wrappers that DistributedDataParallel and torch.compile leave in the names
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
@@ -68,7 +77,7 @@ def _load_pickle(path: Path) -> object:
 
 
 def first_difference(expected: StateDict, given: StateDict) -> str | None:
-    """What keeps two state dicts from being of one architecture, naming the first tensor; None where nothing does."""
+    """What keeps two state dicts from being of one architecture, naming the first tensor; None: nothing."""
     for key, tensor in expected.items():
         if key in given and given[key].shape != tensor.shape:
             return f"tensor {key} has shape {tuple(given[key].shape)} and not {tuple(tensor.shape)}"
@@ -79,8 +88,32 @@ def first_difference(expected: StateDict, given: StateDict) -> str | None:
     return None
 
 
+def check_names(model_name: str, pretrained: str) -> None:
+    """Look up a model's name, and the tag or the path of its weights ('' for none), without loading anything.
+
+    Raises:
+        InputError: open_clip knows no such model; no such file, nor a tag of that model.
+    """
+    schema = re.match(_SCHEMA, model_name)
+    if not schema and model_name.replace("/", "-") not in open_clip.list_models():
+        near = difflib.get_close_matches(model_name, open_clip.list_models(), 1)
+        hint = f"did you mean {near[0]}?" if near else "give its configuration with --model-config FILE."
+        raise InputError(f"open_clip has no model {model_name}; {hint}")
+    known = not pretrained or os.path.isfile(pretrained)
+    if not known and (schema or not open_clip.get_pretrained_cfg(model_name, pretrained)):
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        known_tags = f"its tags are {', '.join(tags)}" if tags else "it has no tags"
+        raise InputError(
+            f"there is no checkpoint {pretrained}, nor has {model_name} such weights ({known_tags})."
+        )
+
+
 def load_model(
-    model_name: str, pretrained: str | os.PathLike, precision: str = "fp32", device: str | torch.device = "cpu", **kwargs: Any
+    model_name: str,
+    pretrained: str | os.PathLike,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    **kwargs: Any,
 ) -> Model:
     """A CLIP model with weights, in eval mode: open_clip.create_model with its failures in one sentence.
 
@@ -91,19 +124,12 @@ def load_model(
         kwargs: passed through to open_clip.create_model.
 
     Raises:
-        InputError: an unknown model or tag, weights that cannot be read or had, or those of another architecture.
+        InputError: an unknown model or tag, weights that cannot be read or had, or another architecture's.
     """
     pretrained = os.fspath(pretrained)
-    schema = re.match(r"(hf-hub|local-dir):", model_name)
+    schema = re.match(_SCHEMA, model_name)
     is_file = os.path.isfile(pretrained)
-    if not schema and model_name.replace("/", "-") not in open_clip.list_models():
-        near = difflib.get_close_matches(model_name, open_clip.list_models(), 1)
-        hint = f"did you mean {near[0]}?" if near else "give its configuration with --model-config FILE."
-        raise InputError(f"open_clip has no model {model_name}; {hint}")
-    if not is_file and (schema or not open_clip.get_pretrained_cfg(model_name, pretrained)):
-        tags = open_clip.list_pretrained_tags_by_model(model_name)
-        known = f"its tags are {', '.join(tags)}" if tags else "it has no tags"
-        raise InputError(f"there is no checkpoint {pretrained}, nor has {model_name} such weights ({known}).")
+    check_names(model_name, pretrained)
     state = read_state_dict(pretrained) if is_file and not pretrained.endswith((".npz", ".npy")) else {}
     kwargs = dict(kwargs, precision=precision, device=device)
     with _quiet():
@@ -113,17 +139,24 @@ def load_model(
                 open_clip.load_checkpoint(model, pretrained)
         except Exception as error:
             if not is_file:
-                reason = str(error).strip().split("\n")[0][:200]
+                reason = textwrap.shorten(str(error), 160, placeholder=" ...")
                 raise InputError(
-                    f"the weights {pretrained} of {model_name} could not be had ({reason}); check the network, or give "
-                    "a checkpoint's path."
+                    f"the weights {pretrained} of {model_name} could not be had ({reason}); check the "
+                    "network, or give a checkpoint's path."
                 ) from error
-            bare = open_clip.create_model(model_name, pretrained_hf=False, **kwargs)
+            with _quiet(logging.ERROR):  # it would warn of weights that are random
+                bare = open_clip.create_model(model_name, pretrained_hf=False, **kwargs)
             difference = first_difference(bare.state_dict(), state)
             if difference is None:
                 raise
             raise InputError(f"{pretrained} is not a checkpoint of {model_name}: {difference}.") from None
     return model.eval()
+
+
+def load_tokenizer(model_name: str) -> Callable:
+    """open_clip.get_tokenizer, without its log lines."""
+    with _quiet():
+        return open_clip.get_tokenizer(model_name)
 
 
 def model_from_args(args: Namespace, pretrained: str, precision: str | None = None) -> Model:
@@ -192,10 +225,10 @@ def refuse_existing(path: str | os.PathLike, force: bool) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes the place of `path` only once the block has ended well.
+    """Yields a path beside `path` to write to, which takes its place only once the block has ended well.
 
     Raises:
-        InputError: the file could not be written, e.g. because the disk is full; what was at `path` is untouched.
+        InputError: it could not be written, e.g. because the disk is full; what was at `path` is untouched.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -205,21 +238,24 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(part, path)
     except InputError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells of a full disk by a RuntimeError
+    # torch.save tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0][:150]
-        raise InputError(f"{path} could not be written ({reason}); what was there before is untouched.") from error
+        raise InputError(
+            f"{path} could not be written ({reason}); what was there before is untouched."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(least: int = logging.WARNING) -> Iterator[None]:
     """open_clip tells each step of building a model to the root logger; keep its warnings only."""
     root = logging.getLogger()
     level = root.level
-    root.setLevel(max(level, logging.WARNING))
+    root.setLevel(max(level, least))
     try:
         yield
     finally:

@@ -13,7 +13,9 @@ from flyp_plugin.errors import run
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
     # train has a parser of its own, for it shares its command line with open_clip's: see train.py
-    commands.add_parser("train", help="fine-tune a CLIP model with FLYP (the same as train_flyp.py)", add_help=False)
+    commands.add_parser(
+        "train", help="fine-tune a CLIP model with FLYP (the same as train_flyp.py)", add_help=False
+    )
 
 
 def _model_flags() -> argparse.ArgumentParser:
@@ -21,12 +23,18 @@ def _model_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="NAME", help="open_clip's name of the architecture")
-    group.add_argument("--model-config", metavar="PATH", help="JSON file of a model that open_clip has not, or a folder")
-    group.add_argument("--force-quick-gelu", action="store_true", help="QuickGELU, as the OpenAI weights were trained with")
+    group.add_argument(
+        "--model-config", metavar="PATH", help="JSON file of a model that open_clip has not, or a folder"
+    )
+    group.add_argument(
+        "--force-quick-gelu", action="store_true", help="QuickGELU, as the OpenAI weights were trained with"
+    )
     group.add_argument("--image-mean", type=float, nargs=3, metavar="X", help="default: the model's")
     group.add_argument("--image-std", type=float, nargs=3, metavar="X", help="default: the model's")
     group.add_argument("--image-interpolation", choices=["bicubic", "bilinear"], help="default: the model's")
-    group.add_argument("--image-resize-mode", choices=["shortest", "longest", "squash"], help="default: the model's")
+    group.add_argument(
+        "--image-resize-mode", choices=["shortest", "longest", "squash"], help="default: the model's"
+    )
     group.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     return flags
 
@@ -34,9 +42,15 @@ def _model_flags() -> argparse.ArgumentParser:
 def _classes_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("classes")
-    group.add_argument("--classnames", metavar="FILE", help="a file, or imagenet (default: classnames.txt of each set)")
-    group.add_argument("--templates", metavar="FILE", help="a file, openai, simple, or one template with its {c} "
-                       "(default: zeroshot_classification_templates.txt of each set)")  # fmt: skip
+    group.add_argument(
+        "--classnames", metavar="FILE", help="a file, or imagenet (default: classnames.txt of each set)"
+    )
+    group.add_argument(
+        "--templates",
+        metavar="FILE",
+        help="a file, openai, simple, or one template with its {c} "
+        "(default: zeroshot_classification_templates.txt of each set)",
+    )
     return flags
 
 
@@ -44,15 +58,28 @@ def _data_flags(required: bool) -> argparse.ArgumentParser:
     """The evaluation sets and how they are read."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("data")
-    group.add_argument("--eval-data", action="append", required=required, metavar="NAME=SHARDS", help="a labelled set: "
-                       "a data folder (its test split), a split folder or tars; repeatable, the ID set first")  # fmt: skip
+    group.add_argument(
+        "--eval-data",
+        action="append",
+        required=required,
+        metavar="NAME=SHARDS",
+        help="a labelled set: data folder (its test split), split folder or tars; repeatable, ID set first",
+    )
     group.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
-    group.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode (default: %(default)s)")
+    group.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes that decode (default: %(default)s)"
+    )
     group.add_argument("--precision", default="fp32", help="default: %(default)s", choices=[
         "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"])  # fmt: skip
-    group.add_argument("--image-key", default="jpg;jpeg;png;webp", metavar="KEYS", help="default: %(default)s")
-    group.add_argument("--label-key", default="cls", metavar="KEY", help="or json:FIELD (default: %(default)s)")
-    group.add_argument("--group-key", metavar="KEY", help="member (or json:FIELD) with a group, for worst-group accuracy")
+    group.add_argument(
+        "--image-key", default="jpg;jpeg;png;webp", metavar="KEYS", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--label-key", default="cls", metavar="KEY", help="or json:FIELD (default: %(default)s)"
+    )
+    group.add_argument(
+        "--group-key", metavar="KEY", help="member (or json:FIELD) with a group, for worst-group accuracy"
+    )
     return flags
 
 
@@ -73,39 +100,58 @@ def _add(
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
-    example = "  flyp eval logs/RUN/checkpoints/epoch_10.pt --model ViT-B-16 --eval-data val=data --eval-data sketch=other"
+    example = """  flyp eval logs/RUN/checkpoints/epoch_10.pt --model ViT-B-16 \\
+      --eval-data val=data --eval-data sketch=other"""
     help = "score a checkpoint's zero-shot classifier on labelled sets"
-    parser = _add(commands, "eval", help, example, _model_flags(), _data_flags(required=True), _classes_flags())
-    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint's path, or one of open_clip's pretrained tags")
+    parser = _add(
+        commands, "eval", help, example, _model_flags(), _data_flags(required=True), _classes_flags()
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a checkpoint's path, or one of open_clip's pretrained tags"
+    )
     parser.add_argument("--json", action="store_true", help="JSON on the terminal in place of the table")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write each image's prediction there")
     parser.set_defaults(function=_call("evalsets:eval_command"))
 
 
 def _add_wiseft(commands: argparse._SubParsersAction) -> None:
-    example = """  flyp wiseft --model ViT-B-16 --pretrained openai --finetuned logs/RUN/checkpoints/epoch_10.pt \\
+    example = """  flyp wiseft --model ViT-B-16 --pretrained openai \\
+      --finetuned logs/RUN/checkpoints/epoch_10.pt \\
       --eval-data val=data --eval-data sketch=other --out merged"""
     help = "merge the pretrained and the fine-tuned weights, with the alpha that is best on the first set"
-    parser = _add(commands, "wiseft", help, example, _model_flags(), _data_flags(required=False), _classes_flags())
-    parser.add_argument("--pretrained", required=True, metavar="TAG|PATH", help="what the fine-tuning started from")
+    parser = _add(
+        commands, "wiseft", help, example, _model_flags(), _data_flags(required=False), _classes_flags()
+    )
+    parser.add_argument(
+        "--pretrained", required=True, metavar="TAG|PATH", help="what the fine-tuning started from"
+    )
     finetuned = parser.add_mutually_exclusive_group(required=True)
     finetuned.add_argument("--finetuned", metavar="PATH", help="the fine-tuned checkpoint")
     finetuned.add_argument("--average", nargs="+", metavar="PATH", help="several, of which the mean is taken")
     alphas = parser.add_mutually_exclusive_group()
-    alphas.add_argument("--alphas", default="0:1:0.1", metavar="A:B:STEP", help="or A,B,... (default: %(default)s)")
+    alphas.add_argument(
+        "--alphas", default="0:1:0.1", metavar="A:B:STEP", help="or A,B,... (default: %(default)s)"
+    )
     alphas.add_argument("--alpha", type=float, help="this one alone; needs no --eval-data")
-    parser.add_argument("--out", required=True, metavar="DIR", help="for the merged weights, wiseft.json and frontier.png")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="for the merged weights, wiseft.json and frontier.png"
+    )
     parser.add_argument("--save-all", action="store_true", help="write the weights of every alpha")
-    parser.add_argument("--per-set", action="store_true", help="a curve a set in frontier.png, in place of the mean")
+    parser.add_argument(
+        "--per-set", action="store_true", help="a curve a set in frontier.png, in place of the mean"
+    )
     parser.add_argument("--json", action="store_true", help="JSON on the terminal in place of the table")
     parser.set_defaults(function=_call("merge:wiseft_command"))
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
-    example = """  flyp export merged/wise_ft_alpha=0.60.pt --model ViT-B-16 --data data --format timm --out classifier"""
+    example = """  flyp export merged/wise_ft_alpha=0.60.pt --model ViT-B-16 --data data \\
+      --format timm --out classifier"""
     help = "write a folder that open_clip or, as a plain classifier, timm reads by its local-dir: name"
     parser = _add(commands, "export", help, example, _model_flags(), _classes_flags())
-    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint's path, or one of open_clip's pretrained tags")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a checkpoint's path, or one of open_clip's pretrained tags"
+    )
     parser.add_argument("--data", metavar="DIR", help="the data whose classes the classifier gets")
     parser.add_argument("--format", choices=["open_clip", "timm"], required=True)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
@@ -114,9 +160,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 def _add_shards(commands: argparse._SubParsersAction) -> None:
     what = "write class-labelled shards, cut few-shot sets from them, count and check them"
-    shards = commands.add_parser("shards", help=what, description=f"{what[0].upper()}{what[1:]}.").add_subparsers(
-        title="commands", metavar="COMMAND", required=True
-    )
+    shards = commands.add_parser(
+        "shards", help=what, description=f"{what[0].upper()}{what[1:]}."
+    ).add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, function: str, help: str, example: str) -> argparse.ArgumentParser:
         parser = shards.add_parser(
@@ -134,36 +180,54 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
         parser.add_argument("--workers", type=int, default=default, help="processes (default: %(default)s)")
 
     def keys(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--label-key", default="cls", metavar="KEY", help="or json:FIELD (default: %(default)s)")
-        parser.add_argument("--image-key", default="jpg;jpeg;png;webp", metavar="KEYS", help="default: %(default)s")
+        parser.add_argument(
+            "--label-key", default="cls", metavar="KEY", help="or json:FIELD (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--image-key", default="jpg;jpeg;png;webp", metavar="KEYS", help="default: %(default)s"
+        )
 
-    shard_size = "most samples in a shard (default: 1000, or fewer for 16 shards: a loader shares out whole shards)"
+    shard_size = (
+        "most samples in a shard (default: 1000, or fewer for 16 shards: a loader shares out whole shards)"
+    )
     example = """  flyp shards write photos/train data/train
   flyp shards write photos/test data/test        # with the class order of data/classnames.txt
   flyp shards write iwildcam/metadata.csv data/test --image-col filename --label-col y --split test \\
       --group-col location_remapped --root iwildcam/train --classnames names.txt"""
     help = "write shards from a folder of class folders or from a CSV; image bytes are copied as they are"
     parser = add("write", "shards:write_command", help, example)
-    parser.add_argument("source", metavar="SOURCE", help="folder of class folders, or CSV or TSV with a header line")
-    parser.add_argument("dest", metavar="DEST", help="the split folder to write; class names and templates go above it")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder of class folders, or CSV or TSV with a header line"
+    )
+    parser.add_argument(
+        "dest", metavar="DEST", help="the split folder to write; class names and templates go above it"
+    )
     parser.add_argument("--classnames", metavar="FILE", help="class names in the order of their indices: a file, or "
                         "imagenet (default: classnames.txt above DEST where there is one, else sorted)")  # fmt: skip
     parser.add_argument("--templates", metavar="FILE", help="a file, openai, simple, or one template with its {c} "
                         "(default: the file above DEST where there is one, else 'a photo of a {c}.')")  # fmt: skip
     parser.add_argument("--shard-size", type=int, metavar="N", help=shard_size)
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle before writing (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the shuffle before writing (default: %(default)s)"
+    )
     workers(parser)
     table = parser.add_argument_group("for a CSV")
     table.add_argument("--image-col", metavar="COL", help="image paths")
-    table.add_argument("--label-col", metavar="COL", help="class names, or indices into the class names that are given")
+    table.add_argument(
+        "--label-col", metavar="COL", help="class names, or indices into the class names that are given"
+    )
     table.add_argument("--split", metavar="VALUE", help="take the lines with this value (default: all lines)")
     table.add_argument("--split-col", metavar="COL", help="in this column (default: split)")
-    table.add_argument("--group-col", metavar="COL", help="written as .group members, for worst-group accuracy")
+    table.add_argument(
+        "--group-col", metavar="COL", help="written as .group members, for worst-group accuracy"
+    )
     table.add_argument("--root", metavar="DIR", help="the image paths start here (default: the CSV's folder)")
 
     help = "write a few-shot set: K images of each class, copied as they are"
     parser = add("subset", "shards:subset_command", help, "  flyp shards subset data few/train --shots 16")
-    parser.add_argument("source", metavar="SOURCE", help="a data folder, a split folder or tars, on this machine")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a data folder, a split folder or tars, on this machine"
+    )
     parser.add_argument("dest", metavar="DEST", help="the split folder to write")
     parser.add_argument("--shots", type=int, required=True, metavar="K", help="images of each class")
     parser.add_argument("--seed", type=int, default=0, help="which images (default: %(default)s)")
@@ -179,9 +243,13 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
 
     help = "read all shards and decode all images; list what is wrong, with exit status 1"
     parser = add("check", "check:check_command", help, "  flyp shards check data")
-    parser.add_argument("source", metavar="SOURCE", help="a data folder, a split folder or tars, on this machine")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a data folder, a split folder or tars, on this machine"
+    )
     parser.add_argument("--split", default=None, help="of a data folder (default: train and test)")
-    parser.add_argument("--classnames", default=None, metavar="FILE", help="default: classnames.txt of the set")
+    parser.add_argument(
+        "--classnames", default=None, metavar="FILE", help="default: classnames.txt of the set"
+    )
     parser.add_argument("--templates", default=None, metavar="FILE", help="default: those of the set")
     keys(parser)
     workers(parser)
@@ -216,3 +284,7 @@ def _main(argv: Sequence[str]) -> int | None:
 def main() -> None:
     """Entry point of the console script; leaves the process."""
     run(lambda: _main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -54,15 +54,15 @@ def parse_eval_sets(
         own_first: they only stand in where a set has no such file, as in training, whose flags they are.
 
     Raises:
-        InputError: not NAME=SHARDS, a name given twice or not fit for a metric's name, no shards, no class names.
+        InputError: not NAME=SHARDS, a name given twice or unfit for a metric, no shards or class names.
     """
     sets: dict[str, EvalSet] = {}
     for spec in specs:
         name, equals, source = spec.partition("=")
         if not equals or not source or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise InputError(
-                f"--eval-data {spec!r} is not NAME=SHARDS; the name, of letters, digits, '_', '-' and '.', stands in "
-                "the metrics (val=data/test)."
+                f"--eval-data {spec!r} is not NAME=SHARDS; the name, of letters, digits, '_', '-' and '.', "
+                "stands in the metrics (val=data/test)."
             )
         if name in sets:
             raise InputError(

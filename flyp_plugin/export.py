@@ -22,7 +22,7 @@ from timm.data import create_transform
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from flyp_plugin.checkpoints import Model, model_from_args, refuse_existing, replacing
+from flyp_plugin.checkpoints import Model, load_tokenizer, model_from_args, refuse_existing, replacing
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.prompts import resolve_prompts
@@ -35,21 +35,23 @@ def export_command(args: argparse.Namespace) -> None:
     """`flyp export`: write the folder and say how to read it.
 
     Raises:
-        InputError: a model that the format cannot hold, an output that exists, or as the checkpoint's reading.
+        InputError: a model that the format cannot hold, an output that exists, or a bad checkpoint.
     """
     out = Path(args.out)
     refuse_existing(out, args.force)
     classifier = None
     if args.format == "timm":
         if not args.data and not (args.classnames and args.templates):
-            raise InputError("a classifier needs its classes; give --data DIR, or --classnames and --templates.")
+            raise InputError(
+                "a classifier needs its classes; give --data DIR, or --classnames and --templates."
+            )
         shards = expand_source(args.data, "test") if args.data else []
         prompts = resolve_prompts(shards, args.classnames, args.templates)
     model = model_from_args(args, args.checkpoint, "fp32")
     config = open_clip.get_model_config(args.model.replace("/", "-") if ":" not in args.model else args.model)
     if args.force_quick_gelu:
         config["quick_gelu"] = True
-    tokenizer = open_clip.get_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     if args.format == "open_clip":
         with replacing_folder(out) as folder:
             save_open_clip(model, config, tokenizer, folder)
@@ -60,14 +62,16 @@ def export_command(args: argparse.Namespace) -> None:
         classifier = ImageClassifier.from_prompts(model, tokenizer, prompts)
         twin, timm_config = timm_twin(classifier, config)
         with replacing_folder(out) as folder:
-            save_file({key: t.contiguous() for key, t in twin.state_dict().items()}, folder / "model.safetensors")
+            save_file(
+                {key: t.contiguous() for key, t in twin.state_dict().items()}, folder / "model.safetensors"
+            )
             (folder / "config.json").write_text(json.dumps(timm_config, indent=1) + "\n", encoding="utf-8")
         call = f"timm.create_model('local-dir:{out}', pretrained=True)"
     _log.info(f"Wrote {out}/: {', '.join(sorted(os.listdir(out)))}. Read it with {call}.")
 
 
 def save_open_clip(model: Model, config: dict[str, Any], tokenizer: Any, folder: Path) -> None:
-    """The model as open_clip's own hub folders have it: configuration, weights, and a Hugging Face tokenizer's files."""
+    """The model as open_clip's hub folders have it: configuration, weights, and any tokenizer files."""
     keep = ("mean", "std", "interpolation", "resize_mode")
     preprocess = {key: model.visual.preprocess_cfg[key] for key in keep}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1)
@@ -80,11 +84,11 @@ def save_open_clip(model: Model, config: dict[str, Any], tokenizer: Any, folder:
 
 @torch.no_grad()
 def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The image tower as a timm model with the head folded into its linear classifier, and timm's config.json of it.
+    """The image tower as a timm model, the head folded into its classifier, and timm's config.json of it.
 
-    timm's classifier does not normalise the image feature, and logit_scale is left out: its logits are ours times the
-    feature's length / logit_scale. That is one positive factor an image: the ranking of the classes is ours,
-    probabilities are not.
+    timm's classifier does not normalise the image feature, and logit_scale.exp() is left out: its logits are
+    ours times (the feature's length / that scale). That is one positive factor an image: the ranking of the
+    classes is ours, the probabilities are not.
 
     Args:
         classifier: in full precision.
@@ -149,7 +153,7 @@ def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any,
 
 
 def _timm_tower(visual: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
-    """The trunk's weights without its classifier, and the projection (D, W) with its bias that stands for it."""
+    """The trunk's weights without its classifier, and the projection (D, W) and bias that stand for it."""
     weights = dict(visual.trunk.state_dict())
     if set(visual.head._modules) <= {"drop", "proj"} and "proj" in visual.head._modules:
         return weights, visual.head.proj.weight, visual.head.proj.bias
@@ -164,11 +168,17 @@ def _timm_tower(visual: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, tor
 
 def _native_tower(visual: Any, twin: Any) -> dict[str, torch.Tensor]:
     """open_clip's own tower under timm's names, by timm's own conversion."""
-    return checkpoint_filter_fn({f"visual.{key}": tensor for key, tensor in visual.state_dict().items()}, twin)
+    return checkpoint_filter_fn(
+        {f"visual.{key}": tensor for key, tensor in visual.state_dict().items()}, twin
+    )
 
 
 def _folded(
-    head: torch.Tensor, projection: torch.Tensor, bias: torch.Tensor | None, name: str, twin: dict[str, torch.Tensor]
+    head: torch.Tensor,
+    projection: torch.Tensor,
+    bias: torch.Tensor | None,
+    name: str,
+    twin: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """head (D, C) after projection (D, W) as the weight and bias of one linear layer."""
     weight = (head.T.double() @ projection.double()).float()
@@ -177,7 +187,7 @@ def _folded(
 
 
 def _check_twin(classifier: ImageClassifier, twin: Any, pretrained_cfg: dict[str, Any]) -> None:
-    """Compare with what was exported, so that no option of a tower that is unknown here can make it another one."""
+    """Compare with what was exported, so that no option of a tower that is unknown here can change it."""
     device = classifier.head.device
     _, height, width = pretrained_cfg["input_size"]
     images = torch.randn(4, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
@@ -189,7 +199,9 @@ def _check_twin(classifier: ImageClassifier, twin: Any, pretrained_cfg: dict[str
     transform = create_transform(**{key: pretrained_cfg[key] for key in keys})
     if not torch.equal(transform(Image.fromarray(pixels)), classifier.preprocess(Image.fromarray(pixels))):
         mode = classifier.model.visual.preprocess_cfg["resize_mode"]
-        raise InputError(f"timm has no preprocessing with the same pixels (resize mode {mode!r}); use --format open_clip.")
+        raise InputError(
+            f"timm has no preprocessing with the same pixels (resize mode {mode!r}); use --format open_clip."
+        )
 
 
 def _no_twin(what: str) -> InputError:

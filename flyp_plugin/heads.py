@@ -10,7 +10,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
-from flyp_plugin.checkpoints import Model, load_model
+from flyp_plugin.checkpoints import Model, load_model, load_tokenizer
 from flyp_plugin.prompts import ClassPrompts
 from flyp_plugin.text import short_text
 
@@ -23,12 +23,12 @@ def build_zeroshot_head(
     device: str | torch.device = "cpu",
     use_tqdm: bool = False,
 ) -> torch.Tensor:
-    """The head of the class prompts: per class the mean over templates of normalised features, normalised again.
+    """The head of class prompts: per class the mean over templates of normalised features, normalised again.
 
-    open_clip.build_zero_shot_classifier makes it, on text cut to its length where that changes nothing (text.py).
+    open_clip.build_zero_shot_classifier makes it, on text cut short where that changes nothing (text.py).
 
     Args:
-        model: a CLIP model of open_clip, in eval mode.
+        model: a CLIP model of open_clip; put in eval mode meanwhile.
         tokenizer: open_clip.get_tokenizer's for that model.
         prompts: C class names in T templates.
         num_classes_per_batch: classes encoded at once; all if None.
@@ -38,16 +38,21 @@ def build_zeroshot_head(
     Returns:
         float (D, C), D the width of the joint space; columns have length 1.
     """
-    with short_text(model):
-        return open_clip.build_zero_shot_classifier(
-            model,
-            tokenizer,
-            classnames=prompts.classnames,
-            templates=prompts.template_functions(),
-            num_classes_per_batch=num_classes_per_batch,
-            device=device,
-            use_tqdm=use_tqdm,
-        )
+    training = model.training
+    model.eval()
+    try:
+        with short_text(model):
+            return open_clip.build_zero_shot_classifier(
+                model,
+                tokenizer,
+                classnames=prompts.classnames,
+                templates=prompts.template_functions(),
+                num_classes_per_batch=num_classes_per_batch,
+                device=device,
+                use_tqdm=use_tqdm,
+            )
+    finally:
+        model.train(training)
 
 
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:
@@ -57,7 +62,7 @@ def autocast(precision: str, device: str | torch.device) -> AbstractContextManag
 
 
 def val_preprocess(model: Model) -> Callable:
-    """The model's own transform for evaluation, PIL image -> float (3, H, W): open_clip's `preprocess_val`."""
+    """The model's transform for evaluation, PIL image -> float (3, H, W): open_clip's `preprocess_val`."""
     return image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
 
 
@@ -89,7 +94,9 @@ class ImageClassifier(nn.Module):
     def __init__(self, model: Model, head: torch.Tensor, classnames: Sequence[str], precision: str = "fp32"):
         super().__init__()
         if head.shape[1:] != (len(classnames),):
-            raise ValueError(f"a head of shape {tuple(head.shape)} does not fit {len(classnames)} class names")
+            raise ValueError(
+                f"a head of shape {tuple(head.shape)} does not fit {len(classnames)} class names"
+            )
         self.model: Any = model
         self.classnames = list(classnames)
         self.precision = precision
@@ -125,7 +132,7 @@ class ImageClassifier(nn.Module):
             InputError: weights that cannot be read or are another architecture's.
         """
         model = load_model(model_name, path, precision, device, **kwargs)
-        return cls.from_prompts(model, open_clip.get_tokenizer(model_name), prompts, precision).eval()
+        return cls.from_prompts(model, load_tokenizer(model_name), prompts, precision).eval()
 
     @property
     def preprocess(self) -> Callable:
@@ -134,7 +141,9 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Preprocessed images (B, 3, H, W) -> float32 logits (B, C)."""
-        images = images.to(open_clip.get_input_dtype(self.precision))  # None, which changes nothing, but for fp16, bf16
+        images = images.to(
+            open_clip.get_input_dtype(self.precision)
+        )  # None, which changes nothing, but for fp16, bf16
         with autocast(self.precision, images.device):
             features = self.model.encode_image(images, normalize=True)
         # in full precision whatever the towers' was: bfloat16 logits of several classes are often equal

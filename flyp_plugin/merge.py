@@ -1,4 +1,4 @@
-"""`flyp wiseft`: sweep, choose alpha, write the merged weights, the record and the picture. The method is wiseft.py."""
+"""`flyp wiseft`: sweep, choose alpha, write merged weights, record and picture. The method is wiseft.py's."""
 
 import argparse
 import importlib.util
@@ -18,6 +18,7 @@ from open_clip.transform import PreprocessCfg
 import flyp_plugin
 from flyp_plugin.checkpoints import (
     Model,
+    load_tokenizer,
     model_from_args,
     read_state_dict,
     refuse_existing,
@@ -47,13 +48,15 @@ def wiseft_command(args: argparse.Namespace) -> None:
     _check_outputs(out, alphas, bool(sets), args.force)
     model, pretrained = _start(args)
     paths = args.average or [args.finetuned]
-    finetuned = average([read_state_dict(path) for path in paths]) if args.average else read_state_dict(paths[0])
+    finetuned = (
+        average([read_state_dict(path) for path in paths]) if args.average else read_state_dict(paths[0])
+    )
     check_same(pretrained, finetuned, " + ".join(paths), args.pretrained)
     finetuned = {key: tensor.to(model.logit_scale.device) for key, tensor in finetuned.items()}
     results: Results = {alpha: {} for alpha in alphas}
     chosen = alphas[0]
     if sets:
-        tokenizer, preprocess = open_clip.get_tokenizer(args.model), val_preprocess(model)
+        tokenizer, preprocess = load_tokenizer(args.model), val_preprocess(model)
         results = sweep(
             model,
             pretrained,
@@ -103,12 +106,18 @@ def parse_alphas(text: str) -> list[float]:
     except (ValueError, OverflowError):
         alphas = []
     if not alphas:
-        raise InputError(f"{text!r} is not START:STOP:STEP, with a STEP of 0.01 or more, nor numbers joined by commas.")
+        raise InputError(
+            f"{text!r} is not START:STOP:STEP, with a STEP of 0.01 or more, nor numbers joined by commas."
+        )
     for alpha in alphas:
         if not -1e-9 <= alpha <= 1 + 1e-9:
-            raise InputError(f"alpha {alpha:g} is outside [0, 1]; 0 is the pretrained and 1 the fine-tuned model.")
+            raise InputError(
+                f"alpha {alpha:g} is outside [0, 1]; 0 is the pretrained and 1 the fine-tuned model."
+            )
         if abs(alpha - round(alpha, 2)) > 1e-9:
-            raise InputError(f"alpha {alpha:g} is finer than 0.01, which the names of the files cannot tell; round it.")
+            raise InputError(
+                f"alpha {alpha:g} is finer than 0.01, which the names of the files cannot tell; round it."
+            )
     return sorted({abs(round(alpha, 2)) for alpha in alphas})
 
 
@@ -119,7 +128,9 @@ def merged_name(alpha: float) -> str:
 def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) -> None:
     draw = len(alphas) > 1
     if draw and not scored:
-        raise InputError("which alpha is best can only be told from data; give --eval-data NAME=SHARDS, or one --alpha.")
+        raise InputError(
+            "which alpha is best can only be told from data; give --eval-data NAME=SHARDS, or one --alpha."
+        )
     if draw and importlib.util.find_spec("matplotlib") is None:
         raise InputError("frontier.png needs matplotlib; pip install 'flyp-plugin[plot]'.")
     if out.exists() and not out.is_dir():
@@ -137,18 +148,23 @@ def _start(args: argparse.Namespace) -> tuple[Model, dict[str, torch.Tensor]]:
 
 
 def model_flags(args: argparse.Namespace, model: Model) -> list[str]:
-    """The flags that make `model` again from a checkpoint, which does not tell the preprocessing of a pretrained tag."""
+    """The flags that make `model` again from a checkpoint, which does not tell a tag's preprocessing."""
     flags = ["--model", args.model]
     if args.model_config:
         flags += ["--model-config", args.model_config]
     config = open_clip.get_model_config(args.model.replace("/", "-")) or {}
-    if not config.get("quick_gelu") and any(type(module).__name__ == "QuickGELU" for module in model.modules()):
+    if not config.get("quick_gelu") and any(
+        type(module).__name__ == "QuickGELU" for module in model.modules()
+    ):
         flags += ["--force-quick-gelu"]
     for name in ("mean", "std", "interpolation", "resize_mode"):
         value, default = model.visual.preprocess_cfg[name], getattr(PreprocessCfg(), name)
         value = value if isinstance(value, str) else tuple(value)
         if value != default:
-            flags += [f"--image-{name.replace('_', '-')}", *([value] if isinstance(value, str) else map(str, value))]
+            flags += [
+                f"--image-{name.replace('_', '-')}",
+                *([value] if isinstance(value, str) else map(str, value)),
+            ]
     return flags
 
 
@@ -167,7 +183,11 @@ def _record(
             "pretrained": source(args.pretrained, weights_file(args.model, args.pretrained)),
             "finetuned": [source(path, path) for path in finetuned],
         },
-        "versions": {"flyp_plugin": flyp_plugin.__version__, "open_clip": open_clip.__version__, "torch": torch.__version__},
+        "versions": {
+            "flyp_plugin": flyp_plugin.__version__,
+            "open_clip": open_clip.__version__,
+            "torch": torch.__version__,
+        },
     }
 
 
@@ -182,12 +202,14 @@ def _rows(results: Results, chosen: float) -> dict[str, dict[str, float]]:
     for alpha, by_set in results.items():
         row = {f"{name} top1": metrics["top1"] for name, metrics in by_set.items()}
         ood = mean_ood(by_set)
-        rows[f"{alpha:.2f}{' *' if alpha == chosen else ''}"] = row | ({} if ood is None else {"mean OOD": ood})
+        rows[f"{alpha:.2f}{' *' if alpha == chosen else ''}"] = row | (
+            {} if ood is None else {"mean OOD": ood}
+        )
     return rows
 
 
 def draw_frontier(results: Results, chosen: float, path: Path, per_set: bool = False) -> None:
-    """ID accuracy across, OOD accuracy up, a point an alpha (WiSE-FT, figure 1); with one set alone, alpha across.
+    """ID accuracy across, OOD accuracy up, a point an alpha (WiSE-FT, figure 1); with one set, alpha across.
 
     Args:
         results: metrics of each alpha on each set, the first set being the ID one.
@@ -213,7 +235,15 @@ def draw_frontier(results: Results, chosen: float, path: Path, per_set: bool = F
         axes.plot(across[at], up[at], "*", markersize=16, color=line.get_color(), markeredgecolor="black")
         for x, y, alpha in zip(across, up, alphas):
             axes.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.plot([], [], "*", markersize=12, color="white", markeredgecolor="black", label=f"chosen: alpha = {chosen:g}")
+    axes.plot(
+        [],
+        [],
+        "*",
+        markersize=12,
+        color="white",
+        markeredgecolor="black",
+        label=f"chosen: alpha = {chosen:g}",
+    )
     axes.set_xlabel(f"{first} (ID) top-1, %" if others else "alpha (0: pretrained, 1: fine-tuned)")
     axes.set_ylabel("OOD top-1, %" if others else "top-1, %")
     axes.grid(alpha=0.3)

@@ -46,10 +46,16 @@ class Tally:
         logits, labels = logits.float(), labels.to(logits.device)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             wrong = labels.max() if labels.max() >= self.num_classes else labels.min()
-            raise InputError(f"label {int(wrong)} is outside 0..{self.num_classes - 1}; give the classes of this set.")
+            raise InputError(
+                f"label {int(wrong)} is outside 0..{self.num_classes - 1}; give the classes of this set."
+            )
         prediction = logits.argmax(dim=1)
         hit = prediction == labels
-        for counts, classes in ((self.labelled, labels), (self.predicted, prediction), (self.correct, labels[hit])):
+        for counts, classes in (
+            (self.labelled, labels),
+            (self.predicted, prediction),
+            (self.correct, labels[hit]),
+        ):
             counts += torch.bincount(classes, minlength=self.num_classes).cpu()
         if self.num_classes > 5:
             self.in_top5 += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
@@ -158,8 +164,9 @@ def evaluate(classifier: Callable[[torch.Tensor], torch.Tensor], loader: Iterabl
     """The metrics of a classifier over a loader; arguments as for `score`.
 
     Returns:
-        n; top1; top5 where C > 5; mean_per_class_recall and macro_f1, over the classes that occur in the ground
-        truth; worst_group_top1 and worst_group (its name) where there are groups. All but n and the name in 0..1.
+        n; top1; top5 where C > 5; mean_per_class_recall and macro_f1, over the classes that occur in the
+        ground truth; worst_group_top1 and worst_group (its name) where there are groups. All but n and the
+        name in 0..1.
         Equal to scikit-learn's with labels=np.unique(y), and to WILDS' for groups.
 
     Raises:
@@ -175,8 +182,8 @@ def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
     for name, row in rows.items():
         lines.append([name, *(_cell(row.get(column, "")) for column in columns)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
-                     for line in lines)  # fmt: skip
+    padded = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""WiSE-FT (arXiv 2109.01903): weights between the pretrained and the fine-tuned model, and the alpha to choose.
+"""WiSE-FT (arXiv 2109.01903): weights between the pretrained and the fine-tuned model, and which to choose.
 
 `interpolate` and `average` are pure; the sweep scores all alphas on each decoded image. Files are merge.py's.
 """
@@ -15,8 +15,8 @@ from flyp_plugin.evalsets import EvalSet, with_progress
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Metrics, Tally, score
 
-# Bytes of decoded images scored under one alpha before the weights are moved to the next. Larger: fewer moves, which
-# cost one pass over the image tower's weights each; 256 MiB are 445 images at 224 pixels.
+# Bytes of decoded images scored under one alpha before the weights are moved to the next. Larger: fewer
+# moves, which cost one pass over the image tower's weights each; 256 MiB are 445 images at 224 pixels.
 _BLOCK = 256 << 20
 
 
@@ -36,7 +36,7 @@ def interpolate(pretrained: StateDict, finetuned: StateDict, alpha: float) -> di
 
 
 def average(state_dicts: Sequence[StateDict]) -> dict[str, torch.Tensor]:
-    """The mean of every floating-point tensor (a uniform soup, arXiv 2203.05482); other tensors are the last one's.
+    """The mean of every floating-point tensor (uniform soup, arXiv 2203.05482); others are the last one's.
 
     Computed in float64, given back in float32 or the tensors' own wider type.
 
@@ -109,7 +109,9 @@ def sweep(
     for alpha in tqdm(alphas, desc="heads", unit="alpha", disable=None):
         move_to(alpha, weights)
         for eval_set in sets:
-            heads[alpha, eval_set.name] = ImageClassifier.from_prompts(model, tokenizer, eval_set.prompts, precision).head
+            heads[alpha, eval_set.name] = ImageClassifier.from_prompts(
+                model, tokenizer, eval_set.prompts, precision
+            ).head
     results: dict[float, dict[str, Metrics]] = {alpha: {} for alpha in alphas}
     for eval_set in sets:
         names = eval_set.prompts.classnames
@@ -117,7 +119,11 @@ def sweep(
         for block in _blocks(with_progress(loader(eval_set), eval_set.name), model.logit_scale.device):
             for alpha in alphas:
                 move_to(alpha, image_side)
-                score(ImageClassifier(model, heads[alpha, eval_set.name], names, precision), block, tallies[alpha])
+                score(
+                    ImageClassifier(model, heads[alpha, eval_set.name], names, precision),
+                    block,
+                    tallies[alpha],
+                )
         for alpha in alphas:
             results[alpha][eval_set.name] = tallies[alpha].metrics()
     return results

@@ -1,4 +1,4 @@
-"""Digits as CLIP_benchmark shards, and a small CLIP trained on them twice: a little ("pretrained") and more."""
+"""Digits as CLIP_benchmark shards, and small CLIPs trained on them for a while."""
 
 import atexit
 import io
@@ -46,22 +46,31 @@ def root() -> Path:
         (folder / "models" / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "models")
     images, labels = digits()
-    write_set(folder / "data", images[1000:1203], labels[1000:1203], NAMES)  # 203: of no batch size here a multiple
+    write_set(
+        folder / "data", images[1000:1203], labels[1000:1203], NAMES
+    )  # 203: of no batch size here a multiple
     rng = np.random.default_rng(0)
     odd = np.flatnonzero(labels[1300:] % 2)[:97] + 1300
-    noisy = [Image.fromarray(np.clip(np.array(images[i]) + rng.normal(0, 60, (40, 33, 3)), 0, 255).astype("uint8"))
-             for i in odd]  # fmt: skip
+    noise = rng.normal(0, 60, (len(odd), 40, 33, 3))
+    noisy = [
+        Image.fromarray(np.clip(np.array(images[i]) + n, 0, 255).astype("uint8")) for i, n in zip(odd, noise)
+    ]
     write_set(folder / "ood", noisy, labels[odd] // 2, NAMES[1::2])
     return folder
 
 
 def digits() -> tuple[list[Image.Image], np.ndarray]:
     data = load_digits()
-    images = [Image.fromarray((image * 15.9).astype("uint8")).convert("RGB").resize((33, 40)) for image in data.images]
+    images = [
+        Image.fromarray((image * 15.9).astype("uint8")).convert("RGB").resize((33, 40))
+        for image in data.images
+    ]
     return images, data.target
 
 
-def write_set(folder: Path, images, labels, names, templates=TEMPLATES, shards: int = 2, ending: str = "png") -> None:
+def write_set(
+    folder: Path, images, labels, names, templates=TEMPLATES, shards: int = 2, ending: str = "png"
+) -> None:
     (folder / "test").mkdir(parents=True)
     (folder / "classnames.txt").write_text("\n".join(names) + "\n")
     (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n")
@@ -99,7 +108,10 @@ def checkpoint(name: str, steps: int) -> Path:
         loss.backward()
         optimizer.step()
     path = root() / f"{name}-{steps}.pt"
-    torch.save({"epoch": 1, "name": "run", "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    torch.save(
+        {"epoch": 1, "name": "run", "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()},
+        path,
+    )
     return path
 
 

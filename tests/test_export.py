@@ -6,20 +6,20 @@ import open_clip
 import pytest
 import timm
 import torch
-from helpers_eval import CONFIGS, NAMES, TEMPLATES, checkpoint, digits, flyp, root
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.prompts import ClassPrompts
+from tests.helpers_eval import CONFIGS, NAMES, TEMPLATES, checkpoint, digits, flyp, root
 
 STEPS = {"tiny-digits": 80, "tiny-digits-quickgelu": 20, "tiny-digits-timm": 3}
 
 
 def export(name, out, form, *more):
-    flyp("export", checkpoint(name, STEPS.get(name, 1)), "--model", name, "--data", root() / "data", "--format", form,
-         "--out", out, *more)  # fmt: skip
+    ours = [checkpoint(name, STEPS.get(name, 1)), "--model", name, "--data", root() / "data"]
+    flyp("export", *ours, "--format", form, "--out", out, *more)
 
 
 @pytest.mark.parametrize("name", list(STEPS))
@@ -27,10 +27,15 @@ def test_timm_reads_a_classifier_with_our_predictions_labels_and_pixels(name, tm
     export(name, tmp_path / "it", "timm")
     model = timm.create_model(f"local-dir:{tmp_path}/it", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == NAMES and model.num_classes == 10
-    ours = ImageClassifier.from_checkpoint(name, checkpoint(name, STEPS[name]), ClassPrompts(NAMES, TEMPLATES)).eval()
+    ours = ImageClassifier.from_checkpoint(
+        name, checkpoint(name, STEPS[name]), ClassPrompts(NAMES, TEMPLATES)
+    ).eval()
     transform = create_transform(**resolve_model_data_config(model))
     pictures = digits()[0][1000:1300]
-    pictures += [Image.fromarray(np.random.default_rng(i).integers(0, 256, (70, 41 + i, 3), dtype="uint8")) for i in (1, 90)]
+    pictures += [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (70, 41 + i, 3), dtype="uint8"))
+        for i in (1, 90)
+    ]
     images = torch.stack([transform(picture) for picture in pictures])
     assert torch.equal(images, torch.stack([ours.preprocess(picture) for picture in pictures]))
     with torch.no_grad():
@@ -49,7 +54,9 @@ def test_open_clip_reads_the_same_features_to_the_last_bit(name, tmp_path):
     export(name, tmp_path / "it", "open_clip")
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/it")
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}/it")(NAMES)
-    ours, _, our_preprocess = open_clip.create_model_and_transforms(name, str(checkpoint(name, STEPS.get(name, 1))))
+    ours, _, our_preprocess = open_clip.create_model_and_transforms(
+        name, str(checkpoint(name, STEPS.get(name, 1)))
+    )
     images = torch.stack([preprocess(picture) for picture in digits()[0][:20]])
     assert torch.equal(images, torch.stack([our_preprocess(picture) for picture in digits()[0][:20]]))
     with torch.no_grad():
@@ -63,16 +70,28 @@ def test_preprocessing_flags_go_into_the_folder(tmp_path):
     export("tiny-digits", tmp_path / "timm", "timm", *flags)
     export("tiny-digits", tmp_path / "open_clip", "open_clip", *flags)
     config = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
-    assert (config["mean"], config["crop_mode"], config["interpolation"]) == ([0.5, 0.4, 0.3], "squash", "bilinear")
+    assert (config["mean"], config["crop_mode"], config["interpolation"]) == (
+        [0.5, 0.4, 0.3],
+        "squash",
+        "bilinear",
+    )
     config = json.loads((tmp_path / "open_clip" / "open_clip_config.json").read_text())["preprocess_cfg"]
-    assert (config["std"], config["resize_mode"], config["interpolation"]) == ([0.2, 0.2, 0.1], "squash", "bilinear")
+    assert (config["std"], config["resize_mode"], config["interpolation"]) == (
+        [0.2, 0.2, 0.1],
+        "squash",
+        "bilinear",
+    )
 
 
 def test_force_quick_gelu_goes_into_the_folder(tmp_path):
     export("tiny-digits", tmp_path / "it", "open_clip", "--force-quick-gelu")
-    assert json.loads((tmp_path / "it" / "open_clip_config.json").read_text())["model_cfg"]["quick_gelu"] is True
+    assert (
+        json.loads((tmp_path / "it" / "open_clip_config.json").read_text())["model_cfg"]["quick_gelu"] is True
+    )
     export("tiny-digits", tmp_path / "timm", "timm", "--force-quick-gelu")
-    assert json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]["act_layer"] == "quick_gelu"
+    assert (
+        json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]["act_layer"] == "quick_gelu"
+    )
 
 
 def variant(**vision):
@@ -94,7 +113,9 @@ def variant(**vision):
     ],
 )
 def test_towers_without_a_timm_twin_are_refused(make, reason, tmp_path):
-    with pytest.raises(InputError, match=f"timm has no model of this image tower .*{reason}.*--format open_clip") as error:
+    with pytest.raises(
+        InputError, match=f"timm has no model of this image tower .*{reason}.*--format open_clip"
+    ) as error:
         export(make(), tmp_path / "it", "timm")
     assert "\n" not in str(error.value) and not os.listdir(tmp_path)
 
@@ -126,4 +147,13 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_when_all_is_well(
 
 def test_a_classifier_needs_classes(tmp_path):
     with pytest.raises(InputError, match="--data DIR"):
-        flyp("export", checkpoint("tiny-digits", 80), "--model", "tiny-digits", "--format", "timm", "--out", tmp_path / "a")
+        flyp(
+            "export",
+            checkpoint("tiny-digits", 80),
+            "--model",
+            "tiny-digits",
+            "--format",
+            "timm",
+            "--out",
+            tmp_path / "a",
+        )

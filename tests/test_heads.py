@@ -1,11 +1,11 @@
 import open_clip
 import pytest
 import torch
-from helpers_eval import NAMES, TEMPLATES, checkpoint, digits, root
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from flyp_plugin.heads import ImageClassifier, build_zeroshot_head
 from flyp_plugin.prompts import ClassPrompts
+from tests.helpers_eval import NAMES, TEMPLATES, checkpoint, digits, root
 
 MODEL = "tiny-digits"
 PROMPTS = ClassPrompts(NAMES, TEMPLATES)

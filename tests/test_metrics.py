@@ -6,7 +6,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from helpers_eval import NAMES, TEMPLATES, checkpoint, flyp, root, write_set
 from sklearn import metrics as sk
 
 from flyp_plugin.data import LabelledDataset
@@ -15,6 +14,7 @@ from flyp_plugin.evalsets import parse_eval_sets
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Tally, evaluate, score, table
 from flyp_plugin.prompts import ClassPrompts
+from tests.helpers_eval import NAMES, TEMPLATES, checkpoint, flyp, root, write_set
 
 MODEL = "tiny-digits"
 
@@ -43,15 +43,24 @@ def test_equal_to_scikit_learn(seed):
     ours, prediction, occur = tallied(logits, labels).metrics(), logits.argmax(1), np.unique(labels)
     assert ours["n"] == 500
     assert ours["top1"] == sk.accuracy_score(labels, prediction)
-    assert ours["top5"] == pytest.approx(sk.top_k_accuracy_score(labels, logits, k=5, labels=range(9)), abs=1e-12)
-    assert ours["mean_per_class_recall"] == pytest.approx(sk.balanced_accuracy_score(labels, prediction), abs=1e-12)
+    assert ours["top5"] == pytest.approx(
+        sk.top_k_accuracy_score(labels, logits, k=5, labels=range(9)), abs=1e-12
+    )
+    assert ours["mean_per_class_recall"] == pytest.approx(
+        sk.balanced_accuracy_score(labels, prediction), abs=1e-12
+    )
     f1 = sk.f1_score(labels, prediction, labels=occur, average="macro")
     assert ours["macro_f1"] == pytest.approx(f1, abs=1e-12)
 
 
 def test_top5_only_where_there_are_more_than_five_classes():
     logits = torch.eye(5)
-    assert set(tallied(logits, torch.arange(5)).metrics()) == {"n", "top1", "mean_per_class_recall", "macro_f1"}
+    assert set(tallied(logits, torch.arange(5)).metrics()) == {
+        "n",
+        "top1",
+        "mean_per_class_recall",
+        "macro_f1",
+    }
 
 
 def test_groups_as_wilds_defines_them():
@@ -96,7 +105,11 @@ def test_evaluate_takes_tuples_and_dicts_and_leaves_the_mode():
 
 def test_table_aligns_and_shows_percentages():
     text = table({"val": {"n": 12, "top1": 0.5}, "sketch": {"n": 3, "top1": 1.0, "worst_group": "a"}}, "set")
-    assert text.split("\n") == ["set      n    top1  worst_group", "val     12   50.00", "sketch   3  100.00            a"]
+    assert text.split("\n") == [
+        "set      n    top1  worst_group",
+        "val     12   50.00",
+        "sketch   3  100.00            a",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +121,9 @@ def classifier():
 
 def loader(classifier, **kwargs):
     shards = [str(root() / f"data/test/{i}.tar") for i in range(2)]
-    return LabelledDataset(shards, classifier.preprocess, kwargs.pop("batch_size", 32), num_classes=10, **kwargs)
+    return LabelledDataset(
+        shards, classifier.preprocess, kwargs.pop("batch_size", 32), num_classes=10, **kwargs
+    )
 
 
 def test_equal_to_clip_benchmark_to_the_last_image(classifier, monkeypatch):
@@ -124,7 +139,13 @@ def test_equal_to_clip_benchmark_to_the_last_image(classifier, monkeypatch):
     batches = torch.utils.data.DataLoader(dataset.batched(32), batch_size=None)
     batches.dataset.classes = dataset.classes
     theirs = zeroshot_classification.evaluate(
-        classifier.model, batches, open_clip.get_tokenizer(MODEL), dataset.classes, dataset.templates, "cpu", amp=False
+        classifier.model,
+        batches,
+        open_clip.get_tokenizer(MODEL),
+        dataset.classes,
+        dataset.templates,
+        "cpu",
+        amp=False,
     )
     ours = evaluate(classifier, loader(classifier))
     assert 0.2 < ours["top1"] < 0.95
@@ -146,8 +167,9 @@ def test_two_ranks_and_two_workers_count_as_one(classifier):
 
 def test_flyp_eval_writes_table_json_and_predictions(tmp_path, capsys):
     file = tmp_path / "predictions.csv"
-    argv = ["eval", checkpoint(MODEL, 80), "--model", MODEL, "--batch-size", 32, "--workers", 0, "--group-key", "hand",
-            "--eval-data", f"val={root()}/data", "--eval-data", f"ood={root()}/ood/test/{{0..1}}.tar"]  # fmt: skip
+    flags = ["--batch-size", 32, "--workers", 0, "--group-key", "hand"]
+    sets = ["--eval-data", f"val={root()}/data", "--eval-data", f"ood={root()}/ood/test/{{0..1}}.tar"]
+    argv = ["eval", checkpoint(MODEL, 80), "--model", MODEL, *flags, *sets]
     flyp(*argv, "--json", "--predictions", file)
     results = json.loads(capsys.readouterr().out)["results"]
     rows = list(csv.DictReader(file.open(encoding="utf-8")))
@@ -157,7 +179,9 @@ def test_flyp_eval_writes_table_json_and_predictions(tmp_path, capsys):
         assert len({row["key"] for row in mine}) == results[name]["n"]
         right = [row["label"] == row["prediction"] for row in mine]
         assert np.mean(right) == pytest.approx(results[name]["top1"])
-        by_group = {g: np.mean([r for r, row in zip(right, mine) if row["group"] == g]) for g in ("left", "right")}
+        by_group = {
+            g: np.mean([r for r, row in zip(right, mine) if row["group"] == g]) for g in ("left", "right")
+        }
         assert results[name]["worst_group_top1"] <= min(by_group.values())
         assert all(classes[int(row["prediction"])] == row["prediction_name"] for row in mine)
         assert all(1 / len(classes) <= float(row["probability"]) <= 1 for row in mine)
@@ -207,9 +231,9 @@ def test_eval_data_mistakes_are_one_sentence(specs, message):
 def test_labels_of_other_classes_are_one_sentence(tmp_path):
     few = tmp_path / "few.txt"
     few.write_text("zero\none\n")
+    argv = ["eval", checkpoint(MODEL, 80), "--model", MODEL, "--eval-data", f"val={root()}/data"]
     with pytest.raises(InputError, match=r"outside 0\.\.1.*--classnames"):
-        flyp("eval", checkpoint(MODEL, 80), "--model", MODEL, "--eval-data", f"val={root()}/data", "--classnames", few,
-             "--workers", 0, "--predictions", tmp_path / "p.csv")  # fmt: skip
+        flyp(*argv, "--classnames", few, "--workers", 0, "--predictions", tmp_path / "p.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.txt"]
 
 

@@ -9,14 +9,15 @@ import open_clip
 import PIL.Image
 import pytest
 import torch
-from helpers_eval import checkpoint, flyp, root
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.merge import draw_frontier, parse_alphas
 from flyp_plugin.wiseft import average, choose, interpolate
+from tests.helpers_eval import checkpoint, flyp, root
 
 MODEL = "tiny-digits"
 PRETRAINED, FINETUNED = 15, 80
+LOADING = ["--workers", 0, "--batch-size", 32]
 
 
 def state(steps):
@@ -25,8 +26,13 @@ def state(steps):
 
 def argv(out, *more, pretrained=None):
     root()
-    return ["wiseft", "--model", MODEL, "--pretrained", pretrained or checkpoint(MODEL, PRETRAINED), "--finetuned",
-            checkpoint(MODEL, FINETUNED), "--workers", 0, "--batch-size", 32, "--out", out, *more]  # fmt: skip
+    ends = [
+        "--pretrained",
+        pretrained or checkpoint(MODEL, PRETRAINED),
+        "--finetuned",
+        checkpoint(MODEL, FINETUNED),
+    ]
+    return ["wiseft", "--model", MODEL, *ends, *LOADING, "--out", out, *more]
 
 
 def sets():
@@ -37,6 +43,11 @@ def read(capsys):
     return json.loads(capsys.readouterr().out)
 
 
+def evaluated(path, capsys, *more):
+    flyp("eval", path, "--model", MODEL, *LOADING, *sets(), *more, "--json")
+    return read(capsys)["results"]
+
+
 def weights(steps=1, **changes):
     generator = torch.Generator().manual_seed(steps)
     made = {"a.weight": torch.randn(4, 3, generator=generator), "a.bias": torch.randn(4, generator=generator),
@@ -44,17 +55,29 @@ def weights(steps=1, **changes):
     return {**made, **changes}
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float16),
-                                    (torch.bfloat16, torch.float32), (torch.float64, torch.float16)])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float16),
+    ],
+)
 def test_interpolate_is_the_formula_in_float32_or_wider(dtypes):
-    sides = [{k: t.to(d) if t.is_floating_point() else t for k, t in weights(i).items()} for i, d in enumerate(dtypes)]
+    sides = [
+        {k: t.to(d) if t.is_floating_point() else t for k, t in weights(i).items()}
+        for i, d in enumerate(dtypes)
+    ]
     wide = torch.promote_types(*dtypes)
     for alpha in (0.0, 0.1, 0.5, 0.9, 1.0):
         merged = interpolate(*sides, alpha)
         for key in ("a.weight", "a.bias"):
             exact = (1 - alpha) * sides[0][key].double() + alpha * sides[1][key].double()
             assert merged[key].dtype == wide
-            rounding = max(torch.finfo(wide).eps, 0 if wide == torch.float64 else torch.finfo(torch.float32).eps)
+            rounding = max(
+                torch.finfo(wide).eps, 0 if wide == torch.float64 else torch.finfo(torch.float32).eps
+            )
             assert (merged[key].double() - exact).abs().max() <= 2 * rounding * exact.abs().max()
         assert merged["seen"] == 1 and merged["seen"].dtype == torch.int64
 
@@ -64,7 +87,9 @@ def test_alpha_0_and_1_are_the_end_points_to_the_last_bit():
     b["a.bias"][0] = float("inf")
     for alpha, end in ((0, a), (1, b)):
         merged = interpolate(a, b, alpha)
-        assert torch.equal(merged["a.weight"], end["a.weight"]) and torch.equal(merged["a.bias"], end["a.bias"])
+        assert torch.equal(merged["a.weight"], end["a.weight"]) and torch.equal(
+            merged["a.bias"], end["a.bias"]
+        )
 
 
 def test_interpolate_changes_neither_side():
@@ -128,7 +153,9 @@ def test_alpha_is_chosen_on_the_first_set_alone_and_a_tie_goes_to_the_smaller():
 def test_sweep_decodes_each_image_once_and_equals_separate_evaluations(tmp_path, capsys, monkeypatch):
     decoded = []
     real_open = PIL.Image.open
-    monkeypatch.setattr(PIL.Image, "open", lambda *args, **kwargs: decoded.append(1) or real_open(*args, **kwargs))
+    monkeypatch.setattr(
+        PIL.Image, "open", lambda *args, **kwargs: decoded.append(1) or real_open(*args, **kwargs)
+    )
     monkeypatch.setattr("flyp_plugin.wiseft._BLOCK", 100 * 3 * 32 * 32 * 4)  # several blocks a set
     flyp(*argv(tmp_path / "out", *sets(), "--json", "--save-all", "--group-key", "hand"))
     record = read(capsys)
@@ -137,12 +164,9 @@ def test_sweep_decodes_each_image_once_and_equals_separate_evaluations(tmp_path,
     assert list(record["alphas"]) == [f"{i / 10:.2f}" for i in range(11)]
     for alpha, by_set in record["alphas"].items():
         path = tmp_path / "out" / f"wise_ft_alpha={alpha}.pt"
-        flyp("eval", path, "--model", MODEL, "--workers", 0, "--batch-size", 32, "--group-key", "hand", *sets(), "--json")
-        assert read(capsys)["results"] == by_set
+        assert evaluated(path, capsys, "--group-key", "hand") == by_set
     for alpha, steps in (("0.00", PRETRAINED), ("1.00", FINETUNED)):
-        flyp("eval", checkpoint(MODEL, steps), "--model", MODEL, "--workers", 0, "--batch-size", 32, "--group-key", "hand",
-             *sets(), "--json")  # fmt: skip
-        assert read(capsys)["results"] == record["alphas"][alpha]
+        assert evaluated(checkpoint(MODEL, steps), capsys, "--group-key", "hand") == record["alphas"][alpha]
     accuracy = [by_set["val"]["top1"] for by_set in record["alphas"].values()]
     assert len(set(accuracy)) > 5  # the sweep is of models that differ
     assert record["chosen_alpha"] == int(np.argmax(accuracy)) / 10 and record["chosen_by"] == "val/top1"
@@ -153,9 +177,8 @@ def test_sweep_in_low_precision_equals_evaluation_of_the_merged_file(tmp_path, c
     flyp(*argv(tmp_path, *sets(), "--precision", precision, "--alphas", "0.3,0.7", "--save-all", "--json"))
     record = read(capsys)
     for alpha, by_set in record["alphas"].items():
-        flyp("eval", tmp_path / f"wise_ft_alpha={alpha}.pt", "--model", MODEL, "--workers", 0, "--batch-size", 32, *sets(),
-             "--precision", precision, "--json")  # fmt: skip
-        assert read(capsys)["results"] == by_set
+        path = tmp_path / f"wise_ft_alpha={alpha}.pt"
+        assert evaluated(path, capsys, "--precision", precision) == by_set
 
 
 def test_merged_file_is_the_formula_loads_in_open_clip_and_holds_only_weights(tmp_path):
@@ -203,7 +226,10 @@ def test_writes_the_chosen_alpha_the_record_the_picture_and_a_table(tmp_path, ca
     table = capsys.readouterr().out.strip().split("\n")
     assert table[0].split() == ["alpha", "val", "top1", "ood", "top1", "mean", "OOD"] and len(table) == 4
     assert [line.split()[0] for line in table if "*" in line] == [f"{record['chosen_alpha']:.2f}"]
-    assert len(record["inputs"]["pretrained"]["sha256"]) == 64 and record["versions"]["torch"] == torch.__version__
+    assert (
+        len(record["inputs"]["pretrained"]["sha256"]) == 64
+        and record["versions"]["torch"] == torch.__version__
+    )
     command = next(record.message for record in caplog.records if record.message.startswith("Next: flyp "))
     flyp(*[word.replace("classifier", f"{tmp_path}/classifier") for word in shlex.split(command)[2:]])
     assert (tmp_path / "classifier" / "model.safetensors").exists()
@@ -211,8 +237,9 @@ def test_writes_the_chosen_alpha_the_record_the_picture_and_a_table(tmp_path, ca
 
 def test_the_next_command_tells_the_preprocessing_that_came_with_the_pretrained_weights(tmp_path, caplog):
     caplog.set_level("INFO")
-    flyp(*argv(tmp_path, "--alpha", 0.5, "--image-mean", 0.5, 0.5, 0.5, "--image-resize-mode", "squash", "--force-quick-gelu"))
-    assert "--force-quick-gelu --image-mean 0.5 0.5 0.5 --image-resize-mode squash --data DIR" in caplog.text
+    flags = ["--force-quick-gelu", "--image-mean", 0.5, 0.5, 0.5, "--image-resize-mode", "squash"]
+    flyp(*argv(tmp_path, "--alpha", 0.5, *flags))
+    assert " ".join([*map(str, flags), "--data DIR"]) in caplog.text
 
 
 def test_frontier_of_one_set_and_of_many(tmp_path):

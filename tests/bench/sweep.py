@@ -2,8 +2,8 @@
 
     python tests/bench/sweep.py [--images 128] [--pixels 1024] [--workers 2]
 
-JPEGs are large and the tower is small, so that decoding is what costs, as on a GPU. Each command is its own process;
-memory is its peak resident set and that of its largest worker, in MiB. Writes a JSON line to stdout.
+JPEGs are large and the tower is small, so that decoding is what costs, as on a GPU. Each command is its own
+process; memory is its peak resident set and that of its largest worker, in MiB. Writes JSON to stdout.
 """
 
 import argparse
@@ -43,7 +43,10 @@ def write_shards(folder: Path, images: int, pixels: int) -> None:
     (folder / "test").mkdir(parents=True)
     (folder / "classnames.txt").write_text("\n".join(f"class {i}" for i in range(10)) + "\n")
     (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
-    with tarfile.open(folder / "test" / "0.tar", "w") as first, tarfile.open(folder / "test" / "1.tar", "w") as second:
+    with (
+        tarfile.open(folder / "test" / "0.tar", "w") as first,
+        tarfile.open(folder / "test" / "1.tar", "w") as second,
+    ):
         for i in range(images):
             coarse = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
             jpeg = io.BytesIO()
@@ -55,9 +58,11 @@ def write_shards(folder: Path, images: int, pixels: int) -> None:
 
 
 def measured(*argv: object) -> tuple[float, float, int, int]:
-    """Wall time with the start of Python, that of the command alone, peak MiB of the process and of its workers."""
+    """Wall time with Python's start, that of the command alone, peak MiB of it and of its workers."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", RUN, *map(str, argv)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, argv)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(done.stderr)
     seconds, *peak = json.loads(done.stderr.rsplit("MEASURED ", 1)[1])
@@ -65,7 +70,9 @@ def measured(*argv: object) -> tuple[float, float, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=2)
@@ -78,17 +85,22 @@ def main() -> None:
         for seed, name in enumerate(("pretrained", "finetuned")):
             torch.manual_seed(seed)
             torch.save(open_clip.create_model("bench").state_dict(), folder / f"{name}.pt")
-        model = ["--model", "bench", "--model-config", folder / "bench.json", "--eval-data", f"val={folder}/data",
-                 "--workers", args.workers]  # fmt: skip
+        data = ["--eval-data", f"val={folder}/data", "--workers", args.workers]
+        model = ["--model", "bench", "--model-config", folder / "bench.json", *data]
         ends = ["--pretrained", folder / "pretrained.pt", "--finetuned", folder / "finetuned.pt"]
         results: dict[str, object] = {"images": args.images, "pixels": args.pixels, "cpus": os.cpu_count()}
         for alphas in ("0:1:0.5", "0:1:0.1", "0:1:0.02"):
             out = folder / f"out-{alphas}"
             wall, seconds, mine, workers = measured("wiseft", *model, *ends, "--out", out, "--alphas", alphas)
-            results[f"wiseft {alphas}"] = {"wall_s": wall, "command_s": seconds, "peak_mib": mine, "workers_mib": workers}
+            results[f"wiseft {alphas}"] = {
+                "wall_s": wall,
+                "command_s": seconds,
+                "peak_mib": mine,
+                "workers_mib": workers,
+            }
         separate = [measured("eval", folder / "finetuned.pt", *model) for _ in range(11)]
-        results["11 x eval"] = {"wall_s": sum(s[0] for s in separate), "command_s": sum(s[1] for s in separate),
-                                "peak_mib": max(s[2] for s in separate)}  # fmt: skip
+        wall, seconds, mine, _ = zip(*separate)
+        results["11 x eval"] = {"wall_s": sum(wall), "command_s": sum(seconds), "peak_mib": max(mine)}
         sweep = results["wiseft 0:1:0.1"]
         for clock in ("wall_s", "command_s"):
             results[f"ratio {clock}"] = sweep[clock] / results["11 x eval"][clock]  # type: ignore[index]
