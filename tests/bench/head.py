@@ -27,8 +27,8 @@ def main() -> None:
     rows = [_row(model, args) for model in args.model]
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(f"\n{device_name(args.device)}{threads}, fp32, torch {torch.__version__}, ", end="")
-    print(f"open_clip {open_clip.__version__}; {args.classes} of ImageNet's 1000 classes x 80 templates; ", end="")
-    print(f"{args.clock} time, medians of {args.runs} pairs of runs\n")
+    print(f"open_clip {open_clip.__version__}; {args.classes} of ImageNet's 1000 classes, ", end="")
+    print(f"80 templates; {args.clock} time, medians of {args.runs} pairs of runs\n")
     print("| model | prompts | open_clip | short text | ratio | largest difference of the heads |")
     print("|---|---|---|---|---|---|")
     print("\n".join(rows))
