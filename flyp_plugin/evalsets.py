@@ -112,7 +112,9 @@ def eval_command(args: argparse.Namespace) -> None:
     results = {}
     with _predictions(args.predictions) as write:
         for eval_set in sets:
-            classifier = ImageClassifier.from_prompts(model, tokenizer, eval_set.prompts, args.precision)
+            classifier = ImageClassifier.from_prompts(
+                model, tokenizer, eval_set.prompts, args.precision, use_tqdm=sys.stderr.isatty()
+            )
             loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
             results[eval_set.name] = evaluate(classifier, loader, on_batch=write and write(eval_set))
     text = json.dumps({"checkpoint": args.checkpoint, "model": args.model, "results": results}, indent=1)

@@ -3,6 +3,7 @@
 A metric is one function of the counts. Not for models: a classifier here is anything that gives logits.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,6 +15,7 @@ from torch import nn
 from flyp_plugin.errors import InputError
 
 Metrics = dict[str, Any]  # numbers, and the name of the worst group
+_log = logging.getLogger(__name__)
 _METRICS: list[Callable[["Tally"], Metrics]] = []
 
 
@@ -24,7 +26,7 @@ class Tally:
     Attributes:
         labelled, predicted, correct: int64 (C,), images of a class, predicted as it, and both.
         in_top5: images whose class is among the five most likely.
-        groups: images and correct ones of each group.
+        groups: images and correct ones of each group; '' stands for images that have none.
     """
 
     num_classes: int
@@ -117,8 +119,12 @@ def _macro_f1(tally: Tally) -> Metrics:
 @metric
 def _worst_group(tally: Tally) -> Metrics:
     """The least accuracy of a group that occurs, as in WILDS (arXiv 2012.07421), and its name."""
-    accuracy = {group: correct / number for group, (number, correct) in sorted(tally.groups.items())}
+    accuracy = {group: correct / number for group, (number, correct) in sorted(tally.groups.items()) if group}
     if not accuracy:
+        if tally.groups:
+            _log.warning(
+                "No image of this set has a group, so none is the worst; --group-key names its member."
+            )
         return {}
     worst = min(accuracy, key=accuracy.__getitem__)
     return {"worst_group_top1": accuracy[worst], "worst_group": worst}

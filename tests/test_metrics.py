@@ -25,7 +25,7 @@ def guesses(n=500, classes=9, seed=0):
     labels = rng.choice([0, 1, 2, 4, 5, 8], n, p=[0.4, 0.2, 0.2, 0.1, 0.09, 0.01])
     logits = rng.normal(size=(n, classes)) + 1.5 * np.eye(classes)[labels]
     logits[:, 4] -= 20
-    groups = rng.choice(["north", "south", "", "élan"], n, p=[0.5, 0.3, 0.15, 0.05])
+    groups = rng.choice(["north", "south", "east", "élan"], n, p=[0.5, 0.3, 0.15, 0.05])
     return torch.tensor(logits), torch.tensor(labels), groups.tolist()
 
 
@@ -74,6 +74,15 @@ def test_groups_as_wilds_defines_them():
     ours = tallied(logits, labels, groups).metrics()
     assert ours["worst_group_top1"] == pytest.approx(means[counts > 0].min(), abs=1e-12)
     assert index[ours["worst_group"]] == np.flatnonzero(counts > 0)[means[counts > 0].argmin()]
+
+
+def test_images_without_a_group_are_in_none(caplog):
+    logits, labels, groups = guesses()
+    named = [i for i, group in enumerate(groups) if group != "north"]
+    some = tallied(logits, labels, [group.replace("north", "") for group in groups]).metrics()
+    expected = tallied(logits[named], labels[named], [groups[i] for i in named]).metrics()
+    assert some["worst_group_top1"] == expected["worst_group_top1"] and not caplog.text
+    assert "worst_group" not in tallied(logits, labels, [""] * 500).metrics() and "--group-key" in caplog.text
 
 
 def test_merged_tallies_equal_one_pass():
