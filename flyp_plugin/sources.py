@@ -219,7 +219,8 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
             keys.update(_keys(path, image_key))  # keeps those before an error
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             whole = False
-            _log.warning(f"{path} cannot be read to its end as a tar ({error}); {len(keys)} samples count.")
+            reason = str(error).partition(":")[0]  # tarfile goes on with a line for each compression
+            _log.warning(f"{path} cannot be read to its end as a tar ({reason}); {len(keys)} samples count.")
         sizes[name] = len(keys)
     counted = sum(sizes[name] for name in names)
     remembered = Path(folder, "sizes.json")

@@ -1,0 +1,344 @@
+"""From what a user types to tar URLs, the text beside them and the number of samples; local and from a server."""
+
+import json
+import logging
+import os
+import re
+import socket
+
+import pytest
+
+from flyp_plugin import sources
+from flyp_plugin.errors import InputError
+from flyp_plugin.prompts import resolve_prompts
+from flyp_plugin.sources import count_samples, expand_source, expand_sources, find_beside, read_text
+from tests import tars
+
+
+@pytest.fixture
+def empty(tmp_path):
+    """Touch files in a folder."""
+
+    def touch(folder: str, *names: str) -> str:
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).touch()
+        return str(tmp_path / folder)
+
+    return touch
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def raised(function, *args) -> str:
+    with pytest.raises(InputError) as info:
+        function(*args)
+    return str(info.value)
+
+
+# local sources
+
+
+def test_a_data_folder_is_its_split_and_a_split_folder_is_itself(empty):
+    train, test = empty("data/train", "0.tar", "1.tar"), empty("data/test", "0.tar")
+    data = os.path.dirname(train)
+    assert expand_source(data, "train") == [f"{train}/0.tar", f"{train}/1.tar"]
+    assert expand_source(f"{data}/", "test") == [f"{test}/0.tar"]
+    assert expand_source(test, "train") == [f"{test}/0.tar"]
+
+
+def test_shards_come_in_the_order_of_their_numbers(empty):
+    folder = empty("data", *(f"{i}.tar" for i in range(12)))
+    assert expand_source(folder, "train") == [f"{folder}/{i}.tar" for i in range(12)]
+    folder = empty("other", "b-10.tar", "b-9.tar", "a-2-1.tar", "a-10-1.tar", "x.tar")
+    names = [os.path.basename(shard) for shard in expand_source(folder, "train")]
+    assert names == ["a-2-1.tar", "a-10-1.tar", "b-9.tar", "b-10.tar", "x.tar"]
+
+
+def test_hidden_files_are_no_shards(empty):
+    folder = empty("data", "0.tar", "._0.tar", ".1.tar")
+    assert expand_source(folder, "train") == [f"{folder}/0.tar"]
+
+
+def test_a_brace_pattern_is_its_shards(empty):
+    folder = empty("data", *(f"{i:03d}.tar" for i in range(3)), "a.tgz", "b.tar.gz")
+    assert expand_source(f"{folder}/{{000..002}}.tar", "train") == [f"{folder}/{i:03d}.tar" for i in range(3)]
+    assert expand_source(f"{folder}/{{a.tgz,b.tar.gz}}", "train") == [f"{folder}/a.tgz", f"{folder}/b.tar.gz"]
+    assert expand_source(f" {folder}/001.tar ", "train") == [f"{folder}/001.tar"]
+
+
+def test_sources_are_joined_by_colons(empty):
+    one, two = empty("one", "0.tar", "1.tar"), empty("two/train", "0.tar")
+    joined = f"{one}/{{0..1}}.tar::{os.path.dirname(two)}"
+    assert expand_sources(joined, "train") == [[f"{one}/0.tar", f"{one}/1.tar"], [f"{two}/0.tar"]]
+
+
+def test_a_pipe_is_expanded_and_not_looked_for():
+    assert expand_source("pipe:cat gone/{0..1}.tar", "train") == [
+        "pipe:cat gone/0.tar",
+        "pipe:cat gone/1.tar",
+    ]
+    assert expand_source("pipe:cat gone*", "train") == ["pipe:cat gone*"]
+
+
+def test_a_pattern_of_urls_is_expanded_and_not_asked_for():
+    urls = [f"http://127.0.0.1:9/{i}.tar" for i in range(2)]
+    assert expand_source("http://127.0.0.1:9/{0..1}.tar", "train") == urls
+
+
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ("", "a source of shards is empty"),
+        ("  ", "a source of shards is empty"),
+        ("DIR/*.tar", r"has a '\*'; shards are named by braces"),
+        ("DIR/7.tar", r"there is no shard DIR/7.tar; check the path"),
+        ("DIR/{0..4}.tar", r"there is no shard DIR/2.tar \(and 2 more of 5\); check the path or the range"),
+        ("DIR/{0..1.tar", r"the braces in 'DIR/{0..1.tar' do not pair"),
+        ("DIR/gone", "there is no file or folder DIR/gone"),
+        ("DIR/notes.txt", "notes.txt is not a tar file or a folder; `flyp shards write` makes shards"),
+        ("DIR/sub", "neither DIR/sub nor DIR/sub/train holds .tar files"),
+    ],
+)
+def test_a_source_that_is_not_there_is_an_error(empty, source, message):
+    folder = empty("data", "0.tar", "1.tar", "notes.txt", "sub/notes.txt")
+    with pytest.raises(InputError, match=message.replace("DIR", re.escape(folder))):
+        expand_sources(source.replace("DIR", folder), "train")
+
+
+def test_an_empty_part_between_colons_is_an_error(empty):
+    with pytest.raises(InputError, match="a source of shards is empty"):
+        expand_sources(empty("data", "0.tar") + "::", "train")
+
+
+def test_another_number_of_shards_than_stated_is_an_error(empty, tmp_path):
+    folder = empty("data", "0.tar", "1.tar")
+    (tmp_path / "data" / "nshards.txt").write_text("2\n")
+    assert len(expand_source(folder, "train")) == 2
+    (tmp_path / "data" / "nshards.txt").write_text("3\n")
+    with pytest.raises(InputError, match="nshards.txt says '3' shards but the folder has 2"):
+        expand_source(folder, "train")
+
+
+def test_text_is_found_beside_the_first_shard_before_the_folder_above(empty, tmp_path, monkeypatch):
+    train = empty("data/train", "0.tar")
+    above = empty("data", "classnames.txt")
+    assert find_beside([f"{train}/0.tar"], "classnames.txt") == f"{above}/classnames.txt"
+    empty("data/train", "classnames.txt")
+    assert find_beside([f"{train}/0.tar"], "classnames.txt") == f"{train}/classnames.txt"
+    assert find_beside([f"{train}/0.tar"], "other.txt") is None
+    assert find_beside(["pipe:cat 0.tar"], "classnames.txt") is None
+    monkeypatch.chdir(above)
+    assert find_beside(["0.tar"], "classnames.txt") == "classnames.txt"
+    assert find_beside(["train/0.tar"], "classnames.txt") == "train/classnames.txt"
+
+
+def test_text_that_is_not_utf8_is_told_with_its_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
+    with pytest.raises(InputError, match="a.txt, line 3, is not UTF-8"):
+        read_text(str(tmp_path / "a.txt"))
+    assert read_text(str(tmp_path / "gone.txt")) is None
+    assert read_text(str(tmp_path / "a.txt" / "b.txt")) is None
+
+
+# counts
+
+
+def test_samples_are_counted_from_headers_and_remembered(tmp_path, caplog):
+    shards = tars.shards(tmp_path, 10, 3)
+    with caplog.at_level(logging.INFO, "flyp_plugin"):
+        assert count_samples(shards) == 10
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {"0.tar": 4, "1.tar": 3, "2.tar": 3}
+    assert "Counted 10 samples in 3 shards" in caplog.text
+    assert sorted(os.listdir(tmp_path)) == ["0.tar", "1.tar", "2.tar", "sizes.json"]
+
+
+def test_sizes_json_is_believed_and_not_overwritten(tmp_path):
+    shards = tars.shards(tmp_path, 10, 2)
+    text = '{"0.tar": 100, "1.tar": 11}'
+    (tmp_path / "sizes.json").write_text(text)
+    assert count_samples(shards) == 111
+    assert count_samples(shards[:1]) == 100
+    assert count_samples([*shards, *shards]) == 222
+
+
+def test_a_sizes_json_without_some_shard_is_left_alone_and_the_tars_counted(tmp_path):
+    shards = tars.shards(tmp_path, 10, 2)
+    (tmp_path / "sizes.json").write_text('{"0.tar": 100}')
+    assert count_samples(shards) == 10
+    assert (tmp_path / "sizes.json").read_text() == '{"0.tar": 100}'
+
+
+def test_len_is_the_whole_folders(tmp_path):
+    shards = tars.shards(tmp_path, 10, 2)
+    (tmp_path / "__len__").write_text("77\n")
+    assert count_samples(shards) == 77
+    assert count_samples(shards[:1]) == 5
+
+
+@pytest.mark.parametrize(
+    "name,text", [("sizes.json", "{"), ("sizes.json", '{"0.tar": null}'), ("__len__", "many")]
+)
+def test_counts_that_are_none_are_an_error_naming_the_file(tmp_path, name, text):
+    shards = tars.shards(tmp_path, 2, 1)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name} does not hold sample counts; delete it"):
+        count_samples(shards)
+
+
+def test_a_sample_is_counted_once_and_only_with_an_image(tmp_path):
+    names = [
+        "a.png",
+        "a.cls",
+        "a.jpg",
+        "b.CLS",
+        "b.WEBP",
+        "c.cls",
+        "d/e.f/g.jpeg",
+        "d/e.f/g.seg.png",
+        "h.v1.png",
+    ]
+    shard = tars.write(tmp_path / "0.tar", dict.fromkeys(names, b"0"))
+    assert sources.count_shard(shard) == 3  # a, b and d/e.f/g: webdataset ends a key at the first dot
+    assert sources.count_shard(shard, "cls") == 3
+
+
+def test_a_shard_given_twice_counts_twice(tmp_path):
+    shards = tars.shards(tmp_path, 10, 2)
+    assert count_samples([*shards, *shards]) == 20
+    assert count_samples([*shards, *shards]) == 20  # now from sizes.json
+
+
+def test_several_folders_are_counted_each(tmp_path):
+    shards = tars.shards(tmp_path / "a", 4, 2) + tars.shards(tmp_path / "b", 5, 1)
+    assert count_samples(shards) == 9
+    assert json.loads((tmp_path / "b" / "sizes.json").read_text()) == {"0.tar": 5}
+
+
+def test_a_broken_tar_counts_up_to_the_break_and_is_not_remembered(tmp_path, caplog):
+    whole = tars.tar(tars.samples(range(4)))
+    good = tars.write(tmp_path / "0.tar", whole)
+    # a sample is two blocks of 512 bytes, twice: header and image, header and label
+    cut = tars.write(tmp_path / "1.tar", whole[: 2 * 2048 + 512 + 50])
+    none = tars.write(tmp_path / "2.tar", b"<html>not a tar</html>" * 100)
+    with caplog.at_level(logging.WARNING, "flyp_plugin"):
+        counted = count_samples([good, cut, none])
+    assert counted == 4 + 3  # the third image begins before the break
+    assert [record.getMessage().split(" cannot")[0] for record in caplog.records] == [cut, none]
+    assert not (tmp_path / "sizes.json").exists()
+
+
+def test_a_count_of_nothing_is_not_remembered(tmp_path):
+    shards = tars.shards(tmp_path, 4, 1)
+    assert count_samples(shards, "tif") == 0
+    assert count_samples(shards) == 4
+
+
+def test_a_folder_that_cannot_be_written_to_is_counted_all_the_same(tmp_path, monkeypatch, caplog):
+    def refuse(path, text):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(sources, "write_atomically", refuse)  # as root, no folder is read-only
+    with caplog.at_level(logging.INFO, "flyp_plugin"):
+        assert count_samples(tars.shards(tmp_path, 4, 1)) == 4
+    assert "(which cannot be written to)" in caplog.text
+
+
+@pytest.mark.parametrize("shard", ["pipe:cat 0.tar", "http://127.0.0.1:PORT/0.tar"])
+def test_remote_shards_of_unknown_size_name_the_flag(shard):
+    with tars.served({}) as (url, _):
+        shard = shard.replace("http://127.0.0.1:PORT", url)
+        with pytest.raises(InputError, match=f"samples in {shard} is not known .* --train-num-samples"):
+            count_samples([shard])
+
+
+# from a server
+
+SET = {
+    "classnames.txt": b"cat\ndog\n",
+    "zeroshot_classification_templates.txt": b"a {c}.\n",
+    "train/nshards.txt": b"11\n",
+    "test/nshards.txt": b"1",
+    "train/sizes.json": json.dumps({f"{i}.tar": 3 for i in range(11)}).encode(),
+}
+
+
+@pytest.mark.parametrize("place", ["", "/some/tree/with/datasets", "/datasets"])
+def test_a_folder_on_a_server_is_read_like_a_local_one(place):
+    with tars.served({f"{place}/{name}": text for name, text in SET.items()}) as (url, _):
+        url += place
+        shards = expand_source(f"{url}/", "train")
+        assert shards == expand_source(f"{url}/train", "test") == [f"{url}/train/{i}.tar" for i in range(11)]
+        assert expand_source(url, "test") == [f"{url}/test/0.tar"]
+        assert count_samples(shards) == 33
+        prompts = resolve_prompts(shards)
+        assert (prompts.classnames, prompts.templates) == (["cat", "dog"], ["a {c}."])
+
+
+@pytest.mark.parametrize("given", ["tree/main", "tree/main/train", "resolve/main"])
+def test_a_data_hub_gives_text_under_raw_and_tars_under_resolve(given):
+    repo = "/datasets/clip-benchmark/wds_tree"
+    with tars.served({f"{repo}/raw/main/{name}": text for name, text in SET.items()}) as (url, asked):
+        shards = expand_source(f"{url}{repo}/{given}", "train")
+        assert shards == [f"{url}{repo}/resolve/main/train/{i}.tar" for i in range(11)]
+        assert count_samples(shards) == 33
+        assert resolve_prompts(shards).classnames == ["cat", "dog"]
+    assert all(path.startswith(f"{repo}/raw/main/") for path in asked)
+
+
+def test_a_class_list_may_be_a_url():
+    with tars.served({"/names.txt": b"cat\ncat\n", "/good.txt": b"cat\n"}) as (url, _):
+        assert resolve_prompts(["pipe:x"], f"{url}/good.txt", "{c}").classnames == ["cat"]
+        with pytest.raises(InputError, match=f"{url}/names.txt, line 2, repeats the class name 'cat'"):
+            resolve_prompts(["pipe:x"], f"{url}/names.txt", "{c}")
+        with pytest.raises(InputError, match=f"no file {url}/gone.txt with class names"):
+            resolve_prompts(["pipe:x"], f"{url}/gone.txt", "{c}")
+
+
+def test_a_server_without_the_set_is_an_error():
+    with tars.served({}) as (url, _):
+        error = raised(expand_source, f"{url}/set", "train")
+    assert error.startswith(f"neither {url}/set/nshards.txt nor {url}/set/train/nshards.txt can be had")
+
+
+@pytest.mark.parametrize("text", [b"0", b"many", b"<html>", b""])
+def test_a_number_of_shards_that_is_none_is_an_error(text):
+    with tars.served({"/nshards.txt": text}) as (url, _):
+        error = raised(expand_source, url, "train")
+    assert error == f"{url}/nshards.txt holds {text.decode()!r}, not a number of shards."
+
+
+@pytest.mark.parametrize("status", [401, 500, 503])
+def test_a_server_that_refuses_is_an_error_with_its_status(status):
+    with tars.served({"/nshards.txt": status}) as (url, _):
+        error = raised(expand_source, url, "train")
+    assert error.startswith(f"{url}/nshards.txt could not be read: the server answers {status} ")
+
+
+def test_text_that_breaks_off_is_an_error():
+    with tars.served({"/names.txt": b"cat\ndog\nbird\n"}, cut={"/names.txt": 6}) as (url, _):
+        error = raised(read_text, f"{url}/names.txt")
+    assert error.startswith(
+        f"{url}/names.txt could not be read (IncompleteRead(6 bytes read, 7 more expected))"
+    )
+
+
+def test_a_server_that_is_not_there_is_an_error():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound, but not listening
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/set"
+        with pytest.raises(
+            InputError, match=f"{url}/nshards.txt could not be read .*refused.*check the address"
+        ):
+            expand_source(url, "train")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:port/set", "nothing://host/set", "http://a b/set", "://set"]
+)
+def test_an_address_that_is_none_is_an_error(url):
+    with pytest.raises(InputError, match="could not be read .*; check the address"):
+        expand_source(url, "train")
