@@ -1,6 +1,5 @@
 """Mistakes that a user can mend, and how the command line tells of them. Not for bugs: those keep their traceback."""
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -26,8 +25,5 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _say(line: str, status: int) -> int:
-    if logging.getLogger().handlers:  # in a training run the log file tells of it too
-        logging.getLogger(__name__).error(line.removeprefix("Error: "))
-    else:
-        print(line, file=sys.stderr)
+    print(line, file=sys.stderr)
     return status

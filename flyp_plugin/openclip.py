@@ -113,11 +113,35 @@ def check_run_folder(args: Namespace) -> None:
 def run(plan: Plan) -> int:
     """open_clip_train.main.main, unchanged, on the plan's data; returns the exit status."""
     main = _module("main")
-    with _installed(_Seams(plan)):
-        if main.main([]) == -1:  # its parser's answer is the plan's
-            return 1
-    plan.finish()
+    with _logging_put_back(), _installed(_Seams(plan)):
+        try:
+            if main.main([]) == -1:  # its parser's answer is the plan's
+                return 1
+        except InputError as error:
+            _log.debug(error, exc_info=True)  # shown by --debug
+            raise
+        plan.finish()
     return 0
+
+
+@contextmanager
+def _logging_put_back() -> Iterator[None]:
+    """main() adds handlers to the root logger and sets the level of every logger there is, torch's too."""
+    root, manager = logging.getLogger(), logging.getLogger().manager
+    handlers = list(root.handlers)
+    loggers = [
+        root,
+        *(logger for logger in manager.loggerDict.values() if isinstance(logger, logging.Logger)),
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+            handler.close()
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 @contextmanager

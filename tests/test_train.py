@@ -1,0 +1,521 @@
+"""The main job: train_flyp.py through open_clip's own main(), on a CPU, with a small model and real images."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from flyp_plugin import ClassPromptDataset, ClassPrompts, openclip
+from flyp_plugin.cli import _main as flyp
+from flyp_plugin.data import LabelledDataset
+from flyp_plugin.errors import InputError, run
+from flyp_plugin.metrics import evaluate
+from flyp_plugin.sources import expand_source
+from flyp_plugin.train import train
+
+REPO = Path(__file__).parents[1]
+MODEL = "digits-vit"
+
+
+@pytest.fixture
+def launch(digits, tmp_path):
+    """Train on the digits; later flags win. Returns the run's folder."""
+
+    def launch(*flags, name="run", status=0):
+        argv = ["--model", MODEL, "--model-config", f"{digits}/{MODEL}.json", "--train-data", str(digits)]
+        argv += ["--logs", str(tmp_path), "--name", name, "--device", "cpu", "--workers", "0"]
+        argv += ["--lr", "1e-3", "--batch-size", "100", "--log-every-n-steps", "1"]
+        assert train([*argv, *map(str, flags)]) == status
+        return tmp_path / name
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def start(digits, tmp_path_factory):
+    """Starting weights that two runs can share."""
+    open_clip.add_model_config(digits / f"{MODEL}.json")
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("start") / "start.pt"
+    torch.save(open_clip.create_model(MODEL).state_dict(), path)
+    return path
+
+
+def weights(folder, epoch):
+    return torch.load(folder / "checkpoints" / f"epoch_{epoch}.pt", weights_only=True)["state_dict"]
+
+
+def params(folder):
+    return dict(
+        line.split(": ", 1) for line in (folder / "params.txt").read_text().splitlines() if ": " in line
+    )
+
+
+def results(folder):
+    return [json.loads(line) for line in (folder / "checkpoints" / "results.jsonl").read_text().splitlines()]
+
+
+def logged_losses(folder):
+    return re.findall(r" Loss: (\S+)", (folder / "out.log").read_text())
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_digits_are_learned_and_read_by_open_clips_own_classifier(launch, digits):
+    folder = launch("--epochs", 20, "--warmup", 20, "--save-frequency", 20)
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        MODEL, pretrained=str(folder / "checkpoints" / "epoch_20.pt")
+    )
+    prompts = ClassPrompts.from_files(
+        f"{digits}/classnames.txt", f"{digits}/zeroshot_classification_templates.txt"
+    )
+    templates = [lambda c, t=t: t.replace("{c}", c) for t in prompts.templates]
+    head = open_clip.build_zero_shot_classifier(
+        model.eval(), open_clip.get_tokenizer(MODEL), prompts.classnames, templates
+    )
+    test = LabelledDataset(expand_source(str(digits), "test"), preprocess, 200, num_classes=10)
+    with torch.no_grad():
+        top1 = evaluate(lambda images: model.encode_image(images, normalize=True) @ head, test)["top1"]
+    assert top1 > 0.80
+
+
+def plain_flyp(start, batches, lr, warmup, steps):
+    """FLYP without the plugin: open_clip's model and loss, torch's optimizer, 20 lines."""
+    model = open_clip.create_model(MODEL, pretrained=str(start), output_dict=True).train()
+    named = list(model.named_parameters())
+    no_decay = [
+        p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n
+    ]
+    decay = [p for _, p in named if not any(p is q for q in no_decay)]
+    groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": 0.1}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+    loss, losses = open_clip.ClipLoss(), []
+    for step, (images, tokens) in enumerate(batches):
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) * lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (step + 1) / warmup if step < warmup else cosine
+        optimizer.zero_grad()
+        losses.append(loss(**model(images, tokens)))
+        losses[-1].backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+    return [value.item() for value in losses], model.state_dict()
+
+
+def tensorboard_losses(folder):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(
+        str(folder / "tensorboard"), size_guidance={"scalars": 0}
+    ).Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def test_the_same_batches_in_a_plain_loop_give_the_same_losses_and_weights(launch, digits, start):
+    flags = ["--epochs", 2, "--warmup", 5, "--pretrained", start, "--seed", 3, "--report-to", "tensorboard"]
+    exact = launch(*flags, "--full-text", name="full")
+    short = launch(*flags, name="short")
+    _, preprocess, _ = open_clip.create_model_and_transforms(MODEL, pretrained=str(start))
+    batches = [
+        batch
+        for dataset in [
+            ClassPromptDataset(str(digits), preprocess, open_clip.get_tokenizer(MODEL), 100, seed=3)
+        ]
+        for _ in range(2)
+        for batch in dataset
+    ]
+    losses, state = plain_flyp(start, batches, 1e-3, 5, 20)
+    assert tensorboard_losses(exact) == losses
+    assert_equal(weights(exact, 2), state)
+    # one prompt encoded once for all its rows: gradients are sums in another order
+    assert tensorboard_losses(short) == pytest.approx(losses, rel=1e-4)
+    assert logged_losses(short)[0] == logged_losses(exact)[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(launch, tmp_path):
+    flags = [
+        "--epochs",
+        3,
+        "--force-patch-dropout",
+        0.25,
+        "--aug-cfg",
+        "use_timm=False",
+        "color_jitter=(0.4,0.4,0.4,0.1)",
+    ]
+    flags += ["color_jitter_prob=0.8", "--workers", 1, "--train-num-samples", 300]
+    whole = launch(*flags, name="whole")
+    (tmp_path / "stopped").mkdir()
+    shutil.copytree(whole, tmp_path / "stopped", dirs_exist_ok=True)
+    (tmp_path / "stopped" / "checkpoints" / "epoch_3.pt").unlink()
+    resumed = launch(*flags, "--resume", "latest", name="stopped")
+    assert_equal(weights(resumed, 3), weights(whole, 3))
+    a, b = (torch.load(f / "checkpoints" / "epoch_3.pt")["optimizer"]["state"] for f in (whole, resumed))
+    assert all(torch.equal(a[i][name], b[i][name]) for i in a for name in a[i])
+
+
+def test_a_truncated_checkpoint_is_set_aside_on_resume(launch, caplog):
+    folder = launch("--epochs", 2, "--train-num-samples", 100)
+    newest = folder / "checkpoints" / "epoch_2.pt"
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    launch("--epochs", 2, "--train-num-samples", 100, "--resume", "latest")
+    assert "epoch_2.pt is incomplete" in caplog.text
+    assert (folder / "checkpoints" / "epoch_2.pt.incomplete").exists()
+    assert len(weights(folder, 2)) > 10
+
+
+def test_flyps_defaults_are_in_params_txt_and_the_users_flags_win(launch, caplog):
+    folder = launch("--epochs", 1, "--train-num-samples", 200, "--eps=1e-7")
+    got = params(folder)
+    assert {
+        name: got[name] for name in ("wd", "beta2", "eps", "precision", "lr", "batch_size", "warmup")
+    } == {
+        "wd": "0.1",
+        "beta2": "0.999",
+        "eps": "1e-07",
+        "precision": "fp32",
+        "lr": "0.001",
+        "batch_size": "100",
+        "warmup": "0",
+    }
+    log = (folder / "out.log").read_text()
+    assert "FLYP's defaults in use: wd 0.1, warmup 0 (a tenth of the steps, which are few), beta1 0.9" in log
+    assert "Prompts: 10 classes x 3 templates = 30." in log
+    assert "Samples: 200 an epoch, in 8 shards." in log
+    assert len(re.findall(r"INFO \|   s\d+: '[^']* \w+\.'", log)) == 3
+
+
+def test_no_flyp_defaults_leaves_open_clips(launch):
+    got = params(
+        launch("--epochs", 1, "--no-flyp-defaults", "--precision", "fp32", "--train-num-samples", 100)
+    )
+    assert (got["wd"], got["beta2"], got["warmup"]) == ("0.2", "0.98", "10000")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--accum-freq", 2],
+        ["--precision", "amp_bf16"],
+        ["--grad-checkpointing"],
+        ["--lock-text", "--lock-text-freeze-layer-norm"],
+        ["--lock-image"],
+        ["--dataset-resampled"],
+        ["--save-most-recent", "--delete-previous-checkpoint"],
+        ["--opt", "timm/lamb"],
+        ["--full-text"],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_open_clips_flags_work_as_there(launch, flags):
+    folder = launch("--epochs", 1, "--train-num-samples", 200, *flags)
+    assert all(value.isfinite().all() for value in weights(folder, 1).values())
+
+
+def test_locked_text_stays_as_it_was(launch, start):
+    folder = launch(
+        "--epochs",
+        1,
+        "--lock-text",
+        "--lock-text-freeze-layer-norm",
+        "--pretrained",
+        start,
+        "--train-num-samples",
+        200,
+    )
+    before, after = torch.load(start), weights(folder, 1)
+    assert all(torch.equal(before[n], after[n]) for n in after if n.startswith("transformer.resblocks"))
+    assert not torch.equal(before["visual.proj"], after["visual.proj"])
+
+
+def test_torch_compile_trains_the_same(launch, start):
+    flags = ["--epochs", 1, "--train-num-samples", 200, "--pretrained", start]
+    try:
+        compiled = launch(*flags, "--torchcompile", name="compiled")
+    except Exception as error:  # noqa: BLE001 (no compiler on the machine)
+        pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
+    eager = launch(*flags, name="eager")
+    assert [float(x) for x in logged_losses(compiled)] == pytest.approx(
+        [float(x) for x in logged_losses(eager)], 1e-3
+    )
+
+
+def test_upsampling_factors_and_several_sources(launch, digits):
+    launch("--epochs", 1, "--train-data", f"{digits}/train::{digits}/test", "--train-num-samples", 200,
+           "--dataset-resampled", "--train-data-upsampling-factors", "1::0.5")  # fmt: skip
+
+
+def test_val_data_in_open_clips_form_is_evaluated_by_open_clip(launch, digits, tmp_path):
+    import webdataset as wds
+
+    with wds.TarWriter(str(tmp_path / "captions.tar")) as tar:
+        for sample in wds.WebDataset(f"{digits}/test/0.tar", shardshuffle=False):
+            tar.write({"__key__": sample["__key__"], "png": sample["png"], "txt": b"a digit"})
+    flags = [
+        "--epochs",
+        1,
+        "--train-num-samples",
+        100,
+        "--val-data",
+        tmp_path / "captions.tar",
+        "--val-num-samples",
+        114,
+    ]
+    if tuple(map(int, wds.__version__.split(".")[:2])) > (0, 2):
+        pytest.skip("open_clip's own loader needs an older webdataset")
+    (row,) = results(launch(*flags))
+    assert row["num_samples"] == json.loads((digits / "test" / "sizes.json").read_text())["0.tar"]
+
+
+def test_evaluation_sets_are_scored_before_training_and_after_each_epoch(launch, digits, start):
+    folder = launch("--epochs", 2, "--pretrained", start, "--eval-data", f"val={digits}",
+                    "--eval-data", f"seen={digits}/train/0.tar", "--report-to", "tensorboard")  # fmt: skip
+    rows = results(folder)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert {
+        "val/top1",
+        "val/top5",
+        "val/macro_f1",
+        "val/mean_per_class_recall",
+        "val/n",
+        "seen/top1",
+    } <= rows[0].keys()
+    assert (rows[0]["val/n"], rows[0]["seen/n"]) == (797, 125)
+    model, _, preprocess = open_clip.create_model_and_transforms(MODEL, pretrained=str(start))
+    prompts = ClassPrompts.from_files(
+        f"{digits}/classnames.txt", f"{digits}/zeroshot_classification_templates.txt"
+    )
+    templates = [lambda c, t=t: t.replace("{c}", c) for t in prompts.templates]
+    head = open_clip.build_zero_shot_classifier(
+        model.eval(), open_clip.get_tokenizer(MODEL), prompts.classnames, templates
+    )
+    test = LabelledDataset(expand_source(str(digits), "test"), preprocess, 100, num_classes=10)
+    with torch.no_grad():
+        plain = evaluate(lambda images: model.encode_image(images, normalize=True) @ head, test)
+    assert rows[0]["val/top1"] == plain["top1"]
+    log = (folder / "out.log").read_text()
+    best = max((1, 2), key=lambda epoch: (rows[epoch]["val/top1"], -epoch))
+    assert f"Best epoch on val: {best}," in log
+    command = re.search(r"\n  flyp (wiseft .*)\n", log)[1].split()
+    assert flyp([*command, "--alphas", "0:1:0.5"]) in (None, 0)
+    sweep = json.loads((folder / "wiseft" / "wiseft.json").read_text())
+    assert sweep["model"] == MODEL
+
+
+def test_a_resumed_run_compares_with_the_epoch_0_of_the_first(launch, digits):
+    flags = ["--train-num-samples", 100, "--eval-data", f"val={digits}/test/0.tar"]
+    folder = launch("--epochs", 1, *flags)
+    launch("--epochs", 2, "--resume", "latest", *flags)
+    assert [row["epoch"] for row in results(folder)] == [0, 1, 2]
+    assert re.search(r"val +[\d.]+ \([+-]", (folder / "out.log").read_text().split("resuming", 1)[1])
+
+
+def test_eval_frequency(launch, digits):
+    folder = launch("--epochs", 3, "--train-num-samples", 100, "--eval-data", f"val={digits}/test/0.tar",
+                    "--eval-frequency", 2)  # fmt: skip
+    assert [row["epoch"] for row in results(folder)] == [0, 2, 3]
+
+
+def torchrun(digits, logs, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--", str(REPO / "train_flyp.py")]
+    command += ["--model", MODEL, "--model-config", f"{digits}/{MODEL}.json", "--train-data", str(digits)]
+    command += [
+        "--logs",
+        str(logs),
+        "--device",
+        "cpu",
+        "--dist-backend",
+        "gloo",
+        "--workers",
+        "1",
+        "--lr",
+        "1e-3",
+    ]
+    return subprocess.run(
+        [*command, *map(str, flags)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_two_ranks_train_on_one_global_batch_and_evaluate_as_one_process(digits, tmp_path):
+    done = torchrun(digits, tmp_path, "--name", "two", "--epochs", 1, "--eval-data", f"val={digits}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = params(tmp_path / "two")
+    assert (got["batch_size"], got["local_loss"], got["gather_with_grad"]) == ("256", "True", "True")
+    assert re.search(r"Train Epoch: 0 \[.*1000 \(100%\)\]", done.stderr)
+    after = results(tmp_path / "two")[1]
+    checkpoint = str(tmp_path / "two" / "checkpoints" / "epoch_1.pt")
+    flyp(["eval", checkpoint, "--model", MODEL, "--model-config", f"{digits}/{MODEL}.json", "--device", "cpu",
+          "--eval-data", f"val={digits}", "--predictions", str(tmp_path / "one.csv")])  # fmt: skip
+    rows = (tmp_path / "one.csv").read_text().splitlines()[1:]
+    right = sum(row.split(",")[2] == row.split(",")[3] for row in rows)
+    assert (after["val/n"], after["val/top1"]) == (len(rows), right / len(rows))
+
+
+def test_more_ranks_than_shards_is_one_sentence_and_no_hang(digits, tmp_path):
+    done = torchrun(digits, tmp_path, "--train-data", f"{digits}/train/0.tar")
+    assert done.returncode != 0
+    assert "1 shards cannot be shared by 2 ranks" in done.stderr
+
+
+def tar_of(path, members):
+    import io
+
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def bad(digits, tmp_path):
+    """Data that users have by mistake."""
+    with tarfile.open(digits / "train" / "0.tar") as tar:
+        png = next(tar.extractfile(m).read() for m in tar if m.name.endswith(".png"))
+    (tmp_path / "not-a-tar.tar").write_bytes(b"hello" * 1000)
+    tar_of(tmp_path / "captions.tar", {"a.png": png, "a.txt": b"a digit"})
+    tar_of(tmp_path / "labels.tar", {"a.png": png, "a.cls": b"12"})
+    tar_of(tmp_path / "words.tar", {"a.png": png, "a.cls": b"cat"})
+    tar_of(tmp_path / "images.tar", {f"{i}.{ext}": b"3" for i in range(9) for ext in ("png", "cls")})
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(digits / "train" / "0.tar", tmp_path / "alone" / "0.tar")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "out.log").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--train-data", "{bad}/nowhere"], r"there is no file or folder .*nowhere"),
+        (["--train-data", "{bad}/{{0..3}}.tar"], r"there is no shard .*0\.tar \(and 3 more of 4\)"),
+        (
+            ["--train-data", "{bad}/not-a-tar.tar", *["--classnames", "{digits}/classnames.txt"]],
+            r"not-a-tar\.tar",
+        ),
+        (
+            ["--train-data", "{bad}/captions.tar", *["--classnames", "{digits}/classnames.txt"]],
+            r"no label 'cls'",
+        ),
+        (
+            ["--train-data", "{bad}/labels.tar", *["--classnames", "{digits}/classnames.txt"]],
+            r"label 12 is outside",
+        ),
+        (
+            ["--train-data", "{bad}/words.tar", *["--classnames", "{digits}/classnames.txt"]],
+            r"'cat' is not an int",
+        ),
+        (
+            ["--train-data", "{bad}/images.tar", *["--classnames", "{digits}/classnames.txt"]],
+            r"not one sample of",
+        ),
+        (["--classnames", "{bad}/empty.txt"], r"empty\.txt is empty"),
+        (["--classnames", "{bad}/none.txt"], r"there is no file .*none\.txt"),
+        (["--train-data", "{bad}/alone"], r"no classnames\.txt beside"),
+        (["--label-key", "label"], r"no label 'label' \(its members: png, cls\)"),
+        (["--image-key", "tiff"], r"tiff"),
+        (["--name", "taken"], r"there is a run in .*taken; choose another --name"),
+        (["--model", "ViT-B-61"], r"no model ViT-B-61; did you mean ViT-B-16"),
+        (["--pretrained", "no-such-tag"], r"no-such-tag"),
+        (["--model-config", "{bad}/none.json"], r"no model configuration .*none\.json"),
+        (["--templates", "a photo of a cat"], r"a photo of a cat"),
+        (["--train-num-samples", "0"], r"--train-num-samples 0"),
+        (["--accum-freq", "50", "--batch-size", "100"], r"fewer than --accum-freq 50"),
+        (["--train-data-upsampling-factors", "1"], r"add --dataset-resampled"),
+        (["--dataset-type", "csv"], r"`flyp shards write`"),
+        (["--eval-data", "{digits}"], r"is not NAME=SHARDS"),
+        (["--eval-data", "val={digits}/nowhere"], r"there is no file or folder"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_a_users_mistake_is_one_sentence_and_status_1(digits, bad, capfd, flags, sentence):
+    argv = [
+        "--model",
+        MODEL,
+        "--model-config",
+        f"{digits}/{MODEL}.json",
+        "--train-data",
+        str(digits),
+        "--workers",
+        "2",
+    ]
+    argv += ["--logs", str(bad), "--device", "cpu", "--epochs", "1"]
+    with pytest.raises(SystemExit) as left:
+        run(lambda: train([*argv, *(flag.format(bad=bad, digits=digits) for flag in flags)]))
+    error = capfd.readouterr().err
+    assert left.value.code == 1
+    assert "Traceback" not in error
+    assert re.search(sentence, error.strip().splitlines()[-1])
+
+
+def test_a_siglip_model_wants_the_sigmoid_loss(launch, digits):
+    config = json.loads((digits / f"{MODEL}.json").read_text()) | {
+        "init_logit_bias": -10,
+        "custom_text": True,
+    }
+    (digits / "digits-sigmoid.json").write_text(json.dumps(config))
+    flags = ["--model", "digits-sigmoid", "--model-config", digits / "digits-sigmoid.json", "--epochs", 1]
+    flags += ["--train-num-samples", 100]
+    with pytest.raises(InputError, match="--siglip"):
+        launch(*flags, name="refused")
+    launch(*flags, "--siglip", name="sigmoid")
+    launch(*flags, "--softmax-loss", name="softmax")
+
+
+def test_the_seams_are_put_back_and_a_missing_one_is_named(launch, monkeypatch):
+    import open_clip_train.train as loop
+    from open_clip_train import main
+
+    before = (main.get_data, main.evaluate, main.train_one_epoch, main.create_model_and_transforms, main.parse_args,
+              loop.zero_shot_eval, torch.nn.parallel.DistributedDataParallel)  # fmt: skip
+    launch("--epochs", 1, "--train-num-samples", 100)
+    after = (main.get_data, main.evaluate, main.train_one_epoch, main.create_model_and_transforms, main.parse_args,
+             loop.zero_shot_eval, torch.nn.parallel.DistributedDataParallel)  # fmt: skip
+    assert before == after
+    monkeypatch.delattr(main, "get_data")
+    with pytest.raises(InputError, match=r"has no open_clip_train\.main\.get_data; FLYP is made for"):
+        launch(name="missing")
+    assert (main.evaluate, main.parse_args) == (before[1], before[4])
+
+
+def test_a_missing_train_extra_is_named(launch, monkeypatch):
+    monkeypatch.delitem(sys.modules, "open_clip_train.main")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    monkeypatch.delitem(sys.modules, "open_clip_train.file_utils")
+    with pytest.raises(InputError, match=r"the package fsspec: pip install 'flyp-plugin\[train\]'"):
+        launch()
+
+
+def test_only_one_module_knows_open_clip_train():
+    found = [p.name for p in (REPO / "flyp_plugin").glob("*.py") if "open_clip_train" in p.read_text()]
+    assert found == ["openclip.py"]
+    assert "open_clip_train" not in (REPO / "train_flyp.py").read_text()
+    assert openclip.SUPPORTED
+
+
+@pytest.mark.parametrize(
+    "command", [["train_flyp.py"], ["-m", "flyp_plugin.train"], ["-m", "flyp_plugin.cli", "train"]]
+)
+def test_help_shows_flyps_flags_first_with_an_example(command):
+    done = subprocess.run(
+        [sys.executable, *command, "--help"], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert "--train-data data --batch-size 256" in done.stdout
+    assert "--eval-data NAME=SHARDS" in done.stdout
+    assert "--help-open-clip" in done.stdout
+    assert "Traceback" not in done.stderr
