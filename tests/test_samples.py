@@ -1,0 +1,313 @@
+"""Each stage of a sample's way, on literals: read, labelled, prompted, decoded."""
+
+import gzip
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import ColorJitter, Compose, RandomResizedCrop, ToTensor
+
+from flyp_plugin.errors import InputError
+from flyp_plugin.samples import Skipped, decoded, labelled, prompted, read_samples, sample_seed
+from tests import tars
+
+BLOCK = 512  # of a tar; a test sample is header, image, header, label: four of them
+WHOLE = tars.tar(tars.samples(range(4)))
+
+
+def sample(key: str = "k", **members) -> dict:
+    """A sample as read_samples gives it."""
+    told = {"__broken__": False, "__short__": False}
+    return {"__key__": key, "__url__": "0.tar", **told, **members}
+
+
+def read(*shards: str, **kwargs):
+    """(keys, labels, what was skipped) of shards, through read_samples and labelled."""
+    skipped: list[str] = []
+    found = list(labelled(read_samples(shards, skipped.append), 10, skipped.append, **kwargs))
+    return [s["key"] for s in found], [s["label"] for s in found], skipped
+
+
+# read_samples
+
+
+def test_the_test_samples_are_four_blocks():
+    assert all(len(tars.png(number)) <= BLOCK for number in range(4))
+
+
+def test_a_sample_is_its_members_and_where_it_is_from(tmp_path):
+    shard = tars.write(
+        tmp_path / "0.tar", {"a.PNG": b"image", "a.cls": b"3", "b.png": b"other", "b.cls": b"4"}
+    )
+    assert list(read_samples([shard], pytest.fail)) == [
+        sample("a", png=b"image", cls=b"3") | {"__url__": shard},
+        sample("b", png=b"other", cls=b"4") | {"__url__": shard},
+    ]
+
+
+def test_keys_may_have_folders_and_the_same_key_in_two_shards_is_two_samples(tmp_path):
+    shards = [
+        tars.write(tmp_path / f"{i}.tar", {"x/y.png": b"image", "x/y.cls": b"%d" % i}) for i in range(2)
+    ]
+    assert read(*shards) == (["x/y", "x/y"], [0, 1], [])
+
+
+def test_a_tar_that_breaks_in_an_image_is_counted_once_and_good_up_to_there(tmp_path):
+    shard = tars.write(tmp_path / "0.tar", WHOLE[: 9 * BLOCK + 50])  # in the third sample's image
+    keys, labels, (skipped,) = read(shard)
+    assert (keys, labels) == (["s0000", "s0001"], [0, 1])
+    assert skipped == f"{shard}: ReadError: unexpected end of data" or skipped.startswith(
+        f"{shard}: ReadError"
+    )
+
+
+def test_a_tar_that_breaks_in_a_label_is_counted_once(tmp_path):
+    shard = tars.write(
+        tmp_path / "0.tar", WHOLE[: 11 * BLOCK]
+    )  # the third label's header is there, its block is not
+    keys, _, skipped = read(shard)
+    assert (keys, len(skipped)) == (["s0000", "s0001"], 1)
+
+
+@pytest.mark.parametrize("end", [10 * BLOCK, 10 * BLOCK + 77])
+def test_a_tar_that_ends_between_image_and_label_is_no_wrong_label(tmp_path, end):
+    """tarfile takes such an end for a good one."""
+    shard = tars.write(tmp_path / "0.tar", WHOLE[:end])
+    assert read(shard) == (["s0000", "s0001"], [0, 1], [f"{shard} ends in the middle of sample s0002"])
+
+
+def test_the_order_of_members_makes_no_difference_where_a_tar_ends(tmp_path):
+    members = dict(sorted(tars.samples(range(4)).items()))
+    assert list(members)[:2] == ["s0000.cls", "s0000.png"]
+    for end in (10 * BLOCK, 11 * BLOCK, 11 * BLOCK + 50):
+        shard = tars.write(tmp_path / "0.tar", tars.tar(members)[:end])
+        keys, _, skipped = read(shard)
+        assert (keys, len(skipped)) == (["s0000", "s0001"], 1)
+
+
+def test_a_tar_that_is_none_or_not_there_is_counted_and_the_others_are_read(tmp_path):
+    bad = tars.write(tmp_path / "bad.tar", b"<html>moved</html>" * 100)
+    empty = tars.write(tmp_path / "empty.tar", b"")
+    gone = str(tmp_path / "gone.tar")
+    good = [tars.write(tmp_path / f"{i}.tar", tars.samples([i])) for i in range(2)]
+    keys, _, skipped = read(good[0], bad, empty, gone, good[1])
+    assert keys == ["s0000", "s0001"]
+    assert [text.split(":")[0] for text in skipped] == [bad, empty, gone]
+    assert skipped[2] == f"{gone}: FileNotFoundError: No such file or directory"
+
+
+def test_a_tar_without_members_is_nothing_and_no_error(tmp_path):
+    assert read(tars.write(tmp_path / "0.tar", {})) == ([], [], [])
+
+
+def test_compressed_tars_and_pipes_are_read(tmp_path):
+    packed = tars.write(tmp_path / "0.tar.gz", gzip.compress(WHOLE))
+    plain = tars.write(tmp_path / "0.tar", WHOLE)
+    assert read(packed) == read(plain) == read(f"pipe:cat {plain}")
+    keys, _, (skipped,) = read(f"pipe:cat {tmp_path}/gone.tar 2>/dev/null")
+    assert keys == [] and skipped.startswith("pipe:cat ")
+
+
+def test_shards_are_opened_one_after_another_as_they_are_needed(tmp_path):
+    def shards():
+        yield tars.write(tmp_path / "0.tar", tars.samples([0, 1]))
+        pytest.fail("the second is not needed yet")
+
+    assert next(read_samples(shards(), pytest.fail))["__key__"] == "s0000"
+
+
+# labelled
+
+
+def test_a_labelled_sample_has_key_shard_image_and_label():
+    found = list(labelled([sample(png=b"image", cls=b"3\n", txt=b"x")], 4, pytest.fail))
+    assert found == [{"key": "k", "shard": "0.tar", "image": b"image", "label": 3}]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp"])
+def test_an_image_may_have_each_of_the_endings(ending):
+    assert next(labelled([sample(**{ending: b"image", "cls": b"0"})], 1, pytest.fail))["image"] == b"image"
+
+
+def test_image_and_label_keys_can_be_chosen():
+    one = sample(**{"seg.png": b"mask", "png": b"image", "class.txt": b" 1 "})
+    found = next(labelled([one], 2, pytest.fail, image_key="seg.png", label_key="class.txt"))
+    assert (found["image"], found["label"]) == (b"mask", 1)
+
+
+def test_a_label_may_be_a_field_of_a_json_member():
+    one = sample(png=b"", json=b'{"label": 7, "text": "8", "place": {"x": 1}}')
+    assert next(labelled([one], 10, pytest.fail, label_key="json:label"))["label"] == 7
+    assert next(labelled([one], 10, pytest.fail, label_key="json:text"))["label"] == 8
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[7]", b"{", b"7", b'{"lab": 7}'])
+def test_a_json_member_without_the_field_has_no_label(content):
+    with pytest.raises(
+        InputError, match=r"0.tar, sample k, has no label 'json:label' \(its members: png, json\)"
+    ):
+        list(labelled([sample(png=b"", json=content)], 10, pytest.fail, label_key="json:label"))
+
+
+def test_groups_are_given_where_asked_for():
+    some = [
+        sample(png=b"", cls=b"0", group=b"left\n"),
+        sample(png=b"", cls=b"0"),
+        sample(png=b"", cls=b"0", json=b'{"g": 4}'),
+    ]
+    assert [s["group"] for s in labelled(some, 1, pytest.fail, group_key="group")] == ["left", "", ""]
+    assert [s["group"] for s in labelled(some, 1, pytest.fail, group_key="json:g")] == ["", "", "4"]
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        (b"4", r"0.tar, sample k: label 4 is outside 0..3, for there are 4 class names; .* --classnames"),
+        (b"-1", r"0.tar, sample k: label -1 is outside 0..3, for there are 4 class names"),
+        (b"cat", r"0.tar, sample k: the label 'cat' is not an integer; --label-key"),
+        (b"1.0", r"0.tar, sample k: the label '1.0' is not an integer"),
+        (b"1 2", r"0.tar, sample k: the label '1 2' is not an integer"),
+        (b"1_0", r"0.tar, sample k: the label '1_0' is not an integer"),
+        (b"", r"0.tar, sample k: the label '' is not an integer"),
+        (b"\xff", r"0.tar, sample k: the label '.' is not an integer"),
+        (b"x" * 999, r"0.tar, sample k: the label 'x{40}' is not an integer"),
+    ],
+)
+def test_a_wrong_label_stops_with_shard_key_and_value(text, message):
+    with pytest.raises(InputError, match=message):
+        list(labelled([sample(png=b"", cls=text)], 4, pytest.fail))
+
+
+def test_a_missing_label_stops_with_the_members_that_are_there():
+    with pytest.raises(InputError, match=r"has no label 'cls' \(its members: png, txt\); .* --label-key"):
+        list(labelled([sample(png=b"", txt=b"3")], 4, pytest.fail))
+
+
+def test_a_sample_without_an_image_is_skipped_and_counted():
+    skipped: list[str] = []
+    found = labelled([sample("a", cls=b"0"), sample("b", cls=b"0", png=b"")], 1, skipped.append)
+    assert [s["key"] for s in found] == ["b"]
+    assert skipped == ["0.tar, sample a, has no jpg/jpeg/png/webp member"]
+
+
+# prompted
+
+
+def test_template_and_augmentation_depend_only_on_seed_and_key():
+    keys = [f"k{i}" for i in range(50)]
+    drawn = {s["key"]: s for s in prompted([{"key": key} for key in keys], 3, 0, 1, 0)}
+    random.Random(0).shuffle(keys)
+    assert {
+        s["key"]: s for s in prompted([{"key": key} for key in keys[:20]], 3, 0, 1, 0)
+    }.items() <= drawn.items()
+    assert {s["template"] for s in drawn.values()} == {0, 1, 2}
+    assert len({s["seed"] for s in drawn.values()}) == 50
+    assert all(0 <= s["seed"] < 2**63 for s in drawn.values())
+
+
+@pytest.mark.parametrize("other", [(1, 1, 0), (0, 2, 0), (0, 1, 1), (0, 11, 0)])
+def test_another_seed_epoch_or_repeat_draws_anew(other):
+    def drawn(*seed):
+        return [(s["template"], s["seed"]) for s in prompted([{"key": f"k{i}"} for i in range(50)], 3, *seed)]
+
+    assert not {seed for _, seed in drawn(0, 1, 0)} & {seed for _, seed in drawn(*other)}
+    assert [template for template, _ in drawn(0, 1, 0)] != [template for template, _ in drawn(*other)]
+
+
+def test_a_sample_seed_is_the_same_on_every_machine():
+    assert sample_seed(0, 1, 2, "key") == 163791574906666548
+
+
+def test_prompting_leaves_what_it_is_given_alone():
+    given = {"key": "k", "label": 3}
+    assert next(prompted([given], 1, 0))["label"] == 3
+    assert given == {"key": "k", "label": 3}
+
+
+# decoded
+
+
+def numbers(image):
+    """Three numbers, from each of the generators that a transform may use."""
+    return torch.tensor([torch.rand(()).item(), random.random(), np.random.rand()])
+
+
+def test_transforms_draw_from_the_samples_seed_alone():
+    some = [{"key": "k", "shard": "0.tar", "image": tars.png(i), "seed": i % 2} for i in range(4)]
+    first = [s["image"].tolist() for s in decoded(some, numbers, pytest.fail)]
+    torch.manual_seed(5)
+    again = [s["image"].tolist() for s in decoded(some, numbers, pytest.fail)]
+    assert first == again
+    assert first[0] == first[2] != first[1] == first[3]
+
+
+def test_transforming_leaves_the_global_generators_alone():
+    preprocess = Compose([RandomResizedCrop(8), ColorJitter(0.4, 0.4, 0.4), ToTensor()])
+    some = [{"key": "k", "shard": "0.tar", "image": tars.png(i), "seed": i} for i in range(4)]
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    list(decoded(some, preprocess, pytest.fail))
+    list(decoded(some, numbers, pytest.fail))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), repr(np.random.get_state()))
+
+
+def test_a_failing_transform_leaves_them_alone_too_and_is_not_taken_for_a_broken_image():
+    def fail(image):
+        torch.rand(3)
+        raise OSError("a bug of the transform")
+
+    before = torch.get_rng_state()
+    with pytest.raises(OSError, match="a bug"):
+        list(decoded([{"key": "k", "shard": "0.tar", "image": tars.png(0), "seed": 1}], fail, pytest.fail))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_without_a_seed_the_transform_is_left_to_itself():
+    torch.manual_seed(3)
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    some = [{"key": "k", "shard": "0.tar", "image": tars.png(0)}]
+    assert next(decoded(some, lambda _: torch.rand(()), pytest.fail))["image"] == expected
+
+
+def test_images_come_to_the_transform_as_rgb():
+    for mode in ("L", "RGBA", "P", "1", "LA", "I;16"):
+        raw = io.BytesIO()
+        Image.new(mode, (4, 3)).save(raw, "png")
+        one = {"key": "k", "shard": "0.tar", "image": raw.getvalue()}
+        assert next(decoded([one], lambda image: (image.mode, image.size), pytest.fail))["image"] == (
+            "RGB",
+            (4, 3),
+        )
+
+
+def test_an_unreadable_image_is_skipped_and_counted_with_its_place():
+    raws = {"empty": b"", "text": b"<html>", "cut": tars.png(1)[:-60], "good": tars.png(1)}
+    skipped: list[str] = []
+    some = [{"key": key, "shard": "0.tar", "image": raw, "seed": 1} for key, raw in raws.items()]
+    assert [s["key"] for s in decoded(some, numbers, skipped.append)] == ["good"]
+    assert [text.split(":")[0] for text in skipped] == [
+        f"0.tar, sample {key}" for key in ("empty", "text", "cut")
+    ]
+
+
+# Skipped
+
+
+def test_skipped_counts_and_keeps_the_first(caplog):
+    skipped = Skipped()
+    skipped.report("epoch 1")
+    assert not caplog.records
+    skipped("a.tar: broken")
+    skipped.report("epoch 1")
+    skipped.add(Skipped(2, "b"))
+    taken = skipped.taken()
+    taken.report("epoch 2")
+    assert (skipped, taken) == (Skipped(), Skipped(3, "a.tar: broken"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "epoch 1: skipped 1 unreadable image or tar, the first: a.tar: broken",
+        "epoch 2: skipped 3 unreadable images or tars, the first: a.tar: broken",
+    ]
