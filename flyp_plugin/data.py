@@ -8,6 +8,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.prompts import ClassPrompts, PromptTokens, as_it_is, resolve_prompts
-from flyp_plugin.samples import Sample, Skipped, decoded, labelled, prompted, read_samples
+from flyp_plugin.samples import Sample, Skipped, decoded, labelled, prompted, random_states_kept, read_samples
 from flyp_plugin.sources import IMAGE_KEY, count_samples, expand_sources
 
 SHUFFLE, SHUFFLE_INITIAL = (
@@ -151,7 +152,11 @@ def _received(loader: DataLoader, skipped: Skipped) -> Iterator[Any]:
 
 def _in_lists(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
     samples = iter(samples)
-    while batch := list(islice(samples, size)):
+    while True:
+        with nullcontext() if get_worker_info() else random_states_kept():
+            batch = list(islice(samples, size))
+        if not batch:
+            return
         yield batch
 
 

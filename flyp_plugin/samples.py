@@ -9,6 +9,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
-from torch.utils.data import get_worker_info
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.sources import IMAGE_KEY
@@ -167,17 +167,21 @@ def decoded(samples: Iterable[Sample], preprocess: Callable, skip: Callable[[str
 
 
 def _transformed(preprocess: Callable, image: Image.Image, seed: int | None) -> torch.Tensor:
-    """`preprocess(image)` with every generator that a transform may use seeded, and left as it was."""
-    if seed is None:
-        return preprocess(image)
-    kept = None if get_worker_info() else (torch.get_rng_state(), random.getstate(), np.random.get_state())
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPU's generators too
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    """`preprocess(image)` with every generator that a transform may use seeded; `random_states_kept` undoes it."""
+    if seed is not None:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPU's generators too
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+    return preprocess(image)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leave the CPU's random states as they were, for transforms that run in the training process itself."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
-        return preprocess(image)
+        yield
     finally:
-        if kept:
-            torch.set_rng_state(kept[0])
-            random.setstate(kept[1])
-            np.random.set_state(kept[2])
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
