@@ -145,7 +145,10 @@ def _received(loader: DataLoader, skipped: Skipped) -> Iterator[Any]:
     for batch, skipped_here in loader:
         skipped.add(skipped_here)
         if isinstance(batch, InputError):
-            raise batch
+            try:
+                raise batch
+            finally:  # a frame that holds its own error is freed by the garbage collector alone, and workers that it
+                del batch  # shuts down are waited for 5 seconds each
         if batch is not None:
             yield batch
 

@@ -1,10 +1,13 @@
 """ClassPromptDataset and LabelledDataset on real shards: what an epoch is."""
 
+import gc
 import io
+import math
 import multiprocessing
 import random
 import tarfile
 import threading
+import weakref
 from collections import Counter
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -21,6 +24,7 @@ from torchvision import transforms
 from flyp_plugin import ClassPromptDataset, ClassPrompts
 from flyp_plugin.data import LabelledDataset, peek, rebatch
 from flyp_plugin.errors import InputError
+from tests import tars
 
 CLASSES, IMAGES, SHARDS = 4, 1000, 8
 PROMPTS = ClassPrompts(
@@ -359,3 +363,246 @@ def test_labelled_groups_and_skipped_images(broken, tmp_path, caplog):
     data = LabelledDataset(broken, Augment(), 64, num_classes=CLASSES, num_workers=3)
     assert sum(len(batch["labels"]) for batch in data) == 62
     assert "skipped 5 unreadable" in caplog.text
+
+
+# on small shards of numbered digits, see tars.py
+
+DIGITS = ClassPrompts(tars.NAMES, ["the digit {c}.", "{c}", "a handwritten {c}."])
+CROPS = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(8, scale=(0.5, 1.0)),
+        transforms.RandomHorizontalFlip(),
+        transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
+        transforms.ToTensor(),
+    ]
+)
+
+
+def number_and_crop(image):
+    """A crop whose first pixel is the image's number."""
+    crop = CROPS(image)
+    crop[:, 0, 0] = tars.number_of(image)
+    return crop
+
+
+def drawn(batches):
+    """The bits of (crop, tokens) by the image's number; a number that comes twice comes with the same bits."""
+    found = {}
+    for images, texts in batches:
+        for crop, tokens in zip(images, texts):
+            bits = crop.numpy().tobytes(), tokens.numpy().tobytes()
+            assert found.setdefault(int(crop[0, 0, 0]), bits) == bits
+    return found
+
+
+@pytest.fixture
+def digits_of(tokenizer):
+    def digits_of(shards, batch_size=20, **kwargs):
+        return ClassPromptDataset(
+            shards, number_and_crop, tokenizer, batch_size, **{"prompts": DIGITS, **kwargs}
+        )
+
+    return digits_of
+
+
+def order_of(batches):
+    return [int(number) for images, _ in batches for number in images[:, 0, 0, 0]]
+
+
+def test_torchvision_crops_are_the_same_bits_at_any_number_of_workers_and_ranks(tmp_path, digits_of):
+    shards = tars.shards(
+        tmp_path, 60, 12
+    )  # 5 a shard: equal shares for 1, 2 and 3 ranks, a shard for each of 4 workers
+    expected = drawn(digits_of(shards))
+    assert sorted(expected) == list(range(60))
+    for world_size in (1, 2, 3):
+        for workers in (0, 1, 2, 4):
+            found = {}
+            for rank in range(world_size):
+                part = drawn(digits_of(shards, 7, num_workers=workers, rank=rank, world_size=world_size))
+                assert not found.keys() & part.keys()
+                found |= part
+            assert found == expected, f"{world_size} ranks, {workers} workers"
+    later = digits_of(shards)
+    later.set_epoch(1)
+    for other in (digits_of(shards, seed=1), later):
+        assert all(expected[number][0] != crop for number, (crop, _) in drawn(other).items())
+
+
+def test_ranks_share_the_samples_anew_each_epoch(tmp_path, digits_of):
+    one = digits_of(tars.shards(tmp_path, 60, 12), rank=0, world_size=2)
+    first, second = set(order_of(one)), set(order_of(one))
+    assert len(first) == len(second) == 30
+    assert first != second
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_has_the_announced_batches_however_much_is_skipped(tmp_path, digits_of, workers, world_size):
+    bad = {f"s{i:04d}_png": b"no image" for i in range(0, 32, 2)}
+    shards = [
+        tars.write(tmp_path / f"{i}.tar", tars.samples(range(8 * i, 8 * i + 8), **bad)) for i in range(4)
+    ]
+    for rank in range(world_size):
+        one = digits_of(shards, 5, num_workers=workers, rank=rank, world_size=world_size)
+        batches = list(one)
+        assert len(batches) == len(one) == math.ceil(32 / world_size / 5)
+        assert world_size == 1 or [len(images) for images, _ in batches] == [5, 5, 5, 1]
+        order, share = order_of(batches), 16 // world_size
+        assert len(set(order[:share])) == share  # all that is good, before anything twice
+        assert all(number % 2 for number in order)
+
+
+def test_resampling_needs_no_shard_for_each_rank_and_repeats_itself(tmp_path, digits_of):
+    settings = {"shard_weights": [1.0, 2.0], "num_samples": 24, "world_size": 3}
+    shards = tars.shards(tmp_path, 8, 2)
+    ranks = [digits_of(shards, rank=rank, **settings) for rank in range(3)]
+    assert [[len(images) for images, _ in rank] for rank in ranks] == [[8]] * 3
+    first = digits_of(shards, rank=0, **settings)
+    assert order_of(first) == order_of(digits_of(shards, rank=0, **settings))
+
+
+def test_mistakes_in_the_arguments_are_errors(tmp_path, digits_of):
+    with pytest.raises(InputError, match="list of shards is empty"):
+        digits_of([])
+    with pytest.raises(InputError, match="list of shards is empty"):
+        LabelledDataset([], CROPS, 8, num_classes=10)
+    with pytest.raises(InputError, match="a batch size of 0 is no batch"):
+        digits_of(tars.shards(tmp_path, 2, 1), 0)
+    shard = tars.write(tmp_path / "none.tar", {"a.cls": b"0", "a.txt": b"x"})
+    with pytest.raises(InputError, match="not one sample of .* can be used; they hold no images"):
+        digits_of([shard])
+
+
+def test_a_data_folder_brings_its_prompts_and_its_count(tmp_path, tokenizer):
+    data = tars.data_folder(tmp_path / "data", 10, 2)
+    tars.shards(tmp_path / "more", 7, 1, first=10)
+    for source, count in (
+        (f"{data}", 10),
+        (f"{data}/train/{{0..1}}.tar", 10),
+        (f"{data}::{tmp_path}/more", 17),
+    ):
+        one = ClassPromptDataset(source, number_and_crop, tokenizer, 8)
+        assert (one.prompts.classnames, one.prompts.templates) == (tars.NAMES, ["a photo of a {c}."])
+        assert sorted(order_of(one)) == list(range(count))
+
+
+def test_a_data_hubs_set_is_read_as_it_is(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder, repo, files = tars.data_folder(tmp_path, 12, 2), "/datasets/clip-benchmark/wds_digits", {}
+    for path in folder.rglob("*.*"):
+        part = "resolve" if path.suffix == ".tar" else "raw"
+        files[f"{repo}/{part}/main/{path.relative_to(folder)}"] = path.read_bytes()
+    with tars.served(files) as (url, _):
+        one = ClassPromptDataset(f"{url}{repo}/tree/main", number_and_crop, tokenizer, 8, num_samples=12)
+        assert sorted(order_of(one)) == list(range(12))
+        with pytest.raises(InputError, match="--train-num-samples"):
+            ClassPromptDataset(f"{url}{repo}/tree/main", number_and_crop, tokenizer, 8)
+
+
+def _one_rank(shards, rank, found):
+    dist_file = f"file://{found}-init"
+    torch.distributed.init_process_group("gloo", init_method=dist_file, rank=rank, world_size=2)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    one = ClassPromptDataset(shards, number_and_crop, tokenizer, 8, prompts=DIGITS)
+    torch.save((one.rank, one.world_size, order_of(one)), f"{found}-{rank}")
+
+
+def test_rank_and_world_size_are_torch_distributeds(tmp_path):
+    shards, context = tars.shards(tmp_path, 20, 4), multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_one_rank, args=(shards, rank, tmp_path / "r")) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    found = [torch.load(f"{tmp_path}/r-{rank}") for rank in range(2)]
+    assert [one[:2] for one in found] == [(0, 2), (1, 2)]
+    assert sorted(found[0][2] + found[1][2]) == list(range(20))
+
+
+def test_without_workers_a_users_data_loader_changes_nothing(tmp_path, digits_of):
+    shards = tars.shards(tmp_path, 20, 2)
+    assert order_of(DataLoader(digits_of(shards), batch_size=None)) == order_of(digits_of(shards))
+
+
+def test_a_plain_loop_as_in_the_docstring_lowers_the_loss(tmp_path):
+    torch.manual_seed(0)
+    vision = open_clip.model.CLIPVisionCfg(image_size=8, layers=1, width=32, patch_size=4, head_width=16)
+    text = open_clip.model.CLIPTextCfg(context_length=16, width=32, heads=2, layers=1)
+    model = open_clip.CLIP(32, vision, text, output_dict=True)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=16)
+    prompts = ClassPrompts(tars.NAMES, ["the digit {c}."])
+    shards = tars.shards(tmp_path, 60, 2)
+    dataset = ClassPromptDataset(shards, transforms.ToTensor(), tokenizer, 20, prompts=prompts, num_workers=1)
+    loss, optimizer = open_clip.ClipLoss(), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        for images, tokens in dataset:
+            optimizer.zero_grad()
+            one = loss(**model(images, tokens))
+            one.backward()
+            optimizer.step()
+            losses.append(one.item())
+    assert len(losses) == 60
+    # far from zero: images of one class in a batch stay each other's negatives
+    assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
+
+
+@pytest.mark.parametrize(
+    ("passes", "total", "expected"),
+    [
+        (["abc def"], 6, "abc def"),
+        (["ab"], 2, "ab"),
+        (["abc ABC de DE"], 10, "abc ABC deD E"),  # two workers
+        (["ab ABC DE"], 7, "ABC abD E"),  # a full batch does not wait for a smaller one
+        (["abc de"], 4, "abc d"),
+        (["abc def"], 2, "ab"),
+        (["abc d", "xyz w"], 8, "abc dxy zw"),
+        (["abc d", "xyz w"], 5, "abc dx"),
+        (["ab", "xy", "vw", "st"], 8, "abx yvw st"),  # a set smaller than a batch
+        (["abc d", "uvw xyz t"], 9, "abc duv xyz"),
+    ],
+)
+def test_batches_are_joined_only_where_they_are_small(passes, total, expected):
+    batches = ([part(*map(ord, batch)) for batch in one.split()] for one in passes)
+    assert " ".join("".join(map(chr, images)) for images, _ in rebatch(batches, 3, total)) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_stops_at_wrong_labels_and_where_nothing_is_readable(tmp_path, workers):
+    with pytest.raises(InputError, match=r"label \d is outside 0..2, for there are 3 class names"):
+        list(LabelledDataset(tars.shards(tmp_path, 20, 2), CROPS, 4, num_classes=3, num_workers=workers))
+    bad = tars.write(tmp_path / "bad.tar", b"no tar" * 100)
+    with pytest.raises(
+        InputError, match="not one sample of .*bad.tar can be used; the first problem is .*bad.tar: "
+    ):
+        list(LabelledDataset([bad], CROPS, 4, num_classes=3, num_workers=workers))
+
+
+def test_a_rank_without_a_sample_of_its_own_is_no_error(tmp_path):
+    settings = {"num_classes": 10, "world_size": 2}
+    parts = [LabelledDataset(tars.shards(tmp_path, 1, 1), CROPS, 4, rank=r, **settings) for r in range(2)]
+    assert [len(list(part)) for part in parts] == [1, 0]
+
+
+def test_evaluation_comes_in_the_order_of_the_shards(tmp_path):
+    batches = list(LabelledDataset(tars.shards(tmp_path, 20, 3), CROPS, 8, num_classes=10))
+    order = [number for start in range(3) for number in range(start, 20, 3)]
+    assert [key for batch in batches for key in batch["keys"]] == [f"s{number:04d}" for number in order]
+    assert [label for batch in batches for label in batch["labels"].tolist()] == list(map(tars.label, order))
+
+
+def test_workers_end_with_the_data_set_also_after_an_error(tmp_path):
+    """Left to the garbage collector, torch waits 5 seconds for each of them."""
+    one = LabelledDataset(tars.shards(tmp_path, 20, 2), CROPS, 4, num_classes=3, num_workers=2)
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            list(one)
+        except InputError:
+            workers = weakref.ref(one._loader._iterator)
+        del one
+        assert workers() is None
+    finally:
+        gc.enable()

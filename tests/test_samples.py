@@ -11,7 +11,15 @@ from PIL import Image
 from torchvision.transforms import ColorJitter, Compose, RandomResizedCrop, ToTensor
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.samples import Skipped, decoded, labelled, prompted, read_samples, sample_seed
+from flyp_plugin.samples import (
+    Skipped,
+    decoded,
+    labelled,
+    prompted,
+    random_states_kept,
+    read_samples,
+    sample_seed,
+)
 from tests import tars
 
 BLOCK = 512  # of a tar; a test sample is header, image, header, label: four of them
@@ -235,6 +243,10 @@ def numbers(image):
     return torch.tensor([torch.rand(()).item(), random.random(), np.random.rand()])
 
 
+def fail(image):
+    raise OSError("a bug of the transform")
+
+
 def test_transforms_draw_from_the_samples_seed_alone():
     some = [{"key": "k", "shard": "0.tar", "image": tars.png(i), "seed": i % 2} for i in range(4)]
     first = [s["image"].tolist() for s in decoded(some, numbers, pytest.fail)]
@@ -244,25 +256,22 @@ def test_transforms_draw_from_the_samples_seed_alone():
     assert first[0] == first[2] != first[1] == first[3]
 
 
-def test_transforming_leaves_the_global_generators_alone():
+def test_random_states_are_kept_also_where_a_transform_fails():
     preprocess = Compose([RandomResizedCrop(8), ColorJitter(0.4, 0.4, 0.4), ToTensor()])
     some = [{"key": "k", "shard": "0.tar", "image": tars.png(i), "seed": i} for i in range(4)]
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
-    list(decoded(some, preprocess, pytest.fail))
-    list(decoded(some, numbers, pytest.fail))
+    with random_states_kept():
+        list(decoded(some, preprocess, pytest.fail))
+        list(decoded(some, numbers, pytest.fail))
+    with pytest.raises(OSError, match="a bug"), random_states_kept():
+        list(decoded(some, fail, pytest.fail))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), repr(np.random.get_state()))
 
 
-def test_a_failing_transform_leaves_them_alone_too_and_is_not_taken_for_a_broken_image():
-    def fail(image):
-        torch.rand(3)
-        raise OSError("a bug of the transform")
-
-    before = torch.get_rng_state()
+def test_a_failing_transform_is_not_taken_for_a_broken_image():
     with pytest.raises(OSError, match="a bug"):
-        list(decoded([{"key": "k", "shard": "0.tar", "image": tars.png(0), "seed": 1}], fail, pytest.fail))
-    assert torch.equal(before, torch.get_rng_state())
+        list(decoded([{"key": "k", "shard": "0.tar", "image": tars.png(0)}], fail, pytest.fail))
 
 
 def test_without_a_seed_the_transform_is_left_to_itself():
