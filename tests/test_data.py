@@ -76,10 +76,17 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def dataset(shards, tokenizer):
-    def dataset(batch_size=512, shards=shards, **kwargs):
-        return ClassPromptDataset(shards, Augment(), tokenizer, batch_size, **{"prompts": PROMPTS, **kwargs})
+    made = []
 
-    return dataset
+    def dataset(batch_size=512, shards=shards, **kwargs):
+        made.append(
+            ClassPromptDataset(shards, Augment(), tokenizer, batch_size, **{"prompts": PROMPTS, **kwargs})
+        )
+        return made[-1]
+
+    yield dataset
+    for data in made:  # else pytest's error info may hold it, and a worker freed late is waited for 5 seconds
+        data._loader._iterator = None
 
 
 def numbers(images):
