@@ -15,6 +15,7 @@ from flyp_plugin.data import LabelledDataset
 from flyp_plugin.evalsets import EvalSet
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Metrics, Tally, score
+from flyp_plugin.sources import IMAGE_KEY
 
 _log = logging.getLogger(__name__)
 
@@ -86,12 +87,18 @@ class Monitor:
         lines = [f"Best epoch on {self.sets[0].name}: {best}, top-1 {100 * trained[best]:.2f}."]
         if saved and args.pretrained:
             command = ["flyp", "wiseft", "--model", args.model, "--pretrained", args.pretrained]
-            command += ["--model-config", args.model_config] if args.model_config else []
             command += ["--finetuned", str(folder / f"epoch_{saved[0]}.pt")]
+            for name in ("model_config", "classnames", "templates", "group_key"):
+                command += [f"--{name.replace('_', '-')}", value] if (value := getattr(args, name)) else []
+            command += ["--force-quick-gelu"] if args.force_quick_gelu else []
+            command += ["--label-key", args.label_key] if args.label_key != "cls" else []
+            command += ["--image-key", args.image_key] if args.image_key != IMAGE_KEY else []
+            for name in ("image_mean", "image_std", "image_interpolation", "image_resize_mode"):
+                value = getattr(args, name) or []
+                values = [value] if isinstance(value, str) else value
+                command += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
             for spec in args.eval_data:
                 command += ["--eval-data", spec]
-            for flag in ("classnames", "templates"):
-                command += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
             command += ["--out", str(Path(args.logs, args.name, "wiseft"))]
             lines.append(f"Next, merge it with the pretrained weights:\n  {shlex.join(command)}")
         return lines
