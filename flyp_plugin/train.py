@@ -143,7 +143,9 @@ class FlypRun:
                 "or --softmax-loss to train it with the softmax loss all the same."
             )
         if not args.full_text:
-            tokenizer = open_clip.get_tokenizer(args.model, context_length=args.force_context_length)
+            tokenizer = open_clip.get_tokenizer(
+                args.model, context_length=getattr(args, "force_context_length", None)
+            )
             two = tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
             compiled = args.torchcompile  # wants few shapes, and none that depend on the data
             shorten(model, two, unique=not compiled, multiple_of=8 if compiled else 1)

@@ -1,6 +1,6 @@
 """Scikit-learn's handwritten digits as class-labelled shards, and a CLIP small enough to learn them on a CPU.
 
-    python tests/digits.py DIR
+    python -m tests.digits DIR
 
 writes DIR/train (1,000 images), DIR/test (797), their class names and templates, and DIR/digits-vit.json, a model
 configuration for open_clip: a ViT of three layers at 16 pixels with a text tower of two.

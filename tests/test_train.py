@@ -193,7 +193,7 @@ def test_flyps_defaults_are_in_params_txt_and_the_users_flags_win(launch, caplog
     assert "FLYP's defaults in use: wd 0.1, warmup 0 (a tenth of the steps, which are few), beta1 0.9" in log
     assert "Prompts: 10 classes x 3 templates = 30." in log
     assert "Samples: 200 an epoch, in 8 shards." in log
-    assert len(re.findall(r"INFO \|   s\d+: '[^']* \w+\.'", log)) == 3
+    assert len(re.findall(r"\|   s\d+: '[^']* \w+\.'", log)) == 3
 
 
 def test_no_flyp_defaults_leaves_open_clips(launch):
@@ -219,6 +219,8 @@ def test_no_flyp_defaults_leaves_open_clips(launch):
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_open_clips_flags_work_as_there(launch, flags):
+    if flags[0] == "--opt" and not hasattr(openclip.parse_args([]), "opt"):
+        pytest.skip("this open_clip has no --opt")
     folder = launch("--epochs", 1, "--train-num-samples", 200, *flags)
     assert all(value.isfinite().all() for value in weights(folder, 1).values())
 
