@@ -76,8 +76,10 @@ def parse_eval_sets(
     return list(sets.values())
 
 
-def loader_from_args(eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace) -> LabelledDataset:
-    """The set's images as the flags of `flyp eval` and `flyp wiseft` say."""
+def loader_from_args(
+    eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace, rank: int = 0, world_size: int = 1
+) -> LabelledDataset:
+    """The set's images, or a rank's part of them, as the flags of `flyp train`, `eval` and `wiseft` say."""
     return LabelledDataset(
         eval_set.shards,
         preprocess,
@@ -87,6 +89,8 @@ def loader_from_args(eval_set: EvalSet, preprocess: Callable, args: argparse.Nam
         image_key=args.image_key,
         label_key=args.label_key,
         group_key=args.group_key,
+        rank=rank,
+        world_size=world_size,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from flyp_plugin.data import LabelledDataset
-from flyp_plugin.evalsets import EvalSet
+from flyp_plugin.evalsets import EvalSet, loader_from_args
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Metrics, Tally, score
 from flyp_plugin.sources import IMAGE_KEY
@@ -104,19 +104,10 @@ class Monitor:
         return lines
 
     def _loader(self, eval_set: EvalSet, preprocess: Callable) -> LabelledDataset:
-        args = self.args
         if eval_set.name not in self.loaders:
-            self.loaders[eval_set.name] = LabelledDataset(
-                eval_set.shards,
-                preprocess,
-                args.batch_size,
-                num_classes=len(eval_set.prompts.classnames),
-                num_workers=args.workers,
-                image_key=args.image_key,
-                label_key=args.label_key,
-                group_key=args.group_key,
-                rank=args.rank,
-                world_size=args.world_size,
+            args = self.args
+            self.loaders[eval_set.name] = loader_from_args(
+                eval_set, preprocess, args, args.rank, args.world_size
             )
         return self.loaders[eval_set.name]
 

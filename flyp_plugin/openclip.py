@@ -127,21 +127,18 @@ def run(plan: Plan) -> int:
 @contextmanager
 def _logging_put_back() -> Iterator[None]:
     """main() adds handlers to the root logger and sets the level of every logger there is, torch's too."""
-    root, manager = logging.getLogger(), logging.getLogger().manager
-    handlers = list(root.handlers)
-    loggers = [
-        root,
-        *(logger for logger in manager.loggerDict.values() if isinstance(logger, logging.Logger)),
-    ]
-    levels = [logger.level for logger in loggers]
+    root, known = logging.getLogger(), logging.getLogger().manager.loggerDict
+    handlers, levels = list(root.handlers), {root: root.level}
+    levels |= {logger: logger.level for logger in known.values() if isinstance(logger, logging.Logger)}
     try:
         yield
     finally:
         for handler in set(root.handlers) - set(handlers):
             root.removeHandler(handler)
             handler.close()
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        for logger in (root, *known.values()):
+            if isinstance(logger, logging.Logger):
+                logger.setLevel(levels.get(logger, logging.NOTSET))
 
 
 @contextmanager

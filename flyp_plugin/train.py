@@ -180,7 +180,11 @@ class FlypRun:
         return self.monitor(model, preprocess, tokenizer, epoch)
 
     def finish(self) -> None:
-        """Say which epoch was best and what to do next."""
+        """Say what was written, which epoch was best and what to do next."""
+        if getattr(self.args, "save_logs", False):  # on rank 0 alone
+            _log.info(
+                f"Checkpoints, which open_clip loads with pretrained=PATH, are in {self.args.checkpoint_path}."
+            )
         if self.monitor and self.args.rank == 0:
             for line in self.monitor.summary():
                 _log.info(line)
