@@ -60,6 +60,7 @@ class _TrainStream:
     num_templates: int
     seed: int
     weights: Sequence[float] | None  # one a shard: sample shards with replacement, in proportion
+    jpeg_draft: int
     clock: torch.Tensor  # int64 (epoch, repeat) in shared memory, set by the main process before each pass
 
     def __call__(self, worker: int, num_workers: int, skip: Skipped) -> Iterator[Batch]:
@@ -68,7 +69,8 @@ class _TrainStream:
         rng = random.Random(repr((self.seed, epoch, repeat, self.reader.rank, worker)))
         samples = wds.shuffle(SHUFFLE, initial=SHUFFLE_INITIAL, rng=rng)(samples)
         samples = prompted(samples, self.num_templates, self.seed, epoch, repeat)
-        for batch in _in_lists(decoded(samples, self.reader.preprocess, skip), self.reader.batch_size):
+        images = decoded(samples, self.reader.preprocess, skip, self.jpeg_draft)
+        for batch in _in_lists(images, self.reader.batch_size):
             tokens = self.tokens.take([s["label"] for s in batch], [s["template"] for s in batch])
             yield default_collate([s["image"] for s in batch]), tokens
 
@@ -229,6 +231,7 @@ class ClassPromptDataset(IterableDataset):
         shard_weights: sample shards with replacement, with these weights (open_clip's --dataset-resampled).
         image_key: members that may hold the image, joined by `;`.
         label_key: member that holds the class index, or `json:FIELD`.
+        jpeg_draft: decode large JPEGs at a fraction of their size, not below this many pixels; 0: as they are.
         as_dict: yield dicts, as open_clip 4 takes them.
 
     Raises:
@@ -264,6 +267,7 @@ class ClassPromptDataset(IterableDataset):
         shard_weights: Sequence[float] | None = None,
         image_key: str = IMAGE_KEY,
         label_key: str = "cls",
+        jpeg_draft: int = 0,
         as_dict: bool = False,
     ):
         self.shards = list(
@@ -308,6 +312,7 @@ class ClassPromptDataset(IterableDataset):
             len(self.prompts.templates),
             seed,
             shard_weights,
+            jpeg_draft,
             torch.zeros(2, dtype=torch.int64).share_memory_(),
         )
         self._loader = _loader(self._stream, self.num_workers)

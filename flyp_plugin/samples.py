@@ -155,11 +155,20 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
 
 
-def decoded(samples: Iterable[Sample], preprocess: Callable, skip: Callable[[str], None]) -> Iterator[Sample]:
-    """Replace the image's bytes by the transformed image, float (3, H, W)."""
+def decoded(
+    samples: Iterable[Sample], preprocess: Callable, skip: Callable[[str], None], jpeg_draft: int = 0
+) -> Iterator[Sample]:
+    """Replace the image's bytes by the transformed image, float (3, H, W).
+
+    With `jpeg_draft`, a target size in pixels, the decoder makes a JPEG of at least twice that size smaller by 2, 4 or
+    8, never below the target: faster, with slightly other pixels.
+    """
     for sample in samples:
         try:
-            image = Image.open(io.BytesIO(sample["image"])).convert("RGB")
+            image: Image.Image = Image.open(io.BytesIO(sample["image"]))
+            if jpeg_draft and image.format == "JPEG":
+                image.draft("RGB", (jpeg_draft, jpeg_draft))
+            image = image.convert("RGB")
         except Exception as error:  # noqa: BLE001 (PIL raises nearly anything on a broken file)
             skip(f"{sample['shard']}, sample {sample['key']}: {_reason(error)}")
             continue

@@ -1,9 +1,10 @@
 """Scikit-learn's handwritten digits as class-labelled shards, and a CLIP small enough to learn them on a CPU.
 
-    python -m tests.digits DIR
+    python -m tests.digits DIR [PIXELS]
 
 writes DIR/train (1,000 images), DIR/test (797), their class names and templates, and DIR/digits-vit.json, a model
-configuration for open_clip: a ViT of three layers at 16 pixels with a text tower of two.
+configuration for open_clip: a ViT of three layers at 16 pixels with a text tower of two. With PIXELS the images are
+JPEGs of that size.
 """
 
 import json
@@ -25,7 +26,7 @@ MODEL = {
 }
 
 
-def write(root: Path) -> Path:
+def write(root: Path, pixels: int = 16) -> Path:
     """Write it all; every image once, in the order of scikit-learn: the first 1,000 train."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "classnames.txt").write_text("\n".join(NAMES) + "\n")
@@ -34,13 +35,18 @@ def write(root: Path) -> Path:
     data = load_digits()
     with tempfile.TemporaryDirectory() as folder:
         for i, (image, label) in enumerate(zip(data.images, data.target)):
-            path = Path(folder, "train" if i < 1000 else "test", NAMES[label], f"{i}.png")
+            path = Path(
+                folder,
+                "train" if i < 1000 else "test",
+                NAMES[label],
+                f"{i}.{'png' if pixels == 16 else 'jpg'}",
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((image * 15.9).astype("uint8")).resize((16, 16)).save(path)
+            Image.fromarray((image * 15.9).astype("uint8")).resize((pixels, pixels)).save(path)
         for split in ("train", "test"):
             shards.write(str(Path(folder, split)), str(root / split), shard_size=125)
     return root
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -320,3 +320,23 @@ def test_skipped_counts_and_keeps_the_first(caplog):
         "epoch 1: skipped 1 unreadable image or tar, the first: a.tar: broken",
         "epoch 2: skipped 3 unreadable images or tars, the first: a.tar: broken",
     ]
+
+
+def test_a_jpeg_draft_is_never_smaller_than_the_target_and_other_formats_stay():
+    sizes = []
+
+    def preprocess(image):
+        sizes.append(image.size)
+        return torch.zeros(3, 1, 1)
+
+    for image_format, size in (
+        ("JPEG", (900, 700)),
+        ("JPEG", (400, 300)),
+        ("PNG", (900, 700)),
+        ("JPEG", (8000, 500)),
+    ):
+        stream = io.BytesIO()
+        Image.new("RGB", size).save(stream, image_format)
+        sample = {"image": stream.getvalue(), "shard": "0.tar", "key": "a"}
+        list(decoded([sample], preprocess, Skipped(), jpeg_draft=224))
+    assert sizes == [(450, 350), (400, 300), (900, 700), (4000, 250)]

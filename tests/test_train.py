@@ -216,6 +216,7 @@ def test_no_flyp_defaults_leaves_open_clips(launch):
         ["--save-most-recent", "--delete-previous-checkpoint"],
         ["--opt", "timm/lamb"],
         ["--full-text"],
+        ["--jpeg-draft"],
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
