@@ -1,6 +1,6 @@
-"""Images a second of our loader and of open_clip's, side by side, on JPEGs of about 500 pixels.
+"""Images a second of our loader, with and without --jpeg-draft, and of open_clip's, side by side.
 
-    python tests/bench/loader.py [--images 1000] [--rounds 5]
+    python tests/bench/loader.py [--pixels 500 1024 2048] [--workers 0 1 2] [--rounds 5]
 
 The same shards have a .cls and a .txt member for each image: ours reads the first, open_clip's the second. Both use
 open_clip's training transform for ViT-B-16 and batches of 100. An epoch's first pass starts the workers and is not
@@ -15,6 +15,8 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,53 +52,68 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--pixels", type=int, default=500)
+    parser.add_argument("--images", type=int, default=1000, help="of 500 pixels; fewer of the larger ones")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[500, 1024, 2048])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    _, preprocess, _ = open_clip.create_model_and_transforms("ViT-B-16")
-    tokenizer = open_clip.get_tokenizer("ViT-B-16")
+    model, preprocess, _ = open_clip.create_model_and_transforms("ViT-B-16")
+    tokenizer, draft = open_clip.get_tokenizer("ViT-B-16"), model.visual.image_size[0]
     prompts = ClassPrompts([f"thing {i}" for i in range(10)], ["a photo of a {c}."])
-    print("| workers | open_clip, images/s | ours, images/s | ours / open_clip |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), args.images, args.pixels)
-        pattern = os.path.join(folder, f"{{0..{SHARDS - 1}}}.tar")
-        for workers in (0, 1, 2):
-            options = argparse.Namespace(
-                train_data=pattern,
-                train_num_samples=args.images,
-                train_data_upsampling_factors=None,
-                dataset_resampled=False,
-                batch_size=BATCH,
-                workers=workers,
-                world_size=1,
-                seed=0,
-            )
-            theirs = get_wds_dataset(options, preprocess, True, tokenizer=tokenizer).dataloader
-            shards = [pattern.replace(f"{{0..{SHARDS - 1}}}", str(i)) for i in range(SHARDS)]
-            ours = ClassPromptDataset(
-                shards,
-                preprocess,
-                tokenizer,
-                BATCH,
-                prompts=prompts,
-                num_samples=args.images,
-                num_workers=workers,
-            )
-            rates: dict[str, list[float]] = {"theirs": [], "ours": []}
-            for round_ in range(args.rounds + 1):
-                for name, loader in sorted({"theirs": theirs, "ours": ours}.items(), reverse=round_ % 2 == 1):
-                    start = time.perf_counter()
-                    seen = sum(len(batch[0]) for batch in loader)
-                    if round_:
-                        rates[name].append(seen / (time.perf_counter() - start))
-            ratio = statistics.median(o / t for o, t in zip(rates["ours"], rates["theirs"]))
-            medians = {name: statistics.median(values) for name, values in rates.items()}
-            print(
-                f"| {workers} | {medians['theirs']:.0f} | {medians['ours']:.0f} | {ratio:.2f}x |", flush=True
-            )
+    print("Images a second:\n| pixels | workers | open_clip | ours | ours, --jpeg-draft | ", end="")
+    print("ours / open_clip | draft / ours |\n|---|---|---|---|---|---|---|")
+    for pixels in args.pixels:
+        with tempfile.TemporaryDirectory() as folder:
+            images = max(SHARDS * 10, args.images * 500**2 // pixels**2 // SHARDS * SHARDS)
+            write(Path(folder), images, pixels)
+            pattern = os.path.join(folder, f"{{0..{SHARDS - 1}}}.tar")
+            for workers in args.workers:
+                options = argparse.Namespace(
+                    train_data=pattern,
+                    train_num_samples=images,
+                    train_data_upsampling_factors=None,
+                    dataset_resampled=False,
+                    batch_size=BATCH,
+                    workers=workers,
+                    world_size=1,
+                    seed=0,
+                )
+                ours = partial(
+                    ClassPromptDataset,
+                    pattern,
+                    preprocess,
+                    tokenizer,
+                    BATCH,
+                    prompts=prompts,
+                    num_samples=images,
+                    num_workers=workers,
+                )
+                loaders = [
+                    get_wds_dataset(options, preprocess, True, tokenizer=tokenizer).dataloader,
+                    ours(),
+                    ours(jpeg_draft=draft),
+                ]
+                rates = _rates(loaders, args.rounds)
+                cells = [f"{statistics.median(values):.0f}" for values in rates]
+                for above, below in ((1, 0), (2, 1)):
+                    ratio = statistics.median(a / b for a, b in zip(rates[above], rates[below]))
+                    cells.append(f"{ratio:.2f}x")
+                print(f"| {pixels} | {workers} | {' | '.join(cells)} |", flush=True)
+
+
+def _rates(loaders: Sequence[Iterable], rounds: int) -> list[list[float]]:
+    """Images a second of each loader in each round; whose turn is first changes."""
+    rates: list[list[float]] = [[] for _ in loaders]
+    for round_ in range(rounds + 1):
+        for turn in range(len(loaders)):
+            i = (turn + round_) % len(loaders)
+            start = time.perf_counter()
+            seen = sum(len(batch[0]) for batch in loaders[i])
+            if round_:
+                rates[i].append(seen / (time.perf_counter() - start))
+    return rates
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Resident memory and time to the first batch, by number of samples and of classes.
+
+    python tests/bench/scale.py [--samples 10000 100000 1000000] [--classes 10 1000 21000] [--workers 2]
+
+Shards of 1,000 generated 8-pixel PNGs with sizes.json beside them, in batches of 100. Each row is a process of
+its own. The time runs from ClassPromptDataset(...), tokenising included, to the first batch; importing torch and
+open_clip comes before it. Memory is the proportional share (PSS) of the process and its workers together, when
+the first batch is there and at the hundredth; `before` is the process before it makes the dataset.
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+PER_SHARD, BATCH, MORE = 1_000, 100, 99
+
+
+def write(folder: Path, samples: int) -> None:
+    import numpy as np
+    from PIL import Image
+
+    rng, images = np.random.default_rng(0), []
+    for _ in range(100):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(stream, "PNG")
+        images.append(stream.getvalue())
+    folder.mkdir()
+    shards = -(-samples // PER_SHARD)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(PER_SHARD):
+                for ending, data in (("png", images[i % 100]), ("cls", b"%d" % (i % 10))):
+                    member = tarfile.TarInfo(f"{shard:03d}{i:06d}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    (folder / "sizes.json").write_text(json.dumps({f"{shard}.tar": PER_SHARD for shard in range(shards)}))
+
+
+def resident() -> float:
+    """MiB of this process and its children, shared pages divided among those that share them."""
+    children = Path("/proc/self/task").glob("*/children")
+    total = 0
+    for pid in ("self", *(pid for path in children for pid in path.read_text().split())):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def measure(folder: str, classes: int, workers: int) -> None:
+    import open_clip
+
+    from flyp_plugin import ClassPromptDataset, ClassPrompts
+
+    preprocess = open_clip.image_transform(16, is_train=True)
+    tokenizer = open_clip.get_tokenizer("ViT-B-16")
+    prompts = ClassPrompts([f"thing {i}" for i in range(classes)], ["a photo of a {c}."])
+    before, start = resident(), time.perf_counter()
+    dataset = ClassPromptDataset(folder, preprocess, tokenizer, BATCH, prompts=prompts, num_workers=workers)
+    batches = iter(dataset)
+    next(batches)
+    first, held = time.perf_counter() - start, resident()
+    read = sum(len(images) for images, _ in islice(batches, MORE))
+    rate = read / (time.perf_counter() - start - first) if read else 0.0
+    cells = [f"{dataset.num_samples:,}", f"{classes:,}", f"{first:.2f} s"]
+    cells += [f"{mib:.0f} MiB" for mib in (before, held, resident())]
+    print(f"| {' | '.join(cells)} | {rate:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--classes", type=int, nargs="+", default=[10, 1_000, 21_000])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "CLASSES"), help="one row, in this process")
+    args = parser.parse_args()
+    if args.measure:
+        measure(args.measure[0], int(args.measure[1]), args.workers)
+        return
+    print("| samples | classes | first batch | before | first batch | hundredth | images/s |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for samples in args.samples:
+            folder = Path(temporary, str(samples))
+            write(folder, samples)
+            for classes in args.classes if samples == args.samples[-1] else args.classes[:1]:
+                command = [sys.executable, __file__, "--measure", str(folder), str(classes)]
+                subprocess.run([*command, "--workers", str(args.workers)], check=True)
+
+
+if __name__ == "__main__":
+    main()
