@@ -19,8 +19,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _model_flags() -> argparse.ArgumentParser:
-    """The model, under open_clip's names for its flags."""
+    """The model, under open_clip's names for its flags, and what all commands that take one have."""
     flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--force", action="store_true", help="write over files that are there already")
     group = flags.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="NAME", help="open_clip's name of the architecture")
     group.add_argument(
@@ -95,7 +96,6 @@ def _add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"flyp {name} ...",
     )
-    parser.add_argument("--force", action="store_true", help="write over files that are there already")
     return parser
 
 
@@ -256,6 +256,20 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", default=False, help="JSON in place of the table")
 
 
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    example = "  flyp demo\n  python train_flyp.py --demo                   # the same"
+    help = "the whole way on handwritten digits: offline, on a CPU, in minutes; goes on where it stopped"
+    parser = _add(commands, "demo", help, example)
+    parser.add_argument(
+        "--demo-dir", default="flyp-demo", metavar="DIR", help="for all that it writes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pretrain-epochs", type=int, default=20, metavar="N", help="on captions (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="of FLYP (default: %(default)s)")
+    parser.set_defaults(function=_call("demo:demo_command"))
+
+
 def _call(target: str) -> Callable[[argparse.Namespace], int | None]:
     """A command's function, named 'module:function', imported when it is called."""
     module, function = target.split(":")
@@ -268,12 +282,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"flyp-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_train, _add_eval, _add_wiseft, _add_export, _add_shards):
+    for add in (_add_train, _add_eval, _add_wiseft, _add_export, _add_shards, _add_demo):
         add(commands)
     return parser
 
 
-def _main(argv: Sequence[str]) -> int | None:
+def call(argv: Sequence[str]) -> int | None:
+    """Run a command; its exit status, None where it is 0.
+
+    Raises:
+        InputError: as the command.
+    """
     if argv[:1] == ["train"]:
         return import_module("flyp_plugin.train").train(argv[1:])
     args = _parser().parse_args(argv)
@@ -283,7 +302,7 @@ def _main(argv: Sequence[str]) -> int | None:
 
 def main() -> None:
     """Entry point of the console script; leaves the process."""
-    run(lambda: _main(sys.argv[1:]))
+    run(lambda: call(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from itertools import chain
 import open_clip
 import torch
 
-from flyp_plugin import checkpoints, openclip
+from flyp_plugin import checkpoints, cli, openclip
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import parse_eval_sets
@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--no-flyp-defaults", action="store_true", help="leave open_clip's own defaults, made for pretraining"
     )
+    add("--demo", action="store_true", help="the whole way on handwritten digits: see flyp demo --help")
     add("--help-open-clip", action="store_true", help="show open_clip's flags and leave")
     return parser
 
@@ -214,6 +215,8 @@ class FlypRun:
 
 def train(argv: Sequence[str]) -> int:
     """Check what can be checked before a model is made, then hand over to open_clip's main(); the exit status."""
+    if "--demo" in argv:
+        return cli.call(["demo", *(word for word in argv if word != "--demo")]) or 0
     ours, rest = parser().parse_known_args(argv)
     if ours.help_open_clip:
         openclip.parse_args(["--help"])

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flyp_plugin.cli import _main
+from flyp_plugin.cli import call
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ["a photo of the number {c}.", "{c}"]
@@ -118,4 +118,4 @@ def checkpoint(name: str, steps: int) -> Path:
 def flyp(*argv: object) -> None:
     """`flyp ...` in this process; mistakes are InputError."""
     root()
-    _main([str(arg) for arg in argv])
+    call([str(arg) for arg in argv])

@@ -30,8 +30,8 @@ from flyp_plugin import ClassPromptDataset, ClassPrompts
 SHARDS, BATCH = 10, 100
 
 
-def write(folder: Path, images: int, pixels: int) -> None:
-    """JPEGs of smooth random shapes, as large in bytes as photos are."""
+def write(folder: Path, images: int, pixels: int, noise: float) -> None:
+    """JPEGs of smooth random shapes and noise, which decides how many bytes they have."""
     rng = np.random.default_rng(0)
     for shard in range(SHARDS):
         with wds.TarWriter(str(folder / f"{shard}.tar")) as tar:
@@ -41,7 +41,7 @@ def write(folder: Path, images: int, pixels: int) -> None:
                 image = np.asarray(
                     Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC), dtype=np.int16
                 )
-                noisy = np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+                noisy = np.clip(image + rng.normal(0, noise, image.shape), 0, 255).astype(np.uint8)
                 stream = io.BytesIO()
                 Image.fromarray(noisy).save(stream, "JPEG", quality=85)
                 sample = {"jpg": stream.getvalue(), "cls": i % 10, "txt": f"a photo of a thing {i % 10}."}
@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="of 500 pixels; fewer of the larger ones")
     parser.add_argument("--pixels", type=int, nargs="+", default=[500, 1024, 2048])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--noise", type=float, default=8, help="of the pixels, 0..255: 8 makes 1.7 to 2.2 bits a pixel"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -66,8 +69,10 @@ def main() -> None:
     print("ours / open_clip | draft / ours |\n|---|---|---|---|---|---|---|")
     for pixels in args.pixels:
         with tempfile.TemporaryDirectory() as folder:
-            images = max(SHARDS * 10, args.images * 500**2 // pixels**2 // SHARDS * SHARDS)
-            write(Path(folder), images, pixels)
+            # open_clip's loader never ends where a worker has less than a batch
+            least = BATCH * max(1, *args.workers)
+            images = max(least, args.images * 500**2 // pixels**2 // SHARDS * SHARDS)
+            write(Path(folder), images, pixels, args.noise)
             pattern = os.path.join(folder, f"{{0..{SHARDS - 1}}}.tar")
             for workers in args.workers:
                 options = argparse.Namespace(

@@ -65,6 +65,7 @@ def _parse() -> argparse.Namespace:
     add_clock(parser)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "amp_bf16"])
     parser.add_argument("--multiple-of", type=int, default=1, help="text.shorten's multiple_of")
+    parser.add_argument("--adamw", choices=["foreach", "fused"], help="torch's implementation, for all three")
     parser.add_argument("--no-unique", action="store_true", help="trim only")
     parser.add_argument("--profile", action="store_true", help="also print where the time of ours goes")
     return parser.parse_args()
@@ -78,10 +79,10 @@ class _Steps:
         self.args = args
         self.model = open_clip.create_model(name, device=args.device, output_dict=True).train()
         self.loss = open_clip.ClipLoss()
-        self.optimizer = _adamw(self.model)
+        self.optimizer = _adamw(self.model, args.adamw)
         self.head = nn.Linear(self.model.visual.output_dim, 1000).to(args.device)
         self.image_only = nn.ModuleList([self.model.visual, self.head])
-        self.image_optimizer = _adamw(self.image_only)
+        self.image_optimizer = _adamw(self.image_only, args.adamw)
         self.image_size = self.model.visual.image_size[0]
 
     def contrastive(self, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
@@ -116,14 +117,14 @@ class _Steps:
         )
 
 
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """As open_clip_train.main makes it."""
+def _adamw(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    """As open_clip_train.main makes it, but for torch's implementation where one is asked for."""
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n]
     rest = [
         p for n, p in model.named_parameters() if not (p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n)
     ]
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.1}]
-    return torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, **({kind: True} if kind else {}))
 
 
 def _row(name: str, size: int, spec: str, steps: _Steps, args: argparse.Namespace) -> str:
