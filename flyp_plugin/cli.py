@@ -66,9 +66,9 @@ def _data_flags(required: bool) -> argparse.ArgumentParser:
         metavar="NAME=SHARDS",
         help="a labelled set: data folder (its test split), split folder or tars; repeatable, ID set first",
     )
-    group.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
+    group.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: %(default)s")
     group.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="processes that decode (default: %(default)s)"
+        "--workers", type=_count, default=2, metavar="N", help="processes that decode (default: %(default)s)"
     )
     group.add_argument("--precision", default="fp32", help="default: %(default)s", choices=[
         "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"])  # fmt: skip
@@ -177,7 +177,9 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
 
     def workers(parser: argparse.ArgumentParser) -> None:
         default = min(4, os.cpu_count() or 1)
-        parser.add_argument("--workers", type=int, default=default, help="processes (default: %(default)s)")
+        parser.add_argument(
+            "--workers", type=_count, default=default, help="processes (default: %(default)s)"
+        )
 
     def keys(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
@@ -263,11 +265,21 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--demo-dir", default="flyp-demo", metavar="DIR", help="for all that it writes (default: %(default)s)"
     )
-    parser.add_argument(
-        "--pretrain-epochs", type=int, default=20, metavar="N", help="on captions (default: %(default)s)"
-    )
-    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="of FLYP (default: %(default)s)")
+    for flag, default, help in (("--pretrain-epochs", 20, "on captions"), ("--epochs", 10, "of FLYP")):
+        parser.add_argument(
+            flag, type=_positive, default=default, metavar="N", help=f"{help} (default: {default})"
+        )
     parser.set_defaults(function=_call("demo:demo_command"))
+
+
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    return _count(text, 1)
 
 
 def _call(target: str) -> Callable[[argparse.Namespace], int | None]:

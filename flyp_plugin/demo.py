@@ -76,6 +76,8 @@ def demo_command(args: argparse.Namespace) -> None:
         else:
             to = f" > {shlex.quote(str(done))}" if "--json" in command else ""
             _log.info(f"== {title}\n   {shlex.join(command)}{to}")
+            if "--epochs" in command:
+                _log.info(f"   (what it says is in {root}/last-training.log)")
             _run(command, root / "last-training.log", done)
     _log.info(f"== Done\n{_table(root)}\n\n{_read_back(root)}")
     _log.info(f"The plot is {root}/wiseft/frontier.png, all figures are in {root}/wiseft/wiseft.json.")
@@ -85,13 +87,18 @@ def _begin(root: Path, settings: dict[str, int]) -> None:
     """Make the folder, or find that it is an earlier demo's with the same settings."""
     record = root / "demo.json"
     if record.exists():
-        if json.loads(record.read_text()) != settings:
+        if record.read_text() != json.dumps(settings):
             raise InputError(f"{root} holds a demo of other epochs; delete it, or give another --demo-dir.")
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(f"{root} is there and is not a demo's; delete it, or give another --demo-dir.")
-    else:
+        return
+    try:
         root.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps(settings) + "\n")
+        if any(root.iterdir()):
+            raise InputError(f"{root} is there and is not a demo's; delete it, or give another --demo-dir.")
+        write_atomically(record, json.dumps(settings))
+    except OSError as error:
+        raise InputError(
+            f"{root} cannot be written to ({error.strerror}); give another --demo-dir."
+        ) from None
 
 
 def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str, Path, list[str]]]:
@@ -173,8 +180,8 @@ def _run(command: Sequence[str], log: Path, done: Path) -> None:
                         file.write(line)
                         bar.update("Start epoch " in line)
             status = process.wait()
-        except BaseException:
-            process.terminate()
+        except KeyboardInterrupt:
+            _interrupted(process)
             raise
     if status == 0 and part.exists():
         os.replace(part, done)
@@ -182,6 +189,17 @@ def _run(command: Sequence[str], log: Path, done: Path) -> None:
         part.unlink(missing_ok=True)
         lines = [f"the last lines of {log}:", *log.read_text().splitlines()[-10:]] if process.stdout else []
         raise InputError("\n".join([f"this step ended with status {status}; see above.", *lines]))
+
+
+def _interrupted(process: subprocess.Popen) -> None:
+    """Wait for a step that Ctrl-C has reached too; one that has said so itself is not repeated."""
+    try:
+        status = process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+    else:
+        if status == 130 and not process.stdout:
+            raise SystemExit(status)
 
 
 def _output(command: Sequence[str], part: Path) -> dict[str, Any]:

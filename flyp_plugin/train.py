@@ -119,6 +119,7 @@ class FlypRun:
         if args.model_config:
             checkpoints.add_model_config(args.model_config)
         checkpoints.check_names(args.model, args.pretrained)
+        _check_numbers(args)
         if rank == 0:
             openclip.check_run_folder(args)
         self.shards, self.weights = _shards(args)
@@ -255,6 +256,21 @@ def _flags(values: dict[str, str], world_size: int = 1) -> list[str]:
     return [*flags, *(("--local-loss", "--gather-with-grad") if values and world_size > 1 else ())]
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    least = {
+        "batch_size": 1,
+        "epochs": 1,
+        "accum_freq": 1,
+        "train_num_samples": 1,
+        "workers": 0,
+        "eval_frequency": 0,
+    }
+    for name, number in least.items():
+        value = getattr(args, name)
+        if value is not None and value < number:
+            raise InputError(f"--{name.replace('_', '-')} {value} is too few; give {number} or more.")
+
+
 def _shards(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
     """The tar URLs of --train-data, and the weight of each where they are sampled with replacement."""
     if not args.train_data:
@@ -262,10 +278,6 @@ def _shards(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
     if args.dataset_type not in ("auto", "webdataset"):
         raise InputError(
             f"--dataset-type {args.dataset_type} is not for FLYP; `flyp shards write` makes shards."
-        )
-    if args.train_num_samples is not None and args.train_num_samples < 1:
-        raise InputError(
-            f"--train-num-samples {args.train_num_samples} is no number of samples; give 1 or more."
         )
     sources = expand_sources(args.train_data, "train")
     shards = list(chain.from_iterable(sources))
