@@ -10,6 +10,12 @@ from importlib import import_module
 from flyp_plugin import __version__
 from flyp_plugin.errors import run
 
+_HOUR = """  flyp shards write photos/train data/train
+  flyp shards write photos/test data/test
+  flyp train --model ViT-B-16 --pretrained openai --train-data data --eval-data val=data
+  flyp wiseft --model ViT-B-16 --pretrained openai --finetuned logs/RUN/checkpoints/epoch_10.pt \\
+      --eval-data val=data --out merged"""
+
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
     # train has a parser of its own, for it shares its command line with open_clip's: see train.py
@@ -290,10 +296,13 @@ def _call(target: str) -> Callable[[argparse.Namespace], int | None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="flyp", description="Fine-tune CLIP models like they were pretrained (FLYP), with open_clip."
+        prog="flyp",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"example:\n{_HOUR}\n\nFine-tune CLIP models like they were pretrained (FLYP), with open_clip.",
+        usage="flyp COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"flyp-plugin {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="flyp")
     for add in (_add_train, _add_eval, _add_wiseft, _add_export, _add_shards, _add_demo):
         add(commands)
     return parser
@@ -307,7 +316,7 @@ def call(argv: Sequence[str]) -> int | None:
     """
     if argv[:1] == ["train"]:
         return import_module("flyp_plugin.train").train(argv[1:])
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(argv or ["--help"])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return args.function(args)
 

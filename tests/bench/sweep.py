@@ -30,9 +30,9 @@ CONFIG = {
 # starts a command and tells its time, its own peak memory and its workers'
 RUN = """
 import json, resource, sys, time
-from flyp_plugin.cli import _main
+from flyp_plugin.cli import call
 start = time.perf_counter()
-_main(sys.argv[1:])
+call(sys.argv[1:])
 peak = [resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 sys.stderr.write("\\nMEASURED " + json.dumps([time.perf_counter() - start, *peak]))
 """

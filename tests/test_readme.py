@@ -1,0 +1,206 @@
+"""README.md keeps its word: its flags exist, its commands run on small data, its Python runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from flyp_plugin import cli, openclip, train
+from flyp_plugin.sources import count_samples, expand_source
+from tests.digits import NAMES
+
+REPO = Path(__file__).parents[1]
+README = (REPO / "README.md").read_text()
+PLACEHOLDERS = {"--flag", "--rdzv-endpoint", "--nnodes"}  # torchrun's
+
+
+def code(section=""):
+    """Lines of README's indented blocks, of one section or of all, with continued lines joined."""
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0] if section else README
+    lines = re.findall(r"^ {4,}(?=\S)((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    return [re.sub(r"\s*\\\n\s*", " ", line) for line in lines]
+
+
+def commands(section=""):
+    """Each command of ours as its words, from 'flyp' or 'train_flyp.py' on."""
+    for line in code(section):
+        for part in line.split(" && "):
+            found = re.search(r"(?:^|[ /])((?:flyp|train_flyp\.py) .*)$", part)
+            if found and not part.startswith(("#", "from ", "import ")):
+                yield shlex.split(found[1], comments=True)
+
+
+def known_flags():
+    parsers = [train.parser(), cli._parser()]
+    flags = set()
+    while parsers:
+        for action in parsers.pop()._actions:
+            flags |= set(action.option_strings)
+            parsers += list((action.choices or {}).values()) if hasattr(action, "add_parser") else []
+    return flags
+
+
+def open_clip_flags():
+    script = "import sys; from flyp_plugin import openclip; openclip.parse_args(['--help'])"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[a-z0-9][a-z0-9-]*", shown.stdout))
+
+
+def test_the_commands_are_found():
+    assert len(list(commands())) > 25
+    assert sum(words[0] == "train_flyp.py" for words in commands()) > 8
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_is_understood(words):
+    if words[0] == "flyp":
+        cli._parser().parse_args(words[1:])
+    elif "--demo" not in words:
+        _, rest = train.parser().parse_known_args(words[1:])
+        openclip.parse_args(rest)
+
+
+def test_every_flag_exists():
+    ours, theirs = known_flags(), open_clip_flags()
+    named = set(re.findall(r"`(?:[^`\n]* )?(--[a-z][a-z0-9-]*)", README))
+    assert len(named) > 30
+    assert named - ours - theirs - PLACEHOLDERS == set()
+
+
+def test_every_flag_of_training_is_in_the_table():
+    table = README.partition("| flag | meaning |")[2].partition("\n\n")[0]
+    flags = {f for action in train.parser()._actions for f in action.option_strings if f.startswith("--")}
+    assert {flag for flag in flags - {"--help"} if f"`{flag}" not in table} == set()
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Run a line of README as it stands, `flyp` and `python` being this environment's, in tmp_path."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "flyp").write_text(f'#!/bin/sh\nexec {sys.executable} -m flyp_plugin.cli "$@"\n')
+    (bin_folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    for path in bin_folder.iterdir():
+        path.chmod(0o755)
+    (tmp_path / "train_flyp.py").write_text((REPO / "train_flyp.py").read_text())
+    env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(REPO)}
+
+    def shell(line):
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", line],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    return shell
+
+
+def photos(folder, images, labels, names=NAMES):
+    for number, (image, label) in enumerate(zip(images, labels)):
+        path = folder / names[label] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9).astype("uint8")).resize((16, 16)).save(path)
+
+
+def test_an_hour_with_your_own_images(shell, tmp_path, digits):
+    """The commands as they stand, but for the model, which would be downloaded, and sizes."""
+    data = load_digits()
+    photos(tmp_path / "photos/train", data.images[:200], data.target[:200])
+    photos(tmp_path / "photos/test", data.images[200:260], data.target[200:260])
+    photos(tmp_path / "other/photos", 16 - data.images[260:320], data.target[260:320])
+    shell("flyp shards write other/photos other/data/test")
+    open_clip.add_model_config(digits / "digits-vit.json")
+    torch.save(open_clip.create_model("digits-vit").state_dict(), tmp_path / "start.pt")
+    model = f"--model digits-vit --model-config {digits}/digits-vit.json"
+    size = "--device cpu --workers 1 --batch-size 50"
+    lines = code("An hour with your own images")[:6]
+    assert [line.split()[1] for line in lines] == [
+        "shards",
+        "shards",
+        "shards",
+        "train_flyp.py",
+        "wiseft",
+        "export",
+    ]
+    for line in lines:
+        line = line.replace("--model ViT-B-16", model).replace("--pretrained openai", "--pretrained start.pt")
+        if "train_flyp.py" in line or " wiseft " in line:
+            line += f" {size}" + (" --name RUN" if "train_flyp.py" in line else "")
+        if " export " in line:
+            (merged,) = (tmp_path / "merged").glob("*.pt")
+            line = line.replace("merged/wise_ft_alpha=0.60.pt", str(merged))
+        said = shell(line)
+        assert "Traceback" not in said
+    assert {path.name for path in (tmp_path / "classifier").iterdir()} >= {"config.json", "model.safetensors"}
+    assert (tmp_path / "merged" / "frontier.png").exists()
+
+
+def test_the_python_runs(tmp_path, digits, monkeypatch):
+    data = load_digits()
+    photos(tmp_path / "photos/test", data.images[-60:], data.target[-60:], names="0123456789")
+    (tmp_path / "data").symlink_to(digits)
+    monkeypatch.chdir(tmp_path)
+    open_clip.add_model_config(digits / "digits-vit.json")
+    text = README.partition("<!-- python -->\n")[2].partition("\n## ")[0]
+    lines = "\n".join(line[4:] for line in text.splitlines())
+    lines = lines.replace('"ViT-B-16", "openai"', '"digits-vit"').replace("ViT-B-16", "digits-vit")
+    scope = {}
+    exec(compile(lines.replace("range(10)", "range(1)"), "README.md", "exec"), scope)  # noqa: S102
+    assert (
+        0
+        <= scope["evaluate"](
+            scope["classifier"], [(scope["images"], torch.zeros(len(scope["images"])).long())]
+        )["top1"]
+        <= 1
+    )
+    assert scope["head"].shape[1] == 10
+
+
+def test_the_recipes_make_shards(shell, tmp_path):
+    """ImageNet's, iWildCam's and FMoW's lines, on downloads of two or four images."""
+    rng = np.random.default_rng(0)
+
+    def image(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
+
+    for wnid in ("n01440764", "n01443537"):
+        for number in range(2):
+            image(tmp_path / f"imagenet/train/{wnid}/{wnid}_{number}.JPEG")
+    wild, fmow = tmp_path / "iwildcam_v2.0", tmp_path / "fmow_v1.1"
+    splits = ("train", "id_val", "test")
+    for split in splits:
+        image(wild / f"train/{split}.jpg")
+    rows = [f"{split},{i % 2},{split}.jpg" for i, split in enumerate(splits)]
+    (wild / "metadata.csv").write_text("\n".join(["split,y,filename", *rows]) + "\n")
+    (wild / "categories.csv").write_text("y,category_id,name\n1,10,tayassu pecari\n0,0,empty\n")
+    (tmp_path / "templates.txt").write_text("a photo of {c}.\n{c} in the wild.\n")
+    for number in range(2):
+        image(fmow / f"images/rgb_img_{number}.png")
+    (fmow / "rgb_metadata.csv").write_text(
+        "split,category,country_code\ntrain,airport,USA\nval,airport,FRA\n"
+    )
+    made = [
+        line for line in code("Recipes") if line.startswith(("find ", "tail ", "awk ", "flyp shards write "))
+    ]
+    assert len(made) == 9
+    for line in made:
+        shell(line)
+    for folder, number in (("imagenet", 4), ("iwildcam", 1), ("fmow", 1)):
+        assert count_samples(expand_source(str(tmp_path / "data" / folder), "train")) == number
+    assert (tmp_path / "train.csv").read_text().splitlines()[-1].endswith("n01443537_1.JPEG,1")
+    assert (tmp_path / "data/iwildcam/classnames.txt").read_text() == "empty\ntayassu pecari\n"
