@@ -20,25 +20,25 @@ from flyp_plugin.learned import class_rows, fit_head, head_of
 from flyp_plugin.objectives import PairLoss
 from flyp_plugin.sources import expand_source
 from flyp_plugin.train import train
-from tests.digits import NAMES
+from tests.digits import NAMES, TEMPLATES
 from tests.helpers_eval import digits as digit_images
 from tests.helpers_eval import write_set
 from tests.test_train import assert_equal, params, results, tensorboard_losses, torchrun, weights
 
 MODEL = "digits-vit"
 TEMPLATE = "a photo of the number {c}."  # one, for flyp-ce draws among several
-SGD = ["--opt", "timm/sgd", "--wd", 0, "--warmup", 0, "--lr-scheduler", "const"]
+SGD = ["--templates", TEMPLATE, "--opt", "timm/sgd", "--wd", 0, "--warmup", 0, "--lr-scheduler", "const"]
 
 
 @pytest.fixture(scope="module")
 def launch(digits, tmp_path_factory):
-    """Train on the digits from `start`; later flags win. Returns the run's folder."""
+    """Train on the digits; later flags win. Returns the run's folder."""
     logs = tmp_path_factory.mktemp("logs")
 
     def launch(*flags, name):
         argv = ["--model", MODEL, "--model-config", f"{digits}/{MODEL}.json", "--train-data", digits]
         argv += ["--logs", logs, "--name", name, "--device", "cpu", "--workers", 0, "--lr", "1e-3"]
-        argv += ["--batch-size", 100, "--epochs", 1, "--train-num-samples", 200, "--templates", TEMPLATE]
+        argv += ["--batch-size", 100, "--epochs", 1, "--train-num-samples", 200]
         assert train([str(word) for word in [*argv, "--log-every-n-steps", 1, *flags]]) == 0
         return logs / name
 
@@ -49,8 +49,8 @@ def launch(digits, tmp_path_factory):
 def start(launch):
     """Weights that know a little of digits."""
     return (
-        launch("--epochs", 2, "--train-num-samples", 1000, "--warmup", 2, name="start")
-        / "checkpoints/epoch_2.pt"
+        launch("--epochs", 8, "--train-num-samples", 1000, "--warmup", 8, "--lr", "3e-3", name="start")
+        / "checkpoints/epoch_8.pt"
     )
 
 
@@ -89,11 +89,11 @@ def loaded(path):
     return open_clip.create_model(MODEL, pretrained=str(path), output_dict=True)
 
 
-def prompts():
-    return ClassPrompts(NAMES, [TEMPLATE])
+def prompts(*templates):
+    return ClassPrompts(NAMES, templates or TEMPLATES)
 
 
-def text_head(model, templates=(TEMPLATE,)):
+def text_head(model, templates=TEMPLATES):
     functions = [lambda name, t=t: t.replace("{c}", name) for t in templates]
     return open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer(MODEL), NAMES, functions)
 
@@ -218,9 +218,9 @@ def test_a_plain_loop_over_the_same_batches_gives_the_same_losses_and_weights(la
     model = loaded(start)
     preprocess = open_clip.create_model_and_transforms(MODEL)[1]
     with torch.no_grad():
-        head = torch.nn.Parameter(model.logit_scale.exp() * text_head(model.eval()).T)
+        head = torch.nn.Parameter(model.logit_scale.exp() * text_head(model.eval(), [TEMPLATE]).T)
     dataset = ClassPromptDataset(str(digits), preprocess, open_clip.get_tokenizer(MODEL), 100, seed=3,
-                                 prompts=prompts(), num_samples=200, with_labels=True)  # fmt: skip
+                                 prompts=prompts(TEMPLATE), num_samples=200, with_labels=True)  # fmt: skip
     losses, trained = [], [*model.train().parameters(), head]
     momentum = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, nesterov=True)
     for images, texts in dataset:
@@ -278,8 +278,6 @@ def test_two_ranks_equal_one_process(launch, start, digits, tmp_path, flags):
         8,
         "--train-num-samples",
         80,
-        "--templates",
-        TEMPLATE,
     ]
     one = weights(launch(*flags, "--batch-size", 80, name=f"one-{flags[1]}"), 1)
     done = torchrun(digits, tmp_path, *flags, "--batch-size", 40, "--epochs", 1, "--name", "two")
@@ -330,7 +328,7 @@ def test_lp_is_scikit_learns_logistic_regression_on_frozen_features(probed, star
     got, model = weights(probed, 1), loaded(start).eval()
     assert all(torch.equal(got[key], tensor) for key, tensor in model.state_dict().items())
     x, y = features(model, digits, "train")
-    theirs = LogisticRegression(C=31.6, fit_intercept=False, tol=1e-8, max_iter=10000).fit(x.double(), y)
+    theirs = LogisticRegression(C=31.6, fit_intercept=False, tol=1e-5, max_iter=10000).fit(x.double(), y)
     x, y = features(model, digits, "test")
     assert (
         abs(theirs.score(x.double(), y) * len(y) - ((x @ got["class_head.weight"].T).argmax(1) == y).sum())
@@ -355,7 +353,7 @@ def model_flags(digits):
 
 
 def data_flags(digits):
-    return ["--workers", "0", "--templates", TEMPLATE, "--eval-data", f"val={digits}", "--json"]
+    return ["--workers", "0", "--eval-data", f"val={digits}", "--json"]
 
 
 def test_eval_wiseft_and_export_read_a_learned_head(tuned, start, digits, tmp_path, capsys, caplog):
@@ -446,7 +444,7 @@ def test_names_that_are_there_twice_keep_their_order():
 def test_heads_of_other_classes_are_not_merged(tuned, start, digits, tmp_path):
     state = weights(tuned, 2)
     head = head_of(state)
-    other = ClassPrompts([*NAMES[1:], NAMES[0]], [TEMPLATE])
+    other = ClassPrompts([*NAMES[1:], NAMES[0]], TEMPLATES)
     state |= {"class_head.prompts": type(head)(head.weight, other).prompts}
     torch.save(state, tmp_path / "other.pt")
     both = [str(tuned / "checkpoints" / "epoch_2.pt"), str(tmp_path / "other.pt")]
@@ -501,7 +499,7 @@ def test_a_class_of_fewer_images_gives_all_and_is_named(launch, digits, caplog):
         (["--shots", "0"], r"0 shots give no set"),
         (["--shots-seed", "1"], r"--shots-seed is the seed of --shots"),
         (["--shots", "1", "--train-data", "pipe:cat x.tar", "--classnames", "{digits}/classnames.txt"], r"is not a local file"),
-        (["--objective", "ce", "--eval-data", "val={digits}", "--classnames", "{names}"], r"no class 'zero' of --eval-data val"),
+        (["--objective", "ce", "--eval-data", "val={digits}", "--classnames", "{names}"], r"no class 'zero' .and 9 more. of --eval-data val, only the 10"),
         (["--model", "digits-coca", "--collisions", "mask"], r"--collisions mask cannot train a CoCa, as digits-coca is"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
