@@ -91,7 +91,7 @@ class PairLoss(nn.Module):
 
     def _softmax(self, logits: Tensor, own: Tensor, same: Tensor) -> Tensor:
         if self.collisions == "soft":
-            return F.cross_entropy(logits, same / same.sum(dim=1, keepdim=True))
+            return F.cross_entropy(logits, (same / same.sum(dim=1, keepdim=True)).to(logits.dtype))
         if self.collisions == "mask":
             others = same.scatter(1, own[:, None], False)
             logits = logits.masked_fill(others, float("-inf"))

@@ -28,6 +28,7 @@ import torch
 
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError
+from flyp_plugin.learned import HEAD
 from flyp_plugin.samples import sample_seed
 
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
@@ -219,9 +220,11 @@ class _Seams:
             created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            mend = "check that the weights are this model's and can be had"
+            if f"{HEAD}." in str(error):
+                mend = "they have a learned head: `flyp export --format open_clip` writes the towers alone"
             raise InputError(
-                f"open_clip could not make {name} with --pretrained {pretrained!r} ({reason}); check that the weights "
-                "are this model's and can be had."
+                f"open_clip could not make {name} with --pretrained {pretrained!r} ({reason}); {mend}."
             ) from error
         if self.model is None:  # a second one is the teacher of --distill-model
             self.model = created[0]
