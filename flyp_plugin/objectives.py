@@ -80,9 +80,8 @@ class PairLoss(nn.Module):
         of_images = logit_scale * rows[0] @ columns[1].T + bias
         of_texts = logit_scale * rows[1] @ columns[0].T + bias
         same = rows[2][:, None] == columns[2]
-        parts = {
-            "contrastive_loss": (self._softmax(of_images, own, same) + self._softmax(of_texts, own, same)) / 2
-        }
+        softmaxes = [self._softmax(logits, own, same) for logits in (of_images, of_texts)]
+        parts = {"contrastive_loss": sum(softmaxes) / 2}
         if self.ce_weight:
             head, index = batch_head(columns[1], columns[2])
             logits = logit_scale.float() * exact_logits(rows[0], head)
@@ -107,9 +106,9 @@ class PairLoss(nn.Module):
         labels = [torch.empty_like(local[2]) for _ in range(self.world_size)]
         dist.all_gather(labels, local[2].contiguous())
         everything = (images, texts, torch.cat(labels))
-        return (
-            (local, everything, self.rank * len(local[2])) if self.local_loss else (everything, everything, 0)
-        )
+        if self.local_loss:
+            return local, everything, self.rank * len(local[2])
+        return everything, everything, 0
 
 
 def batch_head(text_features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,10 +176,11 @@ class Objective:
             return self.outputs(model, plain, images, texts[:, :-1], texts[:, -1])
 
         model.forward = forward
-        for name, parameter in model.named_parameters():
-            if not re.match(
-                self.trains, name
-            ):  # what has no gradient, DistributedDataParallel would wait for
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # DistributedDataParallel would wait for their gradients
+            if not re.match(self.trains, name):
                 parameter.requires_grad_(False)
 
 
@@ -223,30 +223,21 @@ def changes(args: Namespace) -> list[str]:
 
 def check_flags(args: Namespace) -> None:
     """InputError where flags of the objective do not go together with each other, or with open_clip's."""
-    objective, name, first = (
-        OBJECTIVES[args.objective],
-        f"--objective {args.objective}",
-        [*changes(args), ""][0],
-    )
+    objective, name = OBJECTIVES[args.objective], f"--objective {args.objective}"
     if not 0 <= args.ce_weight < math.inf:
         raise InputError(f"--ce-weight {args.ce_weight} is no weight; give 0 or more.")
     if args.objective != "flyp" and len(changes(args)) > 1:
-        raise InputError(
-            f"{changes(args)[1]} changes FLYP's loss, which {name} has not; leave one of them out."
-        )
+        raise InputError(f"{changes(args)[1]} changes FLYP's loss, which {name} has not; leave one out.")
     if args.lp_c is not None and not 0 < args.lp_c < math.inf:
         raise InputError(f"--lp-c {args.lp_c} is no strength of a regularisation; give more than 0.")
     if args.lp_c is not None and not objective.fit:
         raise InputError(f"--lp-c is for the linear probe of lp and lp-ft; leave it out with {name}.")
     for other in ("siglip", "distill_model", "horovod", "torchscript", "trace"):
-        if first and getattr(args, other, None):
+        if changes(args) and getattr(args, other, None):
             flag = f"--{other.replace('_', '-')}"
-            raise InputError(f"{first} cannot be had together with {flag}; leave one of them out.")
-    if (
-        objective.learned_head
-        and args.lock_image
-        and not (objective.loop and args.lock_image_unlocked_groups)
-    ):
+            raise InputError(f"{changes(args)[0]} cannot be had together with {flag}; leave one of them out.")
+    tower_learns = not args.lock_image or (objective.loop and args.lock_image_unlocked_groups)
+    if objective.learned_head and not tower_learns:
         raise InputError(
             f"{name} with --lock-image leaves nothing but the head to train, which is what --objective lp alone does; "
             "leave --lock-image out."
