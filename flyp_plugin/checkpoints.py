@@ -1,6 +1,6 @@
 """Weights in and out: checkpoints read without running code, models built, files written whole or not at all.
 
-Knows no objective and no head: what the weights are for is its callers' business.
+Knows no objective: of what the weights are for, it knows that a learned head is beside the towers' weights.
 """
 
 import difflib
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flyp_plugin.errors import InputError
+from flyp_plugin.learned import HEAD, head_of
 
 StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: a torch.nn.Module whose attributes torch's own types would not allow
@@ -117,6 +118,8 @@ def load_model(
 ) -> Model:
     """A CLIP model with weights, in eval mode: open_clip.create_model with its failures in one sentence.
 
+    A learned head in the checkpoint is the model's `class_head`.
+
     Args:
         model_name: open_clip's name, also `hf-hub:` or `local-dir:`.
         pretrained: a tag of that model, or a checkpoint's path.
@@ -131,12 +134,20 @@ def load_model(
     is_file = os.path.isfile(pretrained)
     check_names(model_name, pretrained)
     state = read_state_dict(pretrained) if is_file and not pretrained.endswith((".npz", ".npy")) else {}
+    head = head_of(state)
     kwargs = dict(kwargs, precision=precision, device=device)
-    with _quiet():
+    with _quiet(logging.WARNING if head is None else logging.ERROR):  # that there are no weights yet
         try:
-            model = open_clip.create_model(model_name, pretrained=None if schema else pretrained, **kwargs)
-            if schema:
-                open_clip.load_checkpoint(model, pretrained)
+            if head is not None:
+                model = open_clip.create_model(model_name, pretrained_hf=False, **kwargs)
+                _load_beside_head(model, pretrained)
+                setattr(model, HEAD, head.to(device))
+            else:
+                model = open_clip.create_model(
+                    model_name, pretrained=None if schema else pretrained, **kwargs
+                )
+                if schema:
+                    open_clip.load_checkpoint(model, pretrained)
         except Exception as error:
             if not is_file:
                 reason = textwrap.shorten(str(error), 160, placeholder=" ...")
@@ -146,11 +157,22 @@ def load_model(
                 ) from error
             with _quiet(logging.ERROR):  # it would warn of weights that are random
                 bare = open_clip.create_model(model_name, pretrained_hf=False, **kwargs)
-            difference = first_difference(bare.state_dict(), state)
+            difference = first_difference(bare.state_dict(), towers(state))
             if difference is None:
                 raise
             raise InputError(f"{pretrained} is not a checkpoint of {model_name}: {difference}.") from None
     return model.eval()
+
+
+def towers(state: StateDict) -> dict[str, torch.Tensor]:
+    """A state dict without its learned head: what open_clip reads."""
+    return {key: tensor for key, tensor in state.items() if not key.startswith(f"{HEAD}.")}
+
+
+def _load_beside_head(model: Model, path: str) -> None:
+    wrong = open_clip.load_checkpoint(model, path, strict=False)
+    if wrong.missing_keys or any(not key.startswith(f"{HEAD}.") for key in wrong.unexpected_keys):
+        raise RuntimeError(f"another architecture: {wrong}")
 
 
 def load_tokenizer(model_name: str) -> Callable:

@@ -61,6 +61,7 @@ class _TrainStream:
     seed: int
     weights: Sequence[float] | None  # one a shard: sample shards with replacement, in proportion
     jpeg_draft: int
+    with_labels: bool
     clock: torch.Tensor  # int64 (epoch, repeat) in shared memory, set by the main process before each pass
 
     def __call__(self, worker: int, num_workers: int, skip: Skipped) -> Iterator[Batch]:
@@ -71,7 +72,10 @@ class _TrainStream:
         samples = prompted(samples, self.num_templates, self.seed, epoch, repeat)
         images = decoded(samples, self.reader.preprocess, skip, self.jpeg_draft)
         for batch in _in_lists(images, self.reader.batch_size):
-            tokens = self.tokens.take([s["label"] for s in batch], [s["template"] for s in batch])
+            labels = [s["label"] for s in batch]
+            tokens = self.tokens.take(labels, [s["template"] for s in batch])
+            if self.with_labels:
+                tokens = torch.cat([tokens, torch.tensor(labels)[:, None]], dim=1)
             yield default_collate([s["image"] for s in batch]), tokens
 
     def shards_of(self, epoch: int, repeat: int, worker: int, num_workers: int) -> Sequence[str]:
@@ -232,6 +236,7 @@ class ClassPromptDataset(IterableDataset):
         image_key: members that may hold the image, joined by `;`.
         label_key: member that holds the class index, or `json:FIELD`.
         jpeg_draft: decode large JPEGs at a fraction of their size, not below this many pixels; 0: as they are.
+        with_labels: append each image's class index to its tokens, which are then (B, L + 1).
         as_dict: yield dicts, as open_clip 4 takes them.
 
     Raises:
@@ -268,6 +273,7 @@ class ClassPromptDataset(IterableDataset):
         image_key: str = IMAGE_KEY,
         label_key: str = "cls",
         jpeg_draft: int = 0,
+        with_labels: bool = False,
         as_dict: bool = False,
     ):
         self.shards = list(
@@ -313,6 +319,7 @@ class ClassPromptDataset(IterableDataset):
             seed,
             shard_weights,
             jpeg_draft,
+            with_labels,
             torch.zeros(2, dtype=torch.int64).share_memory_(),
         )
         self._loader = _loader(self._stream, self.num_workers)

@@ -113,12 +113,16 @@ def eval_command(args: argparse.Namespace) -> None:
         refuse_existing(args.predictions, args.force)
     model = model_from_args(args, args.checkpoint)
     tokenizer, preprocess = load_tokenizer(args.model), val_preprocess(model)
+    classifiers = {  # first, for a learned head may lack a class
+        eval_set.name: ImageClassifier.from_model(
+            model, tokenizer, eval_set.prompts, args.precision, use_tqdm=sys.stderr.isatty()
+        )
+        for eval_set in sets
+    }
     results = {}
     with _predictions(args.predictions) as write:
         for eval_set in sets:
-            classifier = ImageClassifier.from_prompts(
-                model, tokenizer, eval_set.prompts, args.precision, use_tqdm=sys.stderr.isatty()
-            )
+            classifier = classifiers[eval_set.name]
             loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
             results[eval_set.name] = evaluate(classifier, loader, on_batch=write and write(eval_set))
     text = json.dumps({"checkpoint": args.checkpoint, "model": args.model, "results": results}, indent=1)

@@ -22,9 +22,17 @@ from timm.data import create_transform
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from flyp_plugin.checkpoints import Model, load_tokenizer, model_from_args, refuse_existing, replacing
+from flyp_plugin.checkpoints import (
+    Model,
+    load_tokenizer,
+    model_from_args,
+    refuse_existing,
+    replacing,
+    towers,
+)
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier
+from flyp_plugin.learned import HEAD
 from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.sources import expand_source
 
@@ -39,15 +47,14 @@ def export_command(args: argparse.Namespace) -> None:
     """
     out = Path(args.out)
     refuse_existing(out, args.force)
-    classifier = None
-    if args.format == "timm":
-        if not args.data and not (args.classnames and args.templates):
-            raise InputError(
-                "a classifier needs its classes; give --data DIR, or --classnames and --templates."
-            )
+    prompts = None
+    if args.format == "timm" and (args.data or (args.classnames and args.templates)):
         shards = expand_source(args.data, "test") if args.data else []
         prompts = resolve_prompts(shards, args.classnames, args.templates)
     model = model_from_args(args, args.checkpoint, "fp32")
+    learned = getattr(model, HEAD, None)
+    if prompts is None and learned is not None:
+        prompts = learned.class_prompts
     config = open_clip.get_model_config(args.model.replace("/", "-") if ":" not in args.model else args.model)
     if args.force_quick_gelu:
         config["quick_gelu"] = True
@@ -58,8 +65,14 @@ def export_command(args: argparse.Namespace) -> None:
         call = f"open_clip.create_model_and_transforms('local-dir:{out}')"
         if not hasattr(open_clip.factory, "parse_model_name"):
             call += f", from open_clip 3.0 on (this is {open_clip.__version__})"
+        if learned is not None:
+            _log.warning("The learned head stays behind: open_clip has no place for it; --format timm has.")
     else:
-        classifier = ImageClassifier.from_prompts(model, tokenizer, prompts)
+        if prompts is None:
+            raise InputError(
+                "a classifier needs its classes; give --data DIR, or --classnames and --templates."
+            )
+        classifier = ImageClassifier.from_model(model, tokenizer, prompts)
         twin, timm_config = timm_twin(classifier, config)
         with replacing_folder(out) as folder:
             save_file(
@@ -76,7 +89,7 @@ def save_open_clip(model: Model, config: dict[str, Any], tokenizer: Any, folder:
     preprocess = {key: model.visual.preprocess_cfg[key] for key in keep}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
-    weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    weights = {key: tensor.contiguous() for key, tensor in towers(model.state_dict()).items()}
     save_file(weights, folder / "open_clip_model.safetensors")
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)

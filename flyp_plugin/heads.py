@@ -1,7 +1,7 @@
 """The zero-shot head of a set of class prompts, and the classifier that a CLIP model becomes with it."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
 from flyp_plugin.checkpoints import Model, load_model, load_tokenizer
+from flyp_plugin.learned import HEAD, ClassHead
 from flyp_plugin.prompts import ClassPrompts
 from flyp_plugin.text import short_text
 
@@ -55,10 +56,48 @@ def build_zeroshot_head(
         model.train(training)
 
 
+def zeroshot_as_learned(
+    model: Model, tokenizer: Callable, prompts: ClassPrompts, precision: str = "fp32"
+) -> ClassHead:
+    """The zero-shot head as the learned head that it is the start of: fine-tuning's, and WiSE-FT's at alpha 0."""
+    head = ImageClassifier.from_prompts(model, tokenizer, prompts, precision).head
+    return ClassHead(model.logit_scale.detach().exp().float() * head.T.float(), prompts)
+
+
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:
     """The context in which a forward pass runs under open_clip's --precision."""
     dtype = {"amp": torch.float16, "amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16}.get(precision)
     return torch.autocast(torch.device(device).type, dtype=dtype) if dtype else nullcontext()
+
+
+def encode_images(model: Model, images: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
+    """Preprocessed images (B, 3, H, W) -> normalised features (B, D), of the type that open_clip's --precision gives."""
+    images = images.to(
+        open_clip.get_input_dtype(precision)
+    )  # None, which changes nothing, but for fp16, bf16
+    with autocast(precision, images.device):
+        return model.encode_image(images, normalize=True)
+
+
+@torch.no_grad()
+def image_features(
+    model: Model, loader: Iterable[dict[str, Any]], precision: str = "fp32"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised features float32 (N, D) and labels (N,) of a loader's images, on the model's device, in eval mode.
+
+    Where there are no images, as one of several ranks may have none, both are of length 0.
+    """
+    device, training = model.logit_scale.device, model.training
+    model.eval()
+    features, labels = [], []
+    for batch in loader:
+        features.append(encode_images(model, batch["images"].to(device), precision).float())
+        labels.append(batch["labels"].to(device))
+    model.train(training)
+    if not features:
+        width = getattr(model, HEAD).weight.shape[1]
+        return torch.empty(0, width, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat(features), torch.cat(labels)
 
 
 def val_preprocess(model: Model) -> Callable:
@@ -114,6 +153,22 @@ class ImageClassifier(nn.Module):
         return cls(model, head, prompts.classnames, precision)
 
     @classmethod
+    def from_model(
+        cls, model: Model, tokenizer: Callable, prompts: ClassPrompts, precision: str = "fp32", **kwargs: Any
+    ) -> "ImageClassifier":
+        """With the learned head of a model that has one, restricted to these class names; else `from_prompts`.
+
+        Raises:
+            InputError: a class name that the learned head does not have.
+        """
+        learned = getattr(model, HEAD, None)
+        if learned is None:
+            return cls.from_prompts(model, tokenizer, prompts, precision, **kwargs)
+        # logit_scale.exp(), which the forward pass puts in, is in the learned weights already
+        head = learned.restricted(prompts.classnames).T.float() / model.logit_scale.detach().exp().float()
+        return cls(model, head, prompts.classnames, precision)
+
+    @classmethod
     def from_checkpoint(
         cls,
         model_name: str,
@@ -129,10 +184,10 @@ class ImageClassifier(nn.Module):
             kwargs: passed to open_clip.create_model, e.g. force_quick_gelu=True.
 
         Raises:
-            InputError: weights that cannot be read or are another architecture's.
+            InputError: weights that cannot be read or are another architecture's; class names that a learned head lacks.
         """
         model = load_model(model_name, path, precision, device, **kwargs)
-        return cls.from_prompts(model, load_tokenizer(model_name), prompts, precision).eval()
+        return cls.from_model(model, load_tokenizer(model_name), prompts, precision).eval()
 
     @property
     def preprocess(self) -> Callable:
@@ -141,11 +196,7 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Preprocessed images (B, 3, H, W) -> float32 logits (B, C)."""
-        images = images.to(
-            open_clip.get_input_dtype(self.precision)
-        )  # None, which changes nothing, but for fp16, bf16
-        with autocast(self.precision, images.device):
-            features = self.model.encode_image(images, normalize=True)
+        features = encode_images(self.model, images, self.precision)
         # in full precision whatever the towers' was: bfloat16 logits of several classes are often equal
         return self.model.logit_scale.exp().float() * features.float() @ self.head.float()
 

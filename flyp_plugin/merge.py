@@ -7,7 +7,7 @@ import logging
 import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from open_clip.transform import PreprocessCfg
 import flyp_plugin
 from flyp_plugin.checkpoints import (
     Model,
+    StateDict,
     load_tokenizer,
     model_from_args,
     read_state_dict,
@@ -28,7 +29,8 @@ from flyp_plugin.checkpoints import (
 )
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import loader_from_args, parse_eval_sets
-from flyp_plugin.heads import val_preprocess
+from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
+from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
 from flyp_plugin.wiseft import average, check_same, choose, interpolate, sweep
 
@@ -46,11 +48,11 @@ def wiseft_command(args: argparse.Namespace) -> None:
     sets = parse_eval_sets(args.eval_data or [], args.classnames, args.templates)
     out = Path(args.out)
     _check_outputs(out, alphas, bool(sets), args.force)
-    model, pretrained = _start(args)
     paths = args.average or [args.finetuned]
-    finetuned = (
-        average([read_state_dict(path) for path in paths]) if args.average else read_state_dict(paths[0])
-    )
+    ends = [read_state_dict(path) for path in paths]
+    model, pretrained = _start(args, head_of(ends[0]))
+    _check_classes([pretrained, *ends], [args.pretrained, *paths])
+    finetuned = average(ends) if args.average else ends[0]
     check_same(pretrained, finetuned, " + ".join(paths), args.pretrained)
     finetuned = {key: tensor.to(model.logit_scale.device) for key, tensor in finetuned.items()}
     results: Results = {alpha: {} for alpha in alphas}
@@ -139,12 +141,32 @@ def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) ->
         refuse_existing(out / name, force)
 
 
-def _start(args: argparse.Namespace) -> tuple[Model, dict[str, torch.Tensor]]:
-    """A working model in --precision, and the pretrained weights in float32."""
+def _start(args: argparse.Namespace, learned: ClassHead | None) -> tuple[Model, dict[str, torch.Tensor]]:
+    """A working model in --precision, and the pretrained weights in float32.
+
+    Against a learned head, the pretrained model's is the zero-shot head of the same classes and templates.
+    """
     source = model_from_args(args, args.pretrained, "fp32")
+    if learned is not None and not hasattr(source, HEAD):
+        setattr(source, HEAD, zeroshot_as_learned(source, load_tokenizer(args.model), learned.class_prompts))
+    pretrained = {key: tensor.clone() for key, tensor in source.state_dict().items()}
     if args.precision in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
-        return source, {key: tensor.clone() for key, tensor in source.state_dict().items()}
-    return model_from_args(args, args.pretrained), source.state_dict()
+        return source, pretrained
+    model = model_from_args(args, args.pretrained)
+    if hasattr(source, HEAD):
+        setattr(model, HEAD, getattr(source, HEAD))
+    return model, pretrained
+
+
+def _check_classes(states: Sequence[StateDict], paths: Sequence[str]) -> None:
+    """InputError where learned heads that are to be put together are of other classes."""
+    heads = [head_of(state) for state in states]
+    names = [head and head.class_prompts.classnames for head in heads]
+    for path, other in zip(paths, names):
+        if other != names[0]:
+            raise InputError(
+                f"{path} and {paths[0]} have not learned a head of the same classes; merge runs on the same class names."
+            )
 
 
 def model_flags(args: argparse.Namespace, model: Model) -> list[str]:

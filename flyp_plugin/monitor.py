@@ -48,7 +48,8 @@ class Monitor:
             return {}
         row: dict[str, Any] = {}
         for eval_set in self.sets:
-            classifier = ImageClassifier.from_prompts(model, tokenizer, eval_set.prompts, self.args.precision)
+            make = ImageClassifier.from_model if epoch else ImageClassifier.from_prompts  # 0: zero-shot
+            classifier = make(model, tokenizer, eval_set.prompts, self.args.precision)
             metrics = self._over_ranks(
                 score(classifier, self._loader(eval_set, preprocess), self._tally(eval_set))
             )

@@ -5,8 +5,9 @@
     main.create_model_and_transforms     the model is met before DDP and torch.compile
     main.get_data                        data["train"] is our loader; all else stays open_clip's
     main.evaluate, train.zero_shot_eval  our metrics, on every rank, logged by open_clip
-    main.train_one_epoch                 before its first call, the evaluation of the starting weights
-The loop, the loss, the optimizer, checkpoints and logs are open_clip's, unchanged.
+    main.train_one_epoch                 before its first call, the evaluation of the starting weights; and a linear probe
+    main.create_loss                     the loss of an objective other than plain FLYP; else this is not touched
+The loop, the loss of plain FLYP, the optimizer, checkpoints and logs are open_clip's, unchanged.
 """
 
 import inspect
@@ -27,6 +28,7 @@ import torch
 
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError
+from flyp_plugin.learned import HEAD
 from flyp_plugin.samples import sample_seed
 
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
@@ -38,6 +40,8 @@ class Plan(Protocol):
 
     args: Namespace  # open_clip's and ours, as main() is to see them; main() adds rank, world_size, name, ...
 
+    changes: list[str]  # flags that need another loss than open_clip's
+
     def on_model(self, model: torch.nn.Module) -> None: ...
 
     def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset: ...
@@ -48,6 +52,12 @@ class Plan(Protocol):
     def evaluate(
         self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int
     ) -> dict: ...
+
+    def create_loss(self) -> torch.nn.Module: ...
+
+    def before_epoch(
+        self, model: torch.nn.Module, preprocess: Callable, epoch: int
+    ) -> bool: ...  # let it train?
 
     def finish(self) -> None: ...
 
@@ -159,6 +169,13 @@ def _installed(seams: "_Seams") -> Iterator[None]:
                 )
             seams.original[name] = getattr(module, name)
             replace(module, name, getattr(seams, name))
+        if seams.plan.changes:
+            if not hasattr(_module("main"), "create_loss"):  # open_clip 4 has tasks in its place
+                raise InputError(
+                    f"open_clip_torch {version('open_clip_torch')} takes no other loss, which {seams.plan.changes[0]} "
+                    "needs; install open_clip_torch 2.28 to 3.3, or leave the flag out."
+                )
+            replace(_module("main"), "create_loss", lambda args: seams.plan.create_loss())
         if args.device.startswith("cpu") or not torch.cuda.is_available():
             replace(torch.nn.parallel, "DistributedDataParallel", _CpuDistributed)
         yield
@@ -203,9 +220,11 @@ class _Seams:
             created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            mend = "check that the weights are this model's and can be had"
+            if f"{HEAD}." in str(error):
+                mend = "they have a learned head: `flyp export --format open_clip` writes the towers alone"
             raise InputError(
-                f"open_clip could not make {name} with --pretrained {pretrained!r} ({reason}); check that the weights "
-                "are this model's and can be had."
+                f"open_clip could not make {name} with --pretrained {pretrained!r} ({reason}); {mend}."
             ) from error
         if self.model is None:  # a second one is the teacher of --distill-model
             self.model = created[0]
@@ -243,12 +262,15 @@ class _Seams:
     def train_one_epoch(self, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(self.original["train_one_epoch"]).bind(*args, **kwargs).arguments
         state = given.get("state")  # open_clip 4: one object for model, optimizer and epoch
-        if not self.started and self.plan.evaluates and (state.epoch if state else given["epoch"]) == 0:
+        epoch = state.epoch if state else given["epoch"]
+        if not self.started and self.plan.evaluates and epoch == 0:
             model, tb_writer = state.task if state else given["model"], given.get("tb_writer")
             self.evaluate(
                 model, given["data"], 0, given["args"], tb_writer=tb_writer, tokenizer=self.tokenizer
             )
         self.started = True
+        if not self.plan.before_epoch(self.model, self.preprocess_val, epoch):
+            return None
         return self.original["train_one_epoch"](*args, **kwargs)
 
 

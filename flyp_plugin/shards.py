@@ -88,12 +88,15 @@ def subset(
     shard_size: int | None = None,
     label_key: str = "cls",
     image_key: str = IMAGE_KEY,
-) -> None:
+) -> dict[str, int]:
     """Write a few-shot set: `shots` images of each class (see few_shot_keys), with all members as they are.
 
     Args:
         source: local shards: a brace pattern, a split folder, a data folder (then its `split`), '::' between several.
         dest: the split folder to write; class names and templates are copied into the folder above it.
+
+    Returns:
+        The number of samples in each shard.
     """
     from flyp_plugin.samples import read_samples
 
@@ -119,8 +122,7 @@ def subset(
             _write_tar(part / name, islice(samples, size))
         for name, lines in lists.items():
             _put(folder.parent / name, lines)
-    _log.info(f"Wrote {sum(sizes.values())} samples in {len(sizes)} shards to {dest}.")
-    _log.info(f"Next: flyp shards check {dest}")
+    return sizes
 
 
 def few_shot_keys(
@@ -324,4 +326,6 @@ def write_command(args: argparse.Namespace) -> None:
 
 def subset_command(args: argparse.Namespace) -> None:
     """flyp shards subset"""
-    subset(**{name: value for name, value in vars(args).items() if name != "function"})
+    sizes = subset(**{name: value for name, value in vars(args).items() if name != "function"})
+    _log.info(f"Wrote {sum(sizes.values())} samples in {len(sizes)} shards to {args.dest}.")
+    _log.info(f"Next: flyp shards check {args.dest}")

@@ -10,17 +10,22 @@ import argparse
 import logging
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import open_clip
 import torch
+from open_clip.model import CLIP, CustomTextCLIP
 
-from flyp_plugin import checkpoints, cli, openclip
-from flyp_plugin.data import ClassPromptDataset, peek
+from flyp_plugin import checkpoints, cli, objectives, openclip, shards
+from flyp_plugin.data import ClassPromptDataset, LabelledDataset, peek
 from flyp_plugin.errors import InputError, run
-from flyp_plugin.evalsets import parse_eval_sets
+from flyp_plugin.evalsets import parse_eval_sets, with_progress
+from flyp_plugin.heads import image_features, zeroshot_as_learned
+from flyp_plugin.learned import HEAD, class_rows, fit_head
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.sources import IMAGE_KEY, count_samples, expand_sources
@@ -87,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="member with a sample's group, or json:FIELD, for worst-group accuracy",
     )
+    objectives.add_flags(parser.add_argument_group("objective"))
+    _add_shots(parser.add_argument_group("few shots"))
     add("--full-text", action="store_true", help="run the text tower on its full context and on every row, as "
         "open_clip does: slower, the same features")  # fmt: skip
     add("--jpeg-draft", action="store_true", help="decode JPEGs of at least twice the model's image size at a fraction "
@@ -98,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
     add("--demo", action="store_true", help="the whole way on handwritten digits: see flyp demo --help")
     add("--help-open-clip", action="store_true", help="show open_clip's flags and leave")
     return parser
+
+
+def _add_shots(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--shots", type=int, metavar="K", help="train on K images of each class, the ones that "
+        "`flyp shards subset` takes; local shards only")  # fmt: skip
+    group.add_argument("--shots-seed", type=int, metavar="S", help="which images (default: 0)")
 
 
 class FlypRun:
@@ -122,9 +135,20 @@ class FlypRun:
         _check_numbers(args)
         if rank == 0:
             openclip.check_run_folder(args)
+        self.objective = objectives.OBJECTIVES[args.objective]
+        self.changes = objectives.changes(args)
+        objectives.check_flags(args)
+        _check_shots(args)
         self.shards, self.weights = _shards(args)
         self.prompts = resolve_prompts(self.shards, args.classnames, args.templates)
         self.eval_sets = parse_eval_sets(args.eval_data, args.classnames, args.templates, own_first=True)
+        for eval_set in self.eval_sets if self.objective.learned_head else ():
+            class_rows(self.prompts.classnames, eval_set.prompts.classnames, f"--eval-data {eval_set.name}")
+        if args.shots is not None:
+            self._take_shots()
+        if not self.objective.loop:
+            self.defaults.pop("epochs", None)
+            args.epochs = 1  # the fit, which the checkpoint epoch_1.pt holds
         self.num_samples = args.train_num_samples or count_samples(self.shards, args.image_key)
         self.pairs = peek(self.shards, self.prompts, args.seed, args.image_key, args.label_key)
         self.steps = _steps(args, self.num_samples, world_size)
@@ -135,27 +159,81 @@ class FlypRun:
         self.monitor: Monitor | None = None
         self.image_size = 0
 
+    def _take_shots(self) -> None:
+        """Train on a few-shot set: written to a folder of this process's own, which goes when the run does."""
+        args = self.args
+        self.few = tempfile.TemporaryDirectory(prefix="flyp-shots-")
+        folder = f"{self.few.name}/train"
+        keys = {"label_key": args.label_key, "image_key": args.image_key}
+        shards.subset(args.train_data, folder, shots=args.shots, seed=args.shots_seed or 0, **keys)
+        self.shards = shards.local_shards(folder, "train")
+        self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None
+
     @property
     def evaluates(self) -> bool:
         return bool(self.eval_sets)
 
     def on_model(self, model: torch.nn.Module) -> None:
-        """Refuse the wrong loss, and make the text tower short."""
+        """Refuse the wrong loss, make the text tower short, and the model what its objective wants."""
         args = self.args
-        if getattr(model, "logit_bias", None) is not None and not args.siglip and not args.softmax_loss:
+        sigmoid = getattr(model, "logit_bias", None) is not None and args.objective == "flyp"
+        if sigmoid and not args.siglip and not args.softmax_loss:
             raise InputError(
                 f"{args.model} was pretrained with the sigmoid loss, so like pretrained means --siglip; give that, "
                 "or --softmax-loss to train it with the softmax loss all the same."
             )
         size = getattr(model.visual, "image_size", 0)  # int or (height, width)
         self.image_size = size if isinstance(size, int) else max(size)
+        tokenizer = open_clip.get_tokenizer(
+            args.model, context_length=getattr(args, "force_context_length", None)
+        )
         if not args.full_text:
-            tokenizer = open_clip.get_tokenizer(
-                args.model, context_length=getattr(args, "force_context_length", None)
-            )
             two = tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
             compiled = args.torchcompile  # wants few shapes, and none that depend on the data
             shorten(model, two, unique=not compiled, multiple_of=8 if compiled else 1)
+        if self.changes:
+            self._install(model, tokenizer)
+
+    def _install(self, model: Any, tokenizer: Callable) -> None:
+        if not isinstance(model, (CLIP, CustomTextCLIP)):  # whose outputs the losses know
+            raise InputError(
+                f"{self.changes[0]} cannot train a {type(model).__name__}, as {self.args.model} is; take a CLIP, or "
+                "leave the flag out."
+            )
+        if self.objective.learned_head:
+            setattr(model, HEAD, zeroshot_as_learned(model, tokenizer, self.prompts, self.args.precision))
+        if self.args.objective == "flyp-ce":
+            model.class_tokens = self.prompts.tokenize(tokenizer)
+        self.objective.install(model)
+
+    def create_loss(self) -> torch.nn.Module:
+        """The loss of an objective that is not plain FLYP."""
+        return self.objective.loss(self.args)
+
+    def before_epoch(self, model: Any, preprocess: Callable, epoch: int) -> bool:
+        """Fit the head of a linear probe before the first epoch; whether open_clip's loop is to train then."""
+        if self.objective.fit and epoch == 0:
+            self._fit(model, preprocess)
+        return self.objective.loop
+
+    def _fit(self, model: Any, preprocess: Callable) -> None:
+        args, head = self.args, getattr(model, HEAD)
+        dataset = LabelledDataset(
+            self.shards,
+            preprocess,  # the evaluation's, without augmentation
+            args.batch_size,
+            num_classes=len(self.prompts.classnames),
+            num_workers=args.workers,
+            image_key=args.image_key,
+            label_key=args.label_key,
+            rank=args.rank,
+            world_size=args.world_size,
+        )
+        features, labels = image_features(model, with_progress(dataset, "features"), args.precision)
+        c = args.lp_c or objectives.LP_C
+        weight = fit_head(features, labels, len(head.weight), c)
+        head.weight.data.copy_(weight)
+        _log.info(f"Fitted the head to the features of all images, with C = {c:g}.")
 
     def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
         """The training batches; says what they are."""
@@ -175,6 +253,7 @@ class FlypRun:
             image_key=args.image_key,
             label_key=args.label_key,
             jpeg_draft=self.image_size if args.jpeg_draft else 0,
+            with_labels=bool(self.changes),
             as_dict=as_dict,
         )
         if args.rank == 0:
@@ -190,9 +269,10 @@ class FlypRun:
     def finish(self) -> None:
         """Say what was written, which epoch was best and what to do next."""
         if getattr(self.args, "save_logs", False):  # on rank 0 alone
-            _log.info(
-                f"Checkpoints, which open_clip loads with pretrained=PATH, are in {self.args.checkpoint_path}."
-            )
+            how = "open_clip loads with pretrained=PATH"
+            if self.objective.learned_head:
+                how = "flyp eval, flyp wiseft and flyp export read with their learned head"
+            _log.info(f"Checkpoints, which {how}, are in {self.args.checkpoint_path}.")
         if self.monitor and self.args.rank == 0:
             for line in self.monitor.summary():
                 _log.info(line)
@@ -204,11 +284,15 @@ class FlypRun:
             "" if dataset.num_workers == args.workers else f" (not {args.workers}: a worker needs a shard)"
         )
         named = ", ".join(f"{name} {value}" for name, value in self.defaults.items()) or "none"
+        steps = f"Steps: {self.steps} an epoch, {args.epochs} epochs; {dataset.num_workers} workers a rank{fewer}."
+        if not self.objective.loop:
+            steps = "One fit to the features of all images in place of epochs and steps."
         for line in (
             f"FLYP's defaults in use: {named}. All else is open_clip's, or yours.",
+            f"Objective: {', '.join(self.changes) or 'FLYP'}.",
             f"Samples: {self.num_samples} an epoch, in {len(self.shards)} shards.",
             f"Prompts: {classes} classes x {templates} templates = {len(prompts)}.",
-            f"Steps: {self.steps} an epoch, {args.epochs} epochs; {dataset.num_workers} workers a rank{fewer}.",
+            steps,
             *(f"  {key}: {prompt!r}" for key, prompt in self.pairs),
         ):
             _log.info(line)
@@ -298,6 +382,15 @@ def _shards(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
             "sources in --train-data, joined by '::'."
         )
     return shards, [weight for weight, source in zip(weights, sources) for _ in source]
+
+
+def _check_shots(args: argparse.Namespace) -> None:
+    if args.shots is not None and args.train_data_upsampling_factors:
+        raise InputError(
+            "--train-data-upsampling-factors is of whole sources, not of --shots; leave one out."
+        )
+    if args.shots is None and args.shots_seed is not None:
+        raise InputError("--shots-seed is the seed of --shots; give that too, or leave it out.")
 
 
 def _steps(args: argparse.Namespace, num_samples: int, world_size: int) -> int:

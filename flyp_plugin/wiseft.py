@@ -89,12 +89,13 @@ def sweep(
 
     Args:
         model: is given the weights of each alpha in turn; those it is left with mean nothing.
-        pretrained, finetuned: the end points, best on the model's device.
+        pretrained, finetuned: the end points, best on the model's device. A learned head that the model and both have
+            moves with the towers, and is each set's head by its class names.
         loader: gives a set's batches.
         precision: open_clip's --precision that the model was made with.
 
     Raises:
-        InputError: end points of different architectures.
+        InputError: end points of different architectures, or class names that a learned head does not have.
     """
     check_same(pretrained, finetuned, "the fine-tuned weights", "the pretrained ones")
     weights = model.state_dict()
@@ -109,7 +110,7 @@ def sweep(
     for alpha in tqdm(alphas, desc="heads", unit="alpha", disable=None):
         move_to(alpha, weights)
         for eval_set in sets:
-            heads[alpha, eval_set.name] = ImageClassifier.from_prompts(
+            heads[alpha, eval_set.name] = ImageClassifier.from_model(
                 model, tokenizer, eval_set.prompts, precision
             ).head
     results: dict[float, dict[str, Metrics]] = {alpha: {} for alpha in alphas}

@@ -1,0 +1,541 @@
+"""Each objective against an independent implementation, in open_clip's own loop; and what reads a learned head."""
+
+import json
+import math
+import re
+
+import open_clip
+import pytest
+import timm
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn.functional import cross_entropy, normalize
+
+from flyp_plugin import ClassPromptDataset, ClassPrompts, ImageClassifier
+from flyp_plugin.cli import call as flyp
+from flyp_plugin.data import LabelledDataset
+from flyp_plugin.errors import InputError
+from flyp_plugin.heads import val_preprocess
+from flyp_plugin.learned import class_rows, fit_head, head_of
+from flyp_plugin.objectives import PairLoss
+from flyp_plugin.sources import expand_source
+from flyp_plugin.train import train
+from tests.digits import NAMES, TEMPLATES
+from tests.helpers_eval import digits as digit_images
+from tests.helpers_eval import write_set
+from tests.test_train import assert_equal, params, results, tensorboard_losses, torchrun, weights
+
+MODEL = "digits-vit"
+TEMPLATE = "a photo of the number {c}."  # one, for flyp-ce draws among several
+SGD = ["--templates", TEMPLATE, "--opt", "timm/sgd", "--wd", 0, "--warmup", 0, "--lr-scheduler", "const"]
+
+
+@pytest.fixture(scope="module")
+def launch(digits, tmp_path_factory):
+    """Train on the digits; later flags win. Returns the run's folder."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def launch(*flags, name):
+        argv = ["--model", MODEL, "--model-config", f"{digits}/{MODEL}.json", "--train-data", digits]
+        argv += ["--logs", logs, "--name", name, "--device", "cpu", "--workers", 0, "--lr", "1e-3"]
+        argv += ["--batch-size", 100, "--epochs", 1, "--train-num-samples", 200]
+        assert train([str(word) for word in [*argv, "--log-every-n-steps", 1, *flags]]) == 0
+        return logs / name
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def start(launch):
+    """Weights that know a little of digits."""
+    return (
+        launch("--epochs", 8, "--train-num-samples", 1000, "--warmup", 8, "--lr", "3e-3", name="start")
+        / "checkpoints/epoch_8.pt"
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(launch, start, digits):
+    """A finished ce run of two epochs, evaluated."""
+    return launch(
+        "--objective",
+        "ce",
+        "--epochs",
+        2,
+        "--pretrained",
+        start,
+        "--eval-data",
+        f"val={digits}",
+        name="tuned",
+    )
+
+
+@pytest.fixture(scope="module")
+def probed(launch, start, digits):
+    return launch(
+        "--objective",
+        "lp",
+        "--pretrained",
+        start,
+        "--epochs",
+        7,
+        "--eval-data",
+        f"val={digits}",
+        name="probed",
+    )
+
+
+def loaded(path):
+    return open_clip.create_model(MODEL, pretrained=str(path), output_dict=True)
+
+
+def prompts(*templates):
+    return ClassPrompts(NAMES, templates or TEMPLATES)
+
+
+def text_head(model, templates=TEMPLATES):
+    functions = [lambda name, t=t: t.replace("{c}", name) for t in templates]
+    return open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer(MODEL), NAMES, functions)
+
+
+# The losses
+
+
+def pairs(number=12, classes=4, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    images, texts = (
+        normalize(torch.randn(number, 8, generator=random, dtype=torch.float64)) for _ in range(2)
+    )
+    labels = torch.randint(classes, (number,), generator=random)
+    return images.requires_grad_(), texts.requires_grad_(), torch.tensor(7.0, dtype=torch.float64), labels
+
+
+def plain_collisions(images, texts, scale, labels, how):
+    """The sums, one row at a time."""
+    total = 0
+    for a, b in ((images, texts), (texts, images)):
+        for i in range(len(labels)):
+            logits = [scale * (a[i] @ b[j]) for j in range(len(labels))]
+            mates = [j for j in range(len(labels)) if labels[j] == labels[i]]
+            kept = [j for j in range(len(labels)) if j == i or how != "mask" or j not in mates]
+            positives = mates if how == "soft" else [i]
+            normaliser = torch.stack([logits[j] for j in kept]).logsumexp(0)
+            total += sum(normaliser - logits[j] for j in positives) / len(positives)
+    return total / (2 * len(labels))
+
+
+def plain_class_term(images, texts, scale, labels):
+    seen = sorted(set(labels.tolist()))
+    head = torch.stack([normalize(texts[labels == c].mean(0), dim=0) for c in seen])
+    return sum(
+        cross_entropy(scale * head @ f, torch.tensor(seen.index(int(c)))) for f, c in zip(images, labels)
+    ) / len(labels)
+
+
+@pytest.mark.parametrize("how", ["keep", "mask", "soft"])
+@pytest.mark.parametrize("weight", [0, 0.7])
+def test_pair_loss_is_the_sums(how, weight):
+    images, texts, scale, labels = pairs()
+    ours = PairLoss(how, weight)(images, texts, scale, labels)
+    plain = plain_collisions(images, texts, scale, labels, how)
+    plain = plain + weight * plain_class_term(images, texts, scale, labels)
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    for a, b in zip(*(torch.autograd.grad(loss, (images, texts)) for loss in (ours, plain))):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_keep_is_open_clips_loss_and_without_collisions_all_three_are():
+    images, texts, scale, labels = pairs()
+    theirs = open_clip.ClipLoss()(images, texts, scale)
+    assert PairLoss("keep")(images, texts, scale, labels).item() == theirs.item()
+    for how in ("keep", "mask", "soft"):
+        alone = PairLoss(how)(images, texts, scale, torch.arange(len(labels)))
+        assert alone.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("c", [0.1, 31.6])
+def test_fit_head_is_scikit_learns_logistic_regression(c):
+    random = torch.Generator().manual_seed(0)
+    centres = torch.randn(5, 16, generator=random)
+    labels = torch.randint(5, (300,), generator=random)
+    features = normalize(centres[labels] + 2 * torch.randn(300, 16, generator=random))
+    theirs = LogisticRegression(C=c, fit_intercept=False, tol=1e-10, max_iter=10000).fit(
+        features.double(), labels
+    )
+    weight = fit_head(features, labels, 6, c)  # a sixth class, of no image
+    assert weight.shape == (6, 16)
+    weight = fit_head(features, labels, 5, c)
+    assert torch.allclose(
+        weight.double(), torch.from_numpy(theirs.coef_), rtol=1e-3, atol=1e-3 * abs(theirs.coef_).max()
+    )
+
+
+# In the loop
+
+
+def plain_ce(model, head, images, tokens, labels):
+    return cross_entropy(model.encode_image(images, normalize=True) @ head.T, labels)
+
+
+def plain_flyp_ce(model, head, images, tokens, labels):
+    classes = model.encode_text(
+        open_clip.get_tokenizer(MODEL)([TEMPLATE.replace("{c}", n) for n in NAMES]), normalize=True
+    )
+    return cross_entropy(
+        model.logit_scale.exp() * model.encode_image(images, normalize=True) @ classes.T, labels
+    )
+
+
+def plain_pairs(how, weight):
+    def loss(model, head, images, tokens, labels):
+        out = model(images, tokens)
+        images, texts, scale = out["image_features"], out["text_features"], out["logit_scale"]
+        same, own = labels[:, None] == labels, torch.eye(len(labels), dtype=torch.bool)
+        total = 0
+        for logits in (scale * images @ texts.T, scale * texts @ images.T):
+            if how == "mask":
+                logits = torch.where(same & ~own, -torch.inf, logits)
+            target = same / same.sum(1, keepdim=True) if how == "soft" else own.float()
+            total = total - torch.where(target > 0, target * logits.log_softmax(1), 0).sum(1).mean() / 2
+        return total + weight * plain_class_term(images, texts, scale, labels)
+
+    return loss
+
+
+IN_THE_LOOP = {
+    "ce": (["--objective", "ce"], plain_ce),
+    "flyp-ce": (["--objective", "flyp-ce"], plain_flyp_ce),
+    "mask": (["--collisions", "mask"], plain_pairs("mask", 0)),
+    "soft": (["--collisions", "soft", "--ce-weight", 0.5], plain_pairs("soft", 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", list(IN_THE_LOOP))
+def test_a_plain_loop_over_the_same_batches_gives_the_same_losses_and_weights(launch, start, digits, name):
+    flags, loss = IN_THE_LOOP[name]
+    folder = launch(*flags, *SGD, "--full-text", "--pretrained", start, "--seed", 3, "--report-to", "tensorboard",
+                    name=f"loop-{name}")  # fmt: skip
+    model = loaded(start)
+    preprocess = open_clip.create_model_and_transforms(MODEL)[1]
+    with torch.no_grad():
+        head = torch.nn.Parameter(model.logit_scale.exp() * text_head(model.eval(), [TEMPLATE]).T)
+    dataset = ClassPromptDataset(str(digits), preprocess, open_clip.get_tokenizer(MODEL), 100, seed=3,
+                                 prompts=prompts(TEMPLATE), num_samples=200, with_labels=True)  # fmt: skip
+    losses, trained = [], [*model.train().parameters(), head]
+    momentum = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, nesterov=True)
+    for images, texts in dataset:
+        momentum.zero_grad()
+        losses.append(loss(model, head, images, texts[:, :-1], texts[:, -1]))
+        losses[-1].backward()
+        momentum.step()
+    got = weights(folder, 1)
+    assert tensorboard_losses(folder) == pytest.approx([value.item() for value in losses], rel=1e-5)
+    expected = model.state_dict() | (
+        {"class_head.weight": head.detach()} if "class_head.weight" in got else {}
+    )
+    for key, before in (loaded(start).state_dict() | {"class_head.weight": head.detach()}).items():
+        if key in expected:
+            assert torch.allclose(got[key], expected[key], atol=1e-6), key
+            assert (
+                name != "ce" or key.startswith(("visual.", "class_head.")) or torch.equal(got[key], before)
+            ), key
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--objective", "ce"],
+        ["--objective", "flyp-ce"],
+        ["--collisions", "mask", "--ce-weight", 0.5],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_accumulation_equals_one_batch(launch, start, flags):
+    flags = [*flags, *SGD, "--pretrained", start]
+    whole = weights(launch(*flags, name=f"whole-{flags[1]}"), 1)
+    parts = weights(launch(*flags, "--batch-size", 50, "--accum-freq", 2, name=f"parts-{flags[1]}"), 1)
+    before = loaded(start).state_dict()
+    for key in (
+        whole.keys() & before.keys()
+    ):  # open_clip's loop adds up the gradient of logit_scale once a part
+        if key != "logit_scale":
+            assert torch.allclose(parts[key] - before[key], whole[key] - before[key], atol=2e-6), key
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--collisions", "soft", "--ce-weight", "0.5"], ["--objective", "lp-ft"]],
+    ids=lambda flags: flags[1],
+)
+def test_two_ranks_equal_one_process(launch, start, digits, tmp_path, flags):
+    # 80 images in one step, however they are shared out
+    flags = [
+        *flags,
+        *SGD,
+        "--pretrained",
+        start,
+        "--shots",
+        8,
+        "--train-num-samples",
+        80,
+    ]
+    one = weights(launch(*flags, "--batch-size", 80, name=f"one-{flags[1]}"), 1)
+    done = torchrun(digits, tmp_path, *flags, "--batch-size", 40, "--epochs", 1, "--name", "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = {key.removeprefix("module."): tensor for key, tensor in weights(tmp_path / "two", 1).items()}
+    before = loaded(start).state_dict()
+    for key in one.keys() - {"class_head.prompts"}:
+        assert torch.allclose(two[key], one[key], rtol=1e-4, atol=2e-6), key
+    moved = [key for key in before if not torch.equal(before[key], one[key])]
+    assert "visual.proj" in moved and ("text_projection" in moved) == ("--collisions" in flags)
+
+
+def test_a_resumed_ce_run_equals_an_uninterrupted_one(launch, start, tuned, digits):
+    flags = ["--objective", "ce", "--epochs", 2, "--pretrained", start, "--eval-data", f"val={digits}"]
+    folder = launch(*flags, name="stopped")
+    (folder / "checkpoints" / "epoch_2.pt").unlink()
+    resumed = launch(*flags, "--resume", "latest", name="stopped")
+    assert_equal(weights(resumed, 2), weights(tuned, 2))
+
+
+def test_labels_come_with_the_tokens_only_where_asked_for(digits):
+    tokenizer, preprocess = open_clip.get_tokenizer("ViT-B-32"), open_clip.image_transform(16, is_train=False)
+    plain, labelled = (
+        next(iter(ClassPromptDataset(str(digits), preprocess, tokenizer, 50, with_labels=also)))
+        for also in (False, True)
+    )
+    assert torch.equal(labelled[0], plain[0]) and torch.equal(labelled[1][:, :-1], plain[1])
+    names = [
+        name
+        for row in plain[1]
+        for name in NAMES
+        if f" {name}." in tokenizer.decode(row.tolist()).replace(" .", ".")
+    ]
+    assert [NAMES[label] for label in labelled[1][:, -1]] == names
+
+
+# Linear probes
+
+
+def features(model, digits, split):
+    dataset = LabelledDataset(expand_source(str(digits), split), val_preprocess(model), 250, num_classes=10)
+    with torch.no_grad():
+        batches = [(model.encode_image(b["images"], normalize=True), b["labels"]) for b in dataset]
+    return map(torch.cat, zip(*batches))
+
+
+def test_lp_is_scikit_learns_logistic_regression_on_frozen_features(probed, start, digits, caplog):
+    got, model = weights(probed, 1), loaded(start).eval()
+    assert all(torch.equal(got[key], tensor) for key, tensor in model.state_dict().items())
+    x, y = features(model, digits, "train")
+    theirs = LogisticRegression(C=31.6, fit_intercept=False, tol=1e-5, max_iter=10000).fit(x.double(), y)
+    x, y = features(model, digits, "test")
+    assert (
+        abs(theirs.score(x.double(), y) * len(y) - ((x @ got["class_head.weight"].T).argmax(1) == y).sum())
+        <= 1
+    )
+    zeroshot, fitted = results(probed)
+    assert (params(probed)["epochs"], zeroshot["epoch"], fitted["epoch"]) == ("1", 0, 1)
+    assert abs(fitted["val/top1"] - theirs.score(x.double(), y)) * len(y) <= 1.001
+    assert fitted["val/top1"] > zeroshot["val/top1"] + 0.1
+
+
+def test_lp_ft_goes_on_from_the_head_of_lp(launch, start, probed):
+    still = launch("--objective", "lp-ft", "--pretrained", start, "--lr", 0, "--wd", 0, name="still")
+    assert_equal(weights(still, 1), weights(probed, 1))
+
+
+# What reads a learned head
+
+
+def model_flags(digits):
+    return ["--model", MODEL, "--model-config", f"{digits}/{MODEL}.json", "--device", "cpu"]
+
+
+def data_flags(digits):
+    return ["--workers", "0", "--eval-data", f"val={digits}", "--json"]
+
+
+def test_eval_wiseft_and_export_read_a_learned_head(tuned, start, digits, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    checkpoint = str(tuned / "checkpoints" / "epoch_2.pt")
+    torch.load(checkpoint, weights_only=True)
+    assert head_of(weights(tuned, 2)).class_prompts.classnames == NAMES
+    before, _, after = (
+        {k.removeprefix("val/"): v for k, v in row.items() if k != "epoch"} for row in results(tuned)
+    )
+
+    def evaluated(path):
+        flyp(["eval", str(path), *model_flags(digits), *data_flags(digits)])
+        return json.loads(capsys.readouterr().out)["results"]["val"]
+
+    assert evaluated(checkpoint) == after and evaluated(start) == before and after != before
+    flyp(["wiseft", *model_flags(digits), *data_flags(digits), "--pretrained", str(start), "--finetuned", checkpoint,
+          "--alphas", "0:1:0.5", "--save-all", "--out", str(tmp_path / "merged")])  # fmt: skip
+    alphas = json.loads(capsys.readouterr().out)["alphas"]
+    assert alphas["0.00"]["val"] == before and alphas["1.00"]["val"] == after
+    half = tmp_path / "merged" / "wise_ft_alpha=0.50.pt"
+    assert evaluated(half) == alphas["0.50"]["val"]
+    model = loaded(start)
+    zeroshot = (model.logit_scale.exp() * text_head(model.eval())).T
+    expected = (zeroshot + weights(tuned, 2)["class_head.weight"]) / 2
+    assert torch.allclose(torch.load(half)["class_head.weight"], expected, atol=1e-5)
+
+    flyp(["export", str(half), *model_flags(digits), "--format", "timm", "--out", str(tmp_path / "timm")])
+    twin = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
+    ours = ImageClassifier.from_checkpoint(MODEL, half, prompts())
+    images = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert twin.pretrained_cfg["label_names"] == NAMES
+        assert torch.equal(twin(images).argmax(1), ours(images).argmax(1))
+    flyp(
+        [
+            "export",
+            str(half),
+            *model_flags(digits),
+            "--format",
+            "open_clip",
+            "--out",
+            str(tmp_path / "open_clip"),
+        ]
+    )
+    assert "The learned head stays behind" in caplog.text
+    towers = open_clip.create_model(f"local-dir:{tmp_path}/open_clip")
+    assert all(torch.equal(tensor, torch.load(half)[key]) for key, tensor in towers.state_dict().items())
+
+
+def test_a_learned_head_is_restricted_by_name(tuned, digits, tmp_path, capsys):
+    images, labels = digit_images()
+    some = ["seven", "two", "nine"]
+    chosen = [i for i in range(1000, 1200) if NAMES[labels[i]] in some]
+    write_set(
+        tmp_path / "some", [images[i] for i in chosen], [some.index(NAMES[labels[i]]) for i in chosen], some
+    )
+    checkpoint = tuned / "checkpoints" / "epoch_2.pt"
+    flyp(
+        [
+            "eval",
+            str(checkpoint),
+            *model_flags(digits),
+            "--workers",
+            "0",
+            "--eval-data",
+            f"some={tmp_path}/some",
+            "--json",
+        ]
+    )
+    top1 = json.loads(capsys.readouterr().out)["results"]["some"]["top1"]
+    classifier = ImageClassifier.from_checkpoint(MODEL, checkpoint, prompts())
+    with torch.no_grad():
+        logits = classifier(torch.stack([classifier.preprocess(images[i]) for i in chosen]))
+    right = [some[row.argmax()] == NAMES[labels[i]] for row, i in zip(logits[:, [7, 2, 9]], chosen)]
+    assert top1 == sum(right) / len(right)
+    with pytest.raises(
+        InputError, match=r"no class 'eleven' of the set, only the 10 that it was trained on \(zero, "
+    ):
+        ImageClassifier.from_checkpoint(MODEL, checkpoint, ClassPrompts(["two", "eleven"], [TEMPLATE]))
+
+
+def test_names_that_are_there_twice_keep_their_order():
+    assert class_rows(["crane", "cat", "crane"], ["crane", "crane", "cat"]) == [0, 2, 1]
+    assert class_rows(open_clip.IMAGENET_CLASSNAMES, open_clip.IMAGENET_CLASSNAMES) == list(range(1000))
+
+
+def test_heads_of_other_classes_are_not_merged(tuned, start, digits, tmp_path):
+    state = weights(tuned, 2)
+    head = head_of(state)
+    other = ClassPrompts([*NAMES[1:], NAMES[0]], TEMPLATES)
+    state |= {"class_head.prompts": type(head)(head.weight, other).prompts}
+    torch.save(state, tmp_path / "other.pt")
+    both = [str(tuned / "checkpoints" / "epoch_2.pt"), str(tmp_path / "other.pt")]
+    with pytest.raises(InputError, match="have not learned a head of the same classes"):
+        flyp(["wiseft", *model_flags(digits), "--pretrained", str(start), "--average", *both, "--alpha", "1", "--out",
+              str(tmp_path / "merged")])  # fmt: skip
+
+
+# Few shots
+
+
+def test_shots_are_the_images_of_shards_subset(launch, start, digits, tmp_path, caplog):
+    caplog.set_level("INFO")
+    flyp(["shards", "subset", str(digits), str(tmp_path / "few" / "train"), "--shots", "7", "--seed", "5"])
+    flags = ["--pretrained", start, "--train-num-samples", 70, "--batch-size", 32, "--warmup", 0]
+    few = launch(*flags, "--train-data", tmp_path / "few", name="few")
+    shots = launch(*flags, "--shots", 7, "--shots-seed", 5, name="shots")
+    assert_equal(weights(shots, 1), weights(few, 1))
+    log = (shots / "out.log").read_text()
+    assert "Samples: 70 an epoch, in 16 shards." in log and "Steps: 3 an epoch, 1 epochs" in log
+    assert re.search(r"Train Epoch: 0 \[ *\d+/70 ", log)
+
+
+def test_a_class_of_fewer_images_gives_all_and_is_named(launch, digits, caplog):
+    folder = launch("--shots", 101, "--batch-size", 500, "--train-num-samples", 100, name="many")
+    counts = dict(
+        re.findall(
+            r"(\w+) \((\d+)\)", re.search(r"classes have fewer than 101 images: (.*)\.", caplog.text)[1]
+        )
+    )
+    assert counts and set(counts) <= set(NAMES) and all(int(count) < 101 for count in counts.values())
+    assert "Samples: 100 an epoch, in 16 shards" in (folder / "out.log").read_text()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--objective", "lp", "--siglip"], r"--objective lp cannot be had together with --siglip"),
+        (["--ce-weight", "1", "--siglip"], r"--ce-weight 1.0 cannot be had together with --siglip"),
+        (["--objective", "ce", "--collisions", "mask"], r"--collisions mask changes FLYP's loss, which --objective ce"),
+        (["--objective", "lp", "--ce-weight", "1"], r"--ce-weight 1.0 changes FLYP's loss"),
+        (["--ce-weight", "-1"], r"--ce-weight -1.0 is no weight; give 0 or more"),
+        (["--ce-weight", "nan"], r"--ce-weight nan is no weight"),
+        (["--objective", "lp", "--lock-image"], r"--objective lp with --lock-image"),
+        (["--objective", "ce", "--lock-image"], r"--objective ce with --lock-image"),
+        (["--objective", "lp-ft", "--dataset-resampled"], r"fits its head to every image once"),
+        (["--objective", "ce", "--lp-c", "1"], r"--lp-c is for the linear probe"),
+        (["--objective", "lp", "--lp-c", "0"], r"--lp-c 0.0 is no strength"),
+        (["--shots", "0"], r"0 shots give no set"),
+        (["--shots-seed", "1"], r"--shots-seed is the seed of --shots"),
+        (["--shots", "1", "--train-data", "pipe:cat x.tar", "--classnames", "{digits}/classnames.txt"], r"is not a local file"),
+        (["--objective", "ce", "--eval-data", "val={digits}", "--classnames", "{names}"], r"no class 'zero' .and 9 more. of --eval-data val, only the 10"),
+        (["--model", "digits-coca", "--collisions", "mask"], r"--collisions mask cannot train a CoCa, as digits-coca is"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_flags_that_do_not_go_together_are_one_sentence(digits, tmp_path, flags, sentence):
+    config = json.loads((digits / f"{MODEL}.json").read_text())
+    config["multimodal_cfg"] = config["text_cfg"] | {"context_length": 76, "attn_pooler_heads": 4}
+    config["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True}
+    config["text_cfg"] |= {"embed_cls": True, "output_tokens": True, "context_length": 76}
+    (tmp_path / "digits-coca.json").write_text(json.dumps(config | {"custom_text": True}))
+    (tmp_path / "names.txt").write_text("\n".join(f"the {name}" for name in NAMES))
+    open_clip.add_model_config(tmp_path / "digits-coca.json")
+    argv = [
+        "--model",
+        MODEL,
+        "--model-config",
+        f"{digits}/{MODEL}.json",
+        "--train-data",
+        str(digits),
+        "--workers",
+        "0",
+    ]
+    argv += ["--logs", str(tmp_path), "--device", "cpu", "--epochs", "1"]
+    with pytest.raises(InputError, match=sentence) as error:
+        train([*argv, *(flag.format(digits=digits, names=tmp_path / "names.txt") for flag in flags)])
+    assert "\n" not in str(error.value)
+
+
+def test_an_open_clip_without_create_loss_is_named(launch, monkeypatch):
+    from open_clip_train import main
+
+    monkeypatch.delattr(main, "create_loss")
+    with pytest.raises(InputError, match="takes no other loss, which --objective ce needs"):
+        launch("--objective", "ce", name="tasks")
+
+
+def test_a_negative_infinity_is_never_a_whole_row():
+    images, texts, scale, _ = pairs()
+    assert math.isfinite(PairLoss("mask")(images, texts, scale, torch.zeros(12, dtype=torch.int64)))
