@@ -136,6 +136,11 @@ def _add_wiseft(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="for the merged weights, wiseft.json and frontier.png"
     )
+    parser.add_argument(
+        "--own-first",
+        action="store_true",
+        help="--classnames and --templates are for sets that have no such file, as in training",
+    )
     parser.add_argument("--save-all", action="store_true", help="write the weights of every alpha")
     parser.add_argument(
         "--per-set", action="store_true", help="a curve a set in frontier.png, in place of the mean"
