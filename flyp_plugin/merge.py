@@ -192,7 +192,7 @@ def _record(
     }
 
 
-def mean_ood(by_set: Mapping[str, Metrics]) -> float | None:
+def mean_ood(by_set: Mapping[str, Mapping[str, Any]]) -> float | None:
     """Mean top-1 over all sets but the first; None where there is only one."""
     _, *others = (metrics["top1"] for metrics in by_set.values())
     return sum(others) / len(others) if others else None
