@@ -78,6 +78,7 @@ class Jobs:
                 status = process.wait()
             except BaseException:
                 process.terminate()
+                process.wait()  # which Popen leaves out after Ctrl-C
                 raise
         if status:
             last = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-10:])
