@@ -269,9 +269,9 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     parser.allow_abbrev = False  # an abbreviation may be another flag of train.py's
     parser.set_defaults(passes_on=True, function=_call("compare:compare_command"))
     parser.epilog = """All other flags go to each training as they are (train_flyp.py --help, --help-open-clip): --epochs,
---batch-size, --device, --model-config, ... Every method gets the same data, epochs and number of learning rates. The
-rate is chosen by top-1 on the first set after the last epoch, on the first seed; the other seeds train with it. The
-first set also chooses alpha; no other set chooses anything. Each run is a folder in DIR/runs with its own command.txt;
+--batch-size, --device, --model-config, ... Every method gets the same data, epochs and number of values of its one tuned
+setting, the learning rate or, for lp, C. The value is chosen by top-1 on the first set after the last epoch, on the first
+seed; the other seeds train with it. The first set also chooses alpha; no other set chooses anything. Each run is a folder in DIR/runs with its own command.txt;
 finished ones are skipped, so that the same command goes on with a comparison that was interrupted."""
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="open_clip's name of the architecture")
@@ -296,11 +296,10 @@ finished ones are skipped, so that the same command goes on with a comparison th
         help="of flyp, ce, lp, lp-ft, flyp-ce; others are compared with the first (default: %(default)s)",
     )
     add(
-        "--lr",
-        action="append",
-        metavar="[METHOD=]A,B,...",
-        help="learning rates to try, as many for each method (default: 1e-6,3e-6,1e-5,3e-5)",
+        "--lr", default="1e-6,3e-6,1e-5,3e-5", metavar="A,B,...", help="to choose from (default: %(default)s)"
     )
+    add("--lp-c", default="1,10,100,1000", metavar="A,B,...", help="as many, in place of learning rates, for lp: its "
+        "inverse strength of regularisation (default: %(default)s)")  # fmt: skip
     add("--seeds", default="0:3", metavar="A:B|A,B,...", help="without B (default: %(default)s)")
     add("--shots", metavar="K,L,...", help="so many images a class, drawn by the seed; a table for each")
     add(

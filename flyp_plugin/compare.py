@@ -1,8 +1,9 @@
 """`flyp compare`: the paper's comparison on the user's own data. It plans, chooses learning rates and has them reported.
 
 Each training is train.py's and each sweep over alpha merge.py's, in a process and a folder of its own. Every method gets
-the same data, epochs and number of learning rates. The rate is chosen by top-1 on the first evaluation set after the
-last epoch, on the first seed; the other seeds train with it. Alpha is chosen on that set too, and no other set chooses.
+the same data, epochs and number of values of its one tuned setting (the learning rate, or a linear probe's
+regularisation). The value is chosen by top-1 on the first evaluation set after the last epoch, on the first seed; the
+other seeds train with it. Alpha is chosen on that set too, and no other set chooses.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -33,7 +34,7 @@ METHODS: dict[str, list[str]] = {  # and what makes train.py do it
     "lp-ft": ["--objective", "lp-ft"],
     "flyp-ce": ["--objective", "flyp-ce"],
 }
-LEARNING_RATES = "1e-6,3e-6,1e-5,3e-5"
+TUNED = {"lp": "lp-c"}  # the flag that is tuned, where it is not lr: a fit has none
 # flags of train.py that each run is given here; with them a user would undo the comparison
 _OURS = ("--seed", "--shots-seed", "--objective", "--name", "--logs", "--resume", "--demo", "--help-open-clip")  # fmt: skip
 _log = logging.getLogger(__name__)
@@ -59,17 +60,21 @@ class Run:
 
     block: Block
     method: str
-    lr: float
+    value: float  # of what is tuned
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.block.prefix}{self.method}_lr{self.lr}_seed{self.seed}"
+        return f"{self.block.prefix}{self.method}_{tuned(self.method)}{self.value}_seed{self.seed}"
 
     @property
     def title(self) -> str:
-        parts = (self.block.title, self.method, f"lr {self.lr:g}", f"seed {self.seed}")
+        parts = (self.block.title, self.method, f"{tuned(self.method)} {self.value:g}", f"seed {self.seed}")
         return ", ".join(filter(None, parts))
+
+
+def tuned(method: str) -> str:
+    return TUNED.get(method, "lr")
 
 
 class Comparison:
@@ -85,7 +90,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, Path(args.out)
         self.methods = parse_methods(args.methods)
-        self.lrs = parse_lrs(args.lr or [], self.methods)
+        self.values = parse_values(self.methods, {"lr": args.lr, "lp-c": args.lp_c})
         self.seeds = parse_seeds(args.seeds)
         self.blocks = parse_blocks(args.shots, args.templates)
         self.id_sets = _id_sets([spec.partition("=")[0] for spec in args.eval_data], args.id_test)
@@ -97,11 +102,13 @@ class Comparison:
         if find_spec("matplotlib") is None:
             raise InputError("compare.png needs matplotlib; pip install 'flyp-plugin[plot]'.")
         self.train_args = {
-            (block, method): self._checked(Run(block, method, self.lrs[method][0], self.seeds[0]))
+            (block, method): self._checked(Run(block, method, self.values[method][0], self.seeds[0]))
             for block, method in product(self.blocks, self.methods)
         }
 
     def _checked(self, run: Run) -> argparse.Namespace:
+        """What train.py makes of a run's flags; without its shots, which it would look for in all the data."""
+        run = replace(run, block=replace(run.block, shots=None))
         return FlypRun(*train_parser().parse_known_args(self.flags(run))).args
 
     def flags(self, run: Run) -> list[str]:
@@ -112,15 +119,15 @@ class Comparison:
             flags += ["--eval-data", spec]
         flags += ["--templates", block.templates] if block.templates else []
         flags += ["--shots", str(block.shots), "--shots-seed", str(run.seed)] if block.shots else []
-        flags += [*METHODS[run.method], "--lr", str(run.lr), "--seed", str(run.seed)]
+        flags += [*METHODS[run.method], f"--{tuned(run.method)}", str(run.value), "--seed", str(run.seed)]
         flags += ["--eval-frequency", "0"]  # before training and after the last epoch: no other counts
         return flags + args.train_flags
 
     @property
     def counts(self) -> dict[str, int]:
         """How many trainings and sweeps there are."""
-        tables, rates, seeds = len(self.train_args), len(self.lrs[self.methods[0]]), len(self.seeds)
-        return {"training": tables * (rates + seeds - 1), "sweep": tables * seeds}
+        tables, values, seeds = len(self.train_args), len(self.values[self.methods[0]]), len(self.seeds)
+        return {"training": tables * (values + seeds - 1), "sweep": tables * seeds}
 
     def folder(self, run: Run) -> Path:
         return self.out / "runs" / run.name
@@ -131,12 +138,20 @@ class Comparison:
     def checkpoint(self, run: Run) -> Path:
         return self.folder(run) / "checkpoints" / f"epoch_{self.epochs(run)}.pt"
 
+    def metrics(self, run: Run, epoch: int) -> dict[str, dict[str, Any]]:
+        """What a run has found on each set; epoch 0 is zero-shot."""
+        lines = (self.folder(run) / "checkpoints" / "results.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if row["epoch"] == epoch]
+        by_set: dict[str, dict[str, Any]] = {}
+        for key, value in rows[-1].items():  # a run that was resumed may have it twice
+            name, slash, metric = key.rpartition("/")
+            if slash:
+                by_set.setdefault(name, {})[metric] = value
+        return by_set
+
     def id_top1(self, run: Run) -> float:
         """After the last epoch, on the set that chooses."""
-        key = f"{self.id_sets[0]}/top1"
-        lines = (self.folder(run) / "checkpoints" / "results.jsonl").read_text().splitlines()
-        by_epoch = {row["epoch"]: row[key] for row in map(json.loads, lines) if key in row}
-        return by_epoch[self.epochs(run)]  # of a resumed run's lines the later ones
+        return self.metrics(run, self.epochs(run))[self.id_sets[0]]["top1"]
 
 
 def parse_methods(text: str) -> list[str]:
@@ -148,27 +163,23 @@ def parse_methods(text: str) -> list[str]:
     return methods
 
 
-def parse_lrs(specs: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:
-    """The learning rates of each method, from LR,LR,... for all and METHOD=LR,LR,... for one.
+def parse_values(methods: Sequence[str], texts: Mapping[str, str]) -> dict[str, list[float]]:
+    """The values that are tried of what each method tunes, from A,B,... for each of the flags.
 
     Raises:
         InputError: not that, or not as many for one method as for another.
     """
-    given: dict[str, list[float]] = {}
-    for spec in [LEARNING_RATES, *specs]:
-        method, _, text = spec.rpartition("=")
-        if method not in ("", *methods):
-            raise InputError(f"--lr {spec!r}: {method} is not among --methods {','.join(methods)}.")
-        given[method] = _numbers("--lr", text, float, "1e-6,1e-5")
-        if not all(0 < lr < math.inf for lr in given[method]):
-            raise InputError(f"--lr {spec!r} has one that is not above 0; give such as 1e-6,1e-5.")
-    lrs = {method: given.get(method, given[""]) for method in methods}
-    if len({len(rates) for rates in lrs.values()}) > 1:
-        counts = ", ".join(f"{method} {len(rates)}" for method, rates in lrs.items())
+    values = {}
+    for flag in dict.fromkeys(map(tuned, methods)):
+        values[flag] = _numbers(f"--{flag}", texts[flag], float, "1e-6,1e-5")
+        if not all(0 < value < math.inf for value in values[flag]):
+            raise InputError(f"--{flag} {texts[flag]!r} has one that is not above 0; give such as 1e-6,1e-5.")
+    if len({len(some) for some in values.values()}) > 1:
+        counts = " and ".join(f"--{flag} {len(some)}" for flag, some in values.items())
         raise InputError(
-            f"--lr gives some methods more to choose from than others ({counts}); give as many to each."
+            f"some methods would be tuned better than others ({counts} values); give as many of each."
         )
-    return lrs
+    return {method: values[tuned(method)] for method in methods}
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -215,9 +226,9 @@ def _id_sets(names: list[str], id_test: str | None) -> list[str]:
     return [names[0], id_test]
 
 
-def choose_lr(top1_by_lr: Mapping[float, float]) -> float:
-    """The learning rate with the best accuracy; of equal ones the smallest."""
-    return max(top1_by_lr, key=lambda lr: (top1_by_lr[lr], -lr))
+def choose(top1: Mapping[float, float]) -> float:
+    """The value with the best accuracy; of equal ones the smallest, which for a learning rate moves least."""
+    return max(top1, key=lambda value: (top1[value], -value))
 
 
 def compare_command(args: argparse.Namespace) -> None:
@@ -227,14 +238,14 @@ def compare_command(args: argparse.Namespace) -> None:
         InputError: as its parts; or a method failed, and the others are in the tables.
     """
     comparison = Comparison(args)
-    out, counts, tried = comparison.out, comparison.counts, len(comparison.lrs[comparison.methods[0]])
+    out, counts, tried = comparison.out, comparison.counts, len(comparison.values[comparison.methods[0]])
     settings = {name: value for name, value in vars(args).items() if name not in ("function", "out")}
     begin(out, settings)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` ends the run that is on, too
     _log.info(
-        f"Plan: {counts['training']} trainings ({len(comparison.train_args)} methods, each with {tried} learning rates on "
-        f"seed {comparison.seeds[0]} and with {len(comparison.seeds) - 1} more seeds) and {counts['sweep']} sweeps over "
-        f"alpha; {len(list(out.glob(f'runs/**/{DONE}')))} of these are finished already."
+        f"Plan: {counts['training']} trainings (for each of {len(comparison.train_args)} methods and settings {tried} on "
+        f"seed {comparison.seeds[0]} to choose from, then {len(comparison.seeds) - 1} on more seeds) and "
+        f"{counts['sweep']} sweeps over alpha; {len(list(out.glob(f'runs/**/{DONE}')))} of these are finished already."
     )
     results: dict[Block, dict[str, Any]] = {block: {} for block in comparison.blocks}
     failed = 0
@@ -248,28 +259,34 @@ def compare_command(args: argparse.Namespace) -> None:
     _write(comparison, settings, results)
     if failed:
         raise InputError(
-            f"{failed} of {len(comparison.train_args)} methods failed (see above) and are not in {out}/compare.md; "
-            "the same command goes on with them."
+            f"{failed} of {len(comparison.train_args)} methods and settings failed (see above) and are not in "
+            f"{out}/compare.md; the same command goes on with them."
         )
 
 
 def _method(comparison: Comparison, block: Block, method: str, jobs: Jobs) -> dict[str, Any]:
-    """Choose a method's learning rate, train it with all seeds and sweep over alpha; its part of compare.json."""
+    """Tune a method, train it with all seeds and sweep over alpha; its part of compare.json."""
     first, *others = comparison.seeds
-    tuning = {lr: Run(block, method, lr, first) for lr in comparison.lrs[method]}
+    tuning = {value: Run(block, method, value, first) for value in comparison.values[method]}
     for run in tuning.values():
         _train(comparison, run, jobs)
-    top1 = {lr: comparison.id_top1(run) for lr, run in tuning.items()}
-    chosen = choose_lr(top1)
-    for lr, run in tuning.items():
-        if lr != chosen:  # its log and figures are kept
+    top1 = {value: comparison.id_top1(run) for value, run in tuning.items()}
+    chosen = choose(top1)
+    for value, run in tuning.items():
+        if value != chosen:  # its log and figures are kept
             comparison.checkpoint(run).unlink(missing_ok=True)
     seeds = {first: _sweep(comparison, tuning[chosen], jobs)}
     for seed in others:
         run = Run(block, method, chosen, seed)
         _train(comparison, run, jobs)
         seeds[seed] = _sweep(comparison, run, jobs)
-    return {"lr": chosen, "id_top1_by_lr": top1, "seeds": seeds}
+    return {
+        "tuned": tuned(method),
+        "value": chosen,
+        "id_top1_by_value": top1,
+        "zero_shot": comparison.metrics(tuning[chosen], 0),
+        "seeds": seeds,
+    }
 
 
 def _train(comparison: Comparison, run: Run, jobs: Jobs) -> None:
@@ -311,8 +328,8 @@ def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Bl
         blocks.append({**entry, "rows": table, "differences": less})
     record = {
         "settings": settings,
-        "epochs": next(iter(comparison.train_args.values())).epochs,
-        **{name: getattr(comparison, name) for name in ("methods", "lrs", "seeds", "id_sets")},
+        "epochs": max(args.epochs for args in comparison.train_args.values()),  # of a fit, there is one
+        **{name: getattr(comparison, name) for name in ("methods", "seeds", "id_sets")},
         "blocks": blocks,
     }
     out, text = comparison.out, report.document(record)

@@ -54,16 +54,16 @@ def top1(by_set: Mapping[str, Mapping[str, Any]], id_sets: Sequence[str]) -> dic
 def rows(methods: Mapping[str, Record], id_sets: Sequence[str]) -> Table:
     """Zero-shot (once, for no seed changes it), each method, and each at the alpha chosen for each seed."""
     table: Table = {}
-    for method, record in methods.items():
-        sweeps = list(record["seeds"].values())
-        alphas = {
-            "zero-shot": ["0.00"],
-            method: ["1.00"] * len(sweeps),
-            method + _WISE: [f"{sweep['chosen_alpha']:.2f}" for sweep in sweeps],
+    for method, found in methods.items():
+        sweeps = list(found["seeds"].values())
+        by_row = {
+            "zero-shot": [found["zero_shot"]],
+            method: [sweep["alphas"]["1.00"] for sweep in sweeps],
+            method + _WISE: [sweep["alphas"][f"{sweep['chosen_alpha']:.2f}"] for sweep in sweeps],
         }
-        for name, chosen in alphas.items():
-            seeds = [top1(sweep["alphas"][alpha], id_sets) for sweep, alpha in zip(sweeps, chosen)]
-            table[name] = {column: figure([row[column] for row in seeds]) for column in seeds[0]}
+        for name, seeds in by_row.items():
+            of_seeds = [top1(by_set, id_sets) for by_set in seeds]
+            table.setdefault(name, {c: figure([row[c] for row in of_seeds]) for c in of_seeds[0]})
     return table
 
 
@@ -95,8 +95,8 @@ def document(record: Record) -> str:
         else ", so its own figures are a little too good (--id-test names a set that chose nothing)"
     )
     how = (
-        f"Top-1 in %, {of}. Each method is taken after its last epoch ({record['epochs']}). `{val}` chose the learning "
-        f"rate of each method (on seed {seeds[0]}) and alpha (for each seed){less}; no other set chose anything."
+        f"Top-1 in %, {of}. Each method is taken after its last epoch ({record['epochs']}). `{val}` chose the setting "
+        f"of each method (on seed {seeds[0]}) and alpha (for each seed){less}; no other set chose anything."
     )
     text = [
         f"# {settings['model']} ({settings['pretrained']}), fine-tuned on {settings['train_data']}",
@@ -117,27 +117,27 @@ def document(record: Record) -> str:
 
 
 def _markdown(table: Table, record: Record, methods: Mapping[str, Record], sign: str = "") -> str:
-    """With the learning rate and the alpha of each row."""
+    """With the tuned setting and the alpha of each row."""
     if not table:
         return "No method has finished."
     notes = {"zero-shot": ["", "0"]}
     for method, found in methods.items():
-        tried = sorted(record["lrs"][method])
+        tried = sorted(map(float, found["id_top1_by_value"]))
         end = {tried[0]: " (least tried)", tried[-1]: " (most tried)"} if len(tried) > 2 else {}
-        lr = f"{found['lr']:g}{end.get(found['lr'], '')}"
+        setting = f"{found['tuned']} {found['value']:g}{end.get(found['value'], '')}"
         mean = fmean(sweep["chosen_alpha"] for sweep in found["seeds"].values())
-        notes |= {method: [lr, "1"], method + _WISE: [lr, f"{mean:.2f}"]}
+        notes |= {method: [setting, "1"], method + _WISE: [setting, f"{mean:.2f}"]}
     columns = list(next(iter(table.values())))
-    lines = [["", *(_heading(name, record, methods) for name in columns), "lr", "mean alpha"]]
+    lines = [["", *(_heading(name, record, methods) for name in columns), "setting", "mean alpha"]]
     lines += [["---", *["---:"] * (len(columns) + 2)]]
     lines += [[name, *(percent(row[c], sign) for c in columns), *notes[name]] for name, row in table.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _heading(name: str, record: Record, methods: Mapping[str, Record]) -> str:
-    (one, *_), (val, *test) = (next(iter(methods.values()))["seeds"].values(), record["id_sets"])
+    found, (val, *test) = next(iter(methods.values())), record["id_sets"]
     role = " (ID, chose)" if name == val else " (ID test)" if name in test else ""
-    return f"{name}{role}" + (f", n={one['alphas']['0.00'][name]['n']}" if name != "mean OOD" else "")
+    return f"{name}{role}" + (f", n={found['zero_shot'][name]['n']}" if name != "mean OOD" else "")
 
 
 def percent(cell: Mapping[str, Any], sign: str = "") -> str:

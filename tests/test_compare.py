@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from flyp_plugin import cli, compare, report
-from flyp_plugin.compare import choose_lr, parse_blocks, parse_lrs, parse_methods, parse_seeds
+from flyp_plugin.compare import choose, parse_blocks, parse_methods, parse_seeds, parse_values
 from flyp_plugin.errors import InputError
 from flyp_plugin.jobs import alone, seconds_left
 from tests.helpers_eval import checkpoint, flyp, root
@@ -100,7 +100,7 @@ def finished(argv, tmp_path_factory):
             done = [path.parent.name for path in folder.glob("out/runs/*/finished.json")]
         assert done == ["flyp_lr0.0001_seed0"] and second.exists()
         first = (folder / "out/runs/flyp_lr0.0001_seed0/finished.json").stat().st_mtime_ns
-        with pytest.raises(InputError, match="1 of 2 methods failed") as error:
+        with pytest.raises(InputError, match="1 of 2 methods and settings failed") as error:
             flyp(*words)
         assert "\n" not in str(error.value)
         assert (folder / "out/runs/flyp_lr0.0001_seed0/finished.json").stat().st_mtime_ns == first
@@ -130,8 +130,8 @@ def test_every_figure_is_that_of_the_runs(finished):
     for lr in (1e-4, 1e-3):
         lines = (finished / f"runs/flyp_lr{lr}_seed0/checkpoints/results.jsonl").read_text().splitlines()
         tried[str(lr)] = json.loads(lines[-1])["val/top1"]
-    assert found["id_top1_by_lr"] == tried and found["lr"] == float(max(tried, key=tried.get))
-    results, sweeps = by_seed(finished, found["lr"])
+    assert found["id_top1_by_value"] == tried and found["value"] == float(max(tried, key=tried.get))
+    results, sweeps = by_seed(finished, found["value"])
     for name, alpha in (("flyp", lambda s: 1.0), ("flyp + WiSE-FT", lambda s: s["chosen_alpha"])):
         chosen = [sweep["alphas"][f"{alpha(sweep):.2f}"] for sweep in sweeps]
         for column, cell in block["rows"][name].items():
@@ -163,7 +163,7 @@ def test_table_and_picture(finished):
         "odd, n=97",
         "few, n=49",
         "mean OOD",
-        "lr",
+        "setting",
     ]
     assert table[0] == [*heads, "mean alpha"]
     assert [row[0] for row in table[2:]] == ["zero-shot", "flyp", "flyp + WiSE-FT"]
@@ -175,7 +175,7 @@ def test_table_and_picture(finished):
 
 
 def test_each_run_keeps_its_command_and_what_was_not_chosen_only_its_figures(finished):
-    lr = read(finished / "compare.json")["blocks"][0]["methods"]["flyp"]["lr"]
+    lr = read(finished / "compare.json")["blocks"][0]["methods"]["flyp"]["value"]
     for run in sorted(finished.glob("runs/flyp_*")):
         command = shlex.split((run / "command.txt").read_text())
         assert command[:3] == [sys.executable, "-m", "flyp_plugin.train"]
@@ -194,7 +194,7 @@ def test_a_run_that_fails_is_told_with_its_folder_and_last_lines(finished, argv,
     monkeypatch.chdir(finished.parent)
     monkeypatch.setattr(compare, "METHODS", {"flyp": [], "bad": ["--opt", "timm/no-such-optimizer"]})
     before = {path: path.stat().st_mtime_ns for path in finished.glob("runs/flyp*/**/*")}
-    with pytest.raises(InputError, match="1 of 2 methods failed"):
+    with pytest.raises(InputError, match="1 of 2 methods and settings failed"):
         flyp(*argv("--methods", "flyp,bad"))
     (error,) = (record.getMessage() for record in caplog.records if record.levelname == "ERROR")
     assert error.startswith(
@@ -240,7 +240,7 @@ def test_kill_ends_the_run_that_is_on_with_one_line_and_status_130(argv, tmp_pat
         said = process.stderr.read().splitlines()
     assert process.returncode == 130 and said[-1] == "Interrupted."
     assert said[0].startswith(
-        "Plan: 3 trainings (1 methods, each with 2 learning rates on seed 0 and with 1 more"
+        "Plan: 3 trainings (for each of 1 methods and settings 2 on seed 0 to choose from, then 1 on more"
     )
     with alone(tmp_path / "out"):  # which the training would hold
         assert not (log.parent / "finished.json").exists()
@@ -256,7 +256,7 @@ def test_kill_ends_the_run_that_is_on_with_one_line_and_status_130(argv, tmp_pat
         (["--methods", "flyp,flyp"], "not different ones"),
         (["--seeds", "3:1"], "--seeds '3:1' is not numbers"),
         (["--lr", "0"], "--lr '0' has one that is not above 0"),
-        (["--lr", "ce=1e-3"], "ce is not among --methods flyp"),
+        (["--methods", "flyp,lp"], r"\(--lr 2 and --lp-c 4 values\); give as many"),
         (
             ["--id-test", "val"],
             r"--id-test val is not a set after the first of --eval-data \(val, test, odd, few\)",
@@ -281,7 +281,7 @@ def test_flags_are_taken_whole_and_unknown_ones_go_to_training_alone():
     args, rest = parser.parse_known_args(
         [*NEEDED, "--pre", "x", "--lr", "1", "--beta1", "-1", "--image-mean", "0", "1"]
     )
-    assert rest == ["--pre", "x", "--beta1", "-1", "--image-mean", "0", "1"] and args.lr == ["1"]
+    assert rest == ["--pre", "x", "--beta1", "-1", "--image-mean", "0", "1"] and args.lr == "1"
     with pytest.raises(SystemExit):
         cli.call(["shards", "count", "data", "--beta1", "1"])
 
@@ -291,17 +291,23 @@ def test_help_opens_with_an_example_and_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "example:\n  flyp compare --model ViT-B-16" in done.stdout and "(default: 0:3)" in done.stdout
     defaults = cli._parser().parse_args(NEEDED)
-    assert compare.LEARNING_RATES in done.stdout and parse_methods(defaults.methods)
+    assert defaults.lr in done.stdout and len(parse_methods(defaults.methods)) == 4
+    assert len(parse_values(["flyp", "lp"], {"lr": defaults.lr, "lp-c": defaults.lp_c})) == 2
 
 
 # Pure functions
 
 
-def test_parse_lrs_gives_every_method_as_many():
-    assert parse_lrs([], ["flyp"]) == {"flyp": [1e-6, 3e-6, 1e-5, 3e-5]}
-    assert parse_lrs(["1e-5,1e-4", "lp=0.1,1"], ["flyp", "lp"]) == {"flyp": [1e-5, 1e-4], "lp": [0.1, 1.0]}
-    with pytest.raises(InputError, match=r"\(flyp 1, lp 2\); give as many"):
-        parse_lrs(["1e-5", "lp=0.1,1"], ["flyp", "lp"])
+def test_every_method_is_tuned_over_as_many_values_of_its_own_setting():
+    texts = {"lr": "1e-5,1e-4", "lp-c": "1,10"}
+    assert parse_values(["flyp", "lp", "ce"], texts) == {
+        "flyp": [1e-5, 1e-4],
+        "lp": [1, 10],
+        "ce": [1e-5, 1e-4],
+    }
+    assert parse_values(["flyp"], {"lr": "1e-5", "lp-c": "1,10"}) == {"flyp": [1e-5]}
+    with pytest.raises(InputError, match=r"\(--lr 1 and --lp-c 2 values\); give as many"):
+        parse_values(["flyp", "lp"], {"lr": "1e-5", "lp-c": "1,10"})
 
 
 def test_parse_seeds_and_blocks():
@@ -334,8 +340,8 @@ def test_the_plan_counts_runs_and_each_run_has_its_own_flags(argv, monkeypatch, 
     )  # the user's comes last and wins
 
 
-def test_the_learning_rate_is_the_best_and_of_equal_ones_the_smallest():
-    assert choose_lr({1e-4: 0.7, 1e-5: 0.9, 1e-3: 0.9, 1e-6: 0.1}) == 1e-5
+def test_the_value_chosen_is_the_best_and_of_equal_ones_the_smallest():
+    assert choose({1e-4: 0.7, 1e-5: 0.9, 1e-3: 0.9, 1e-6: 0.1}) == 1e-5
 
 
 def test_seconds_left_takes_a_kind_not_run_yet_to_be_like_the_others():
@@ -357,10 +363,13 @@ def test_figure_is_scipys_interval():
     assert report.figure([0.5])["half_width_95"] is None
 
 
-def method(lr, *seeds):
+def method(value, *seeds):
     """Literal sweeps: for each seed the chosen alpha, and top-1 on id and ood at alpha 0, 0.5 and 1."""
     return {
-        "lr": lr,
+        "tuned": "lr",
+        "value": value,
+        "id_top1_by_value": {1e-5: 0.1, 3e-5: 0.2, 1e-4: 0.3},
+        "zero_shot": {"id": {"top1": 0.5, "n": 10}, "ood": {"top1": 0.4, "n": 20}},
         "seeds": {
             seed: {
                 "chosen_alpha": chosen,
@@ -383,8 +392,7 @@ def record(methods, **blocks):
     less = report.differences(table, list(methods))
     block = {"title": "", "methods": methods, "rows": table, "differences": less, **blocks}
     settings = {"model": "M", "pretrained": "P", "train_data": "D"}
-    lrs = {"flyp": [1e-5, 3e-5, 1e-4], "ce": [1e-5, 3e-5, 1e-4]}
-    return {"settings": settings, "epochs": 3, "methods": ["flyp", "ce"], "lrs": lrs, "seeds": [0, 1],
+    return {"settings": settings, "epochs": 3, "methods": ["flyp", "ce"], "seeds": [0, 1],
             "id_sets": ["id"], "blocks": [block]}  # fmt: skip
 
 
@@ -401,8 +409,10 @@ def test_differences_are_paired_by_seed_and_wiseft_is_compared_with_wiseft():
 
 def test_document_shows_rates_at_the_end_of_the_list_and_signs_of_differences():
     lines = report.document(record(METHODS)).splitlines()
-    assert "| flyp | 80.0 ± 127.1 | 40.0 ± 127.1 | 40.0 ± 127.1 | 1e-05 (least tried) | 1 |" in lines
-    assert "| ce + WiSE-FT | 60.0 ± 127.1 | 45.0 ± 63.5 | 45.0 ± 63.5 | 0.0001 (most tried) | 0.25 |" in lines
+    assert "| flyp | 80.0 ± 127.1 | 40.0 ± 127.1 | 40.0 ± 127.1 | lr 1e-05 (least tried) | 1 |" in lines
+    assert (
+        "| ce + WiSE-FT | 60.0 ± 127.1 | 45.0 ± 63.5 | 45.0 ± 63.5 | lr 0.0001 (most tried) | 0.25 |" in lines
+    )
     assert any(line.startswith("| ce | -15.0 ± 63.5 | +10.0 ± 0.0 |") for line in lines)
     assert any("so its own figures are a little too good (--id-test" in line for line in lines)
 
