@@ -142,6 +142,11 @@ def _add_wiseft(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="for the merged weights, wiseft.json and frontier.png"
     )
+    parser.add_argument(
+        "--own-first",
+        action="store_true",
+        help="--classnames and --templates are for sets that have no such file, as in training",
+    )
     parser.add_argument("--save-all", action="store_true", help="write the weights of every alpha")
     parser.add_argument(
         "--per-set", action="store_true", help="a curve a set in frontier.png, in place of the mean"
@@ -264,6 +269,57 @@ def _add_shards(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", default=False, help="JSON in place of the table")
 
 
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    example = """  flyp compare --model ViT-B-16 --pretrained openai --train-data data \\
+      --eval-data val=data --eval-data sketch=other --methods flyp,ce,lp,lp-ft --epochs 10 --out comparison"""
+    help = "the paper's comparison on your data: methods with and without WiSE-FT, in and out of distribution"
+    parser = _add(commands, "compare", help, example)
+    parser.allow_abbrev = False  # an abbreviation may be another flag of train.py's
+    parser.set_defaults(passes_on=True, function=_call("compare:compare_command"))
+    parser.epilog = """All other flags go to each training as they are (train_flyp.py --help, --help-open-clip): --epochs,
+--batch-size, --device, --model-config, ... Every method gets the same data, epochs and number of values of its one tuned
+setting, the learning rate or, for lp, C. The value is chosen by top-1 on the first set after the last epoch, on the first
+seed; the other seeds train with it. The first set also chooses alpha; no other set chooses anything. Each run is a folder in DIR/runs with its own command.txt;
+finished ones are skipped, so that the same command goes on with a comparison that was interrupted."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="open_clip's name of the architecture")
+    add("--pretrained", required=True, metavar="TAG|PATH", help="what each fine-tuning starts from")
+    add("--train-data", required=True, metavar="SHARDS", help="data folder (its train split) or tars")
+    add(
+        "--eval-data",
+        action="append",
+        required=True,
+        metavar="NAME=SHARDS",
+        help="a labelled set (a data folder: its test split); repeatable, first the ID validation set, which chooses",
+    )
+    add(
+        "--id-test",
+        metavar="NAME",
+        help="the set of --eval-data that is an ID test set, and so not in mean OOD",
+    )
+    add(
+        "--methods",
+        default="flyp,ce,lp,lp-ft",
+        metavar="A,B,...",
+        help="of flyp, ce, lp, lp-ft, flyp-ce; others are compared with the first (default: %(default)s)",
+    )
+    add(
+        "--lr", default="1e-6,3e-6,1e-5,3e-5", metavar="A,B,...", help="to choose from (default: %(default)s)"
+    )
+    add("--lp-c", default="1,10,100,1000", metavar="A,B,...", help="as many, in place of learning rates, for lp: its "
+        "inverse strength of regularisation (default: %(default)s)")  # fmt: skip
+    add("--seeds", default="0:3", metavar="A:B|A,B,...", help="without B (default: %(default)s)")
+    add("--shots", metavar="K,L,...", help="so many images a class, drawn by the seed; a table for each")
+    add(
+        "--templates",
+        action="append",
+        metavar="FILE",
+        help="to train with (a file, openai, simple, or one template); repeatable, a table for each. Sets with a "
+        "templates file of their own are scored with that",
+    )
+    add("--out", required=True, metavar="DIR", help="for compare.md, compare.json, compare.png and runs/")
+
+
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     example = "  flyp demo\n  python train_flyp.py --demo                   # the same"
     help = "the whole way on handwritten digits: offline, on a CPU, in minutes; goes on where it stopped"
@@ -303,7 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"flyp-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="flyp")
-    for add in (_add_train, _add_eval, _add_wiseft, _add_export, _add_shards, _add_demo):
+    for add in (_add_train, _add_eval, _add_wiseft, _add_export, _add_shards, _add_compare, _add_demo):
         add(commands)
     return parser
 
@@ -316,7 +372,12 @@ def call(argv: Sequence[str]) -> int | None:
     """
     if argv[:1] == ["train"]:
         return import_module("flyp_plugin.train").train(argv[1:])
-    args = _parser().parse_args(argv or ["--help"])
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv or ["--help"])
+    if vars(args).pop("passes_on", False):
+        args.train_flags = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return args.function(args)
 

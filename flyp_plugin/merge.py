@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def wiseft_command(args: argparse.Namespace) -> None:
         InputError: as its parts; all but a full disk before anything is written.
     """
     alphas = parse_alphas(args.alphas if args.alpha is None else str(args.alpha))
-    sets = parse_eval_sets(args.eval_data or [], args.classnames, args.templates)
+    sets = parse_eval_sets(args.eval_data or [], args.classnames, args.templates, args.own_first)
     out = Path(args.out)
     _check_outputs(out, alphas, bool(sets), args.force)
     paths = args.average or [args.finetuned]
@@ -213,7 +214,7 @@ def _record(
     }
 
 
-def mean_ood(by_set: Mapping[str, Metrics]) -> float | None:
+def mean_ood(by_set: Mapping[str, Mapping[str, Any]]) -> float | None:
     """Mean top-1 over all sets but the first; None where there is only one."""
     _, *others = (metrics["top1"] for metrics in by_set.values())
     return sum(others) / len(others) if others else None
@@ -239,36 +240,58 @@ def draw_frontier(results: Results, chosen: float, path: Path, per_set: bool = F
         path: where the PNG goes.
         per_set: a curve for each OOD set in place of their mean.
     """
-    from matplotlib.figure import Figure
-
     alphas = sorted(results)
     first, *others = results[alphas[0]]
     across = [100 * results[alpha][first]["top1"] for alpha in alphas] if others else alphas
-    curves = {name: [100 * results[alpha][name]["top1"] for alpha in alphas] for name in others if per_set}
+    ups = {name: [100 * results[alpha][name]["top1"] for alpha in alphas] for name in others if per_set}
     if others and not per_set:
-        curves["mean OOD"] = [100 * mean_ood(results[alpha]) for alpha in alphas]  # type: ignore[operator]
+        ups["mean OOD"] = [100 * mean_ood(results[alpha]) for alpha in alphas]  # type: ignore[operator]
     if not others:
-        curves[first] = [100 * results[alpha][first]["top1"] for alpha in alphas]
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+        ups[first] = [100 * results[alpha][first]["top1"] for alpha in alphas]
     at = alphas.index(chosen)
-    for name, up in curves.items():
-        (line,) = axes.plot(across, up, "o-", markersize=4, label=name)
-        axes.plot(across[at], up[at], "*", markersize=16, color=line.get_color(), markeredgecolor="black")
-        for x, y, alpha in zip(across, up, alphas):
-            axes.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.plot(
-        [],
-        [],
-        "*",
-        markersize=12,
-        color="white",
-        markeredgecolor="black",
-        label=f"chosen: alpha = {chosen:g}",
-    )
-    axes.set_xlabel(f"{first} (ID) top-1, %" if others else "alpha (0: pretrained, 1: fine-tuned)")
-    axes.set_ylabel("OOD top-1, %" if others else "top-1, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    curves = {name: Curve(across, up, (across[at], up[at])) for name, up in ups.items()}
+    draw_curves({"": curves}, alphas, f"chosen: alpha = {chosen:g}", first if others else None, path)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in the order of the alphas, and the one that gets a star; accuracies in percent."""
+
+    across: Sequence[float]
+    up: Sequence[float]
+    star: tuple[float, float]
+
+
+def draw_curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    alphas: Sequence[float],
+    star: str,
+    id_name: str | None,
+    path: Path,
+) -> None:
+    """Frontiers, side by side.
+
+    Args:
+        panels: the curves of each by name; the panels by title.
+        alphas: what stands at the points.
+        star: what a star means.
+        id_name: the set whose accuracy goes across; None: alpha does.
+        path: where the PNG goes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    for (title, curves), axes in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False)[0]):
+        for name, curve in curves.items():
+            (line,) = axes.plot(curve.across, curve.up, "o-", markersize=4, label=name)
+            axes.plot(*curve.star, "*", markersize=16, color=line.get_color(), markeredgecolor="black")
+            for x, y, alpha in zip(curve.across, curve.up, alphas):
+                axes.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes.plot([], [], "*", markersize=12, color="white", markeredgecolor="black", label=star)
+        axes.set_title(title)
+        axes.set_xlabel(f"{id_name} (ID) top-1, %" if id_name else "alpha (0: pretrained, 1: fine-tuned)")
+        axes.set_ylabel("OOD top-1, %" if id_name else "top-1, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=150)

@@ -87,20 +87,8 @@ class Monitor:
         saved = [e for e in (best, max(trained)) if (folder / f"epoch_{e}.pt").exists()]
         lines = [f"Best epoch on {self.sets[0].name}: {best}, top-1 {100 * trained[best]:.2f}."]
         if saved and args.pretrained:
-            command = ["flyp", "wiseft", "--model", args.model, "--pretrained", args.pretrained]
-            command += ["--finetuned", str(folder / f"epoch_{saved[0]}.pt")]
-            for name in ("model_config", "classnames", "templates", "group_key"):
-                command += [f"--{name.replace('_', '-')}", value] if (value := getattr(args, name)) else []
-            command += ["--force-quick-gelu"] if args.force_quick_gelu else []
-            command += ["--label-key", args.label_key] if args.label_key != "cls" else []
-            command += ["--image-key", args.image_key] if args.image_key != IMAGE_KEY else []
-            for name in ("image_mean", "image_std", "image_interpolation", "image_resize_mode"):
-                value = getattr(args, name) or []
-                values = [value] if isinstance(value, str) else value
-                command += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
-            for spec in args.eval_data:
-                command += ["--eval-data", spec]
-            command += ["--out", str(Path(args.logs, args.name, "wiseft"))]
+            out = Path(args.logs, args.name, "wiseft")
+            command = ["flyp", *wiseft_command(args, folder / f"epoch_{saved[0]}.pt", out)]
             lines.append(f"Next, merge it with the pretrained weights:\n  {shlex.join(command)}")
         return lines
 
@@ -123,3 +111,44 @@ class Monitor:
             for other in others:
                 tally.merge(other)
         return tally.metrics()
+
+
+def wiseft_command(args: Namespace, finetuned: Path, out: Path) -> list[str]:
+    """`wiseft ...`, which merges a run's checkpoint and scores it as the run itself was scored.
+
+    Args:
+        args: open_clip's and FLYP's, of that run.
+        finetuned: its checkpoint.
+        out: for --out.
+    """
+    command = [
+        "wiseft",
+        "--model",
+        args.model,
+        "--pretrained",
+        args.pretrained,
+        "--finetuned",
+        str(finetuned),
+    ]
+    for name in ("model_config", "classnames", "templates", "group_key"):
+        command += [f"--{name.replace('_', '-')}", value] if (value := getattr(args, name)) else []
+    command += ["--own-first"] if args.classnames or args.templates else []
+    command += ["--force-quick-gelu"] if args.force_quick_gelu else []
+    command += ["--label-key", args.label_key] if args.label_key != "cls" else []
+    command += ["--image-key", args.image_key] if args.image_key != IMAGE_KEY else []
+    for name in ("image_mean", "image_std", "image_interpolation", "image_resize_mode"):
+        value = getattr(args, name) or []
+        values = [value] if isinstance(value, str) else value
+        command += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
+    command += ["--device", args.device] if args.device != "cuda" else []  # open_clip's default, GPU or not
+    command += [
+        "--precision",
+        args.precision,
+        "--batch-size",
+        str(args.batch_size),
+        "--workers",
+        str(args.workers),
+    ]
+    for spec in args.eval_data:
+        command += ["--eval-data", spec]
+    return [*command, "--out", str(out)]

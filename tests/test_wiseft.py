@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -240,6 +241,22 @@ def test_the_next_command_tells_the_preprocessing_that_came_with_the_pretrained_
     flags = ["--force-quick-gelu", "--image-mean", 0.5, 0.5, 0.5, "--image-resize-mode", "squash"]
     flyp(*argv(tmp_path, "--alpha", 0.5, *flags))
     assert " ".join([*map(str, flags), "--data DIR"]) in caplog.text
+
+
+def test_own_first_leaves_a_set_its_templates_and_gives_one_without_those_given(tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(f"{root()}/data", bare)
+    (bare / "zeroshot_classification_templates.txt").unlink()
+    both = [*sets(), "--eval-data", f"bare={bare}"]
+    other = ["--templates", "zebra {c} {c} lamp"]
+
+    def swept(*more):
+        flyp(*argv(tmp_path / "out", *both, "--alphas", "0,1", "--force", "--json", *more))
+        return read(capsys)["alphas"]["1.00"]
+
+    own, given, mixed = swept(), swept(*other), swept(*other, "--own-first")
+    assert own["val"] != given["val"]
+    assert mixed == {"val": own["val"], "ood": own["ood"], "bare": given["bare"]}
 
 
 def test_frontier_of_one_set_and_of_many(tmp_path):

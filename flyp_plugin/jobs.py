@@ -1,0 +1,147 @@
+"""Commands that are run one after another, each once for all starts of a program. What they do is not known here."""
+
+import fcntl
+import json
+import logging
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from flyp_plugin.errors import InputError
+from flyp_plugin.sources import write_atomically
+
+DONE = "finished.json"  # in the folder of each command that has ended well
+_log = logging.getLogger(__name__)
+
+
+class JobFailed(InputError):
+    """A command ended with an error; others can still be run."""
+
+
+class Jobs:
+    """Runs commands, each in a folder that keeps the command itself, its output and that it has finished.
+
+    Args:
+        left: how many there will be of each kind.
+        lock: a file descriptor that the commands keep open; see `alone`.
+        bar: counts them.
+    """
+
+    def __init__(self, left: Mapping[str, int], lock: int, bar: tqdm):
+        self.left, self.lock, self.bar, self.total = dict(left), lock, bar, sum(left.values())
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in left}
+
+    def run(
+        self, kind: str, title: str, folder: Path, command: Sequence[str], result: Callable[[], str]
+    ) -> None:
+        """Run a command unless it has finished before, and say what came out.
+
+        Raises:
+            JobFailed: it ended with an error.
+        """
+        done = folder / DONE
+        new = not done.exists()
+        if new:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "command.txt", shlex.join(command) + "\n")
+            _log.info(f"{title}, {kind}:\n  {shlex.join(command)}")
+            start = time.monotonic()
+            self._run(command, folder / "console.log", f"{title}: the {kind}")
+            write_atomically(done, json.dumps({"seconds": round(time.monotonic() - start, 1)}) + "\n")
+        self.left[kind] -= 1
+        self.seconds[kind].append(json.loads(done.read_text())["seconds"])
+        self.bar.update()
+        if new:
+            number, took = self.total - sum(self.left.values()), tqdm.format_interval(self.seconds[kind][-1])
+            left = tqdm.format_interval(seconds_left(self.seconds, self.left))
+            _log.info(f"[{number}/{self.total}] {title}, {kind}: {result()}, in {took}; about {left} left")
+
+    def _run(self, command: Sequence[str], log: Path, what: str) -> None:
+        with (
+            log.open("w") as output,
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self.lock],
+            ) as process,
+        ):
+            try:
+                status = process.wait()
+            except BaseException:
+                process.terminate()
+                process.wait()  # which Popen leaves out after Ctrl-C
+                raise
+        if status:
+            last = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-10:])
+            raise JobFailed(
+                f"{what} in {log.parent} ended with status {status}; {log.name} there ends so:\n{last}"
+            )
+
+
+def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]) -> float:
+    """From the mean time of each kind of command so far; a kind not run yet is taken to be like the others."""
+    known = fmean(fmean(times) for times in seconds.values() if times)
+    return sum(left[kind] * (fmean(times) if times else known) for kind, times in seconds.items())
+
+
+@contextmanager
+def in_turn(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
+    """Jobs under a bar, in a folder that no other process writes to.
+
+    Raises:
+        InputError: another one does.
+    """
+    with (
+        alone(folder) as lock,
+        logging_redirect_tqdm(),
+        tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
+    ):
+        yield Jobs(left, lock, bar)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[int]:
+    """Hold a lock on a folder. Commands hold it too, so that one that outlives its killed parent is noticed.
+
+    Raises:
+        InputError: it is held already.
+    """
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process, or a run that one left behind, is writing to {folder}; wait for it or end it."
+            ) from None
+        yield lock.fileno()
+
+
+def begin(folder: Path, settings: Mapping[str, object]) -> None:
+    """Make a folder for the results of `settings`, or find that it is that already.
+
+    Raises:
+        InputError: it holds the results of others, or something else.
+    """
+    record = folder / "settings.json"
+    if record.exists():
+        before = json.loads(record.read_text())
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise InputError(
+                    f"{folder} was begun with {name} {before.get(name)!r} and not {value!r}; give another --out, or "
+                    "the same settings to go on with it."
+                )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there and holds something else; give another --out.")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps(settings, indent=1) + "\n")

@@ -1,0 +1,439 @@
+"""`flyp compare`: a real, small comparison that is interrupted, goes on and is checked figure by figure."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from scipy import stats
+
+from flyp_plugin import cli, compare, report
+from flyp_plugin.compare import choose, parse_blocks, parse_methods, parse_seeds, parse_values
+from flyp_plugin.errors import InputError
+from flyp_plugin.jobs import alone, seconds_left
+from tests.helpers_eval import checkpoint, flyp, root
+
+MODEL = "tiny-digits"
+NEEDED = [
+    "compare",
+    "--model",
+    "M",
+    "--pretrained",
+    "P",
+    "--train-data",
+    "D",
+    "--eval-data",
+    "v=D",
+    "--out",
+    "O",
+]
+
+
+@pytest.fixture(scope="module")
+def argv(digits):
+    """The flags of a comparison of one method, two learning rates and two seeds; later flags win."""
+    start = checkpoint(MODEL, 15)
+    words = [
+        "--model",
+        MODEL,
+        "--pretrained",
+        start,
+        "--train-data",
+        digits,
+        "--out",
+        "out",
+        "--methods",
+        "flyp",
+    ]
+    words += ["--eval-data", f"val={root()}/data/test/0.tar", "--eval-data", f"test={root()}/data/test/1.tar"]
+    words += [
+        "--eval-data",
+        f"odd={root()}/ood",
+        "--eval-data",
+        f"few={root()}/ood/test/0.tar",
+        "--id-test",
+        "test",
+    ]
+    words += [
+        "--lr",
+        "1e-4,1e-3",
+        "--seeds",
+        "0:2",
+        "--epochs",
+        1,
+        "--train-num-samples",
+        300,
+        "--batch-size",
+        100,
+    ]
+    words += ["--model-config", f"{root()}/models/{MODEL}.json", "--device", "cpu", "--workers", 0]
+    return lambda *more: ["compare", *map(str, (*words, *more))]
+
+
+@pytest.fixture(scope="module")
+def finished(argv, tmp_path_factory):
+    """Its folder, after an interruption in the second training and another start with a method that fails."""
+    folder = tmp_path_factory.mktemp("compare")
+    second = folder / "out/runs/flyp_lr0.001_seed0/checkpoints/results.jsonl"
+
+    def interrupt():
+        while not second.exists():  # written before the first step
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(compare, "METHODS", {"flyp": [], "bad": ["--opt", "timm/no-such-optimizer"]})
+        threading.Thread(target=interrupt, daemon=True).start()
+        words = argv("--methods", "flyp,bad")
+        handler = signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a job in the background ignores it
+        with pytest.raises(KeyboardInterrupt):
+            flyp(*words)
+        signal.signal(signal.SIGINT, handler)
+        with alone(folder / "out"):  # no child is left
+            done = [path.parent.name for path in folder.glob("out/runs/*/finished.json")]
+        assert done == ["flyp_lr0.0001_seed0"] and second.exists()
+        first = (folder / "out/runs/flyp_lr0.0001_seed0/finished.json").stat().st_mtime_ns
+        with pytest.raises(InputError, match="1 of 2 methods and settings failed") as error:
+            flyp(*words)
+        assert "\n" not in str(error.value)
+        assert (folder / "out/runs/flyp_lr0.0001_seed0/finished.json").stat().st_mtime_ns == first
+    return folder / "out"
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def by_seed(out, lr):
+    runs = [out / "runs" / f"flyp_lr{lr}_seed{seed}" for seed in (0, 1)]
+    rows = [
+        [json.loads(line) for line in (run / "checkpoints/results.jsonl").read_text().splitlines()]
+        for run in runs
+    ]
+    return [{row["epoch"]: row for row in some} for some in rows], [
+        read(run / "wiseft/wiseft.json") for run in runs
+    ]
+
+
+def test_every_figure_is_that_of_the_runs(finished):
+    record = read(finished / "compare.json")
+    (block,) = record["blocks"]
+    found = block["methods"]["flyp"]
+    tried = {}
+    for lr in (1e-4, 1e-3):
+        lines = (finished / f"runs/flyp_lr{lr}_seed0/checkpoints/results.jsonl").read_text().splitlines()
+        tried[str(lr)] = json.loads(lines[-1])["val/top1"]
+    assert found["id_top1_by_value"] == tried and found["value"] == float(max(tried, key=tried.get))
+    results, sweeps = by_seed(finished, found["value"])
+    for name, alpha in (("flyp", lambda s: 1.0), ("flyp + WiSE-FT", lambda s: s["chosen_alpha"])):
+        chosen = [sweep["alphas"][f"{alpha(sweep):.2f}"] for sweep in sweeps]
+        for column, cell in block["rows"][name].items():
+            sets = ["odd", "few"] if column == "mean OOD" else [column]
+            values = [np.mean([by_set[s]["top1"] for s in sets]) for by_set in chosen]
+            assert cell["by_seed"] == pytest.approx(values, abs=1e-12)
+            assert cell["mean"] == pytest.approx(np.mean(values))
+            half = stats.t.ppf(0.975, 1) * np.std(values, ddof=1) / np.sqrt(2)
+            assert cell["half_width_95"] == pytest.approx(half, rel=1e-4, abs=1e-12)
+    for seed in (0, 1):  # the sweep scores as the training did
+        for name in ("val", "test", "odd", "few"):
+            assert sweeps[seed]["alphas"]["1.00"][name]["top1"] == results[seed][1][f"{name}/top1"]
+            assert sweeps[seed]["alphas"]["0.00"][name]["top1"] == results[seed][0][f"{name}/top1"]
+            assert block["rows"]["zero-shot"][name]["by_seed"] == [results[seed][0][f"{name}/top1"]]
+    assert sweeps[0]["alphas"]["1.00"] != sweeps[1]["alphas"]["1.00"]  # seeds differ
+    assert list(block["rows"]["flyp"]) == ["val", "test", "odd", "few", "mean OOD"]
+
+
+def test_table_and_picture(finished):
+    text = (finished / "compare.md").read_text()
+    block = read(finished / "compare.json")["blocks"][0]
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
+    ]
+    heads = [
+        "",
+        "val (ID, chose), n=102",
+        "test (ID test), n=101",
+        "odd, n=97",
+        "few, n=49",
+        "mean OOD",
+        "setting",
+    ]
+    assert table[0] == [*heads, "mean alpha"]
+    assert [row[0] for row in table[2:]] == ["zero-shot", "flyp", "flyp + WiSE-FT"]
+    cell = block["rows"]["flyp"]["mean OOD"]
+    assert table[3][5] == f"{100 * cell['mean']:.1f} ± {100 * cell['half_width_95']:.1f}"
+    assert "mean over seeds 0, 1 ±" in text and "last epoch (1). `val` chose" in text
+    assert text.rstrip().endswith("Not finished: bad.")
+    assert PIL.Image.open(finished / "compare.png").size == (900, 675)
+
+
+def test_each_run_keeps_its_command_and_what_was_not_chosen_only_its_figures(finished):
+    lr = read(finished / "compare.json")["blocks"][0]["methods"]["flyp"]["value"]
+    for run in sorted(finished.glob("runs/flyp_*")):
+        command = shlex.split((run / "command.txt").read_text())
+        assert command[:3] == [sys.executable, "-m", "flyp_plugin.train"]
+        for flag, value in (("--epochs", "1"), ("--train-num-samples", "300"), ("--name", run.name)):
+            assert command[command.index(flag) + 1] == value
+        assert [path.name for path in run.glob("checkpoints/*.pt")] == ["epoch_1.pt"] * (
+            f"lr{lr}_" in run.name
+        )
+        assert "lr: " + command[command.index("--lr") + 1] in (run / "params.txt").read_text()
+    sweep = shlex.split((finished / f"runs/flyp_lr{lr}_seed1/wiseft/command.txt").read_text())
+    for flag in ("--model-config", "--device", "--batch-size", "--workers", "--precision"):
+        assert flag in sweep
+
+
+def test_a_run_that_fails_is_told_with_its_folder_and_last_lines(finished, argv, monkeypatch, caplog):
+    monkeypatch.chdir(finished.parent)
+    monkeypatch.setattr(compare, "METHODS", {"flyp": [], "bad": ["--opt", "timm/no-such-optimizer"]})
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("runs/flyp*/**/*")}
+    with pytest.raises(InputError, match="1 of 2 methods and settings failed"):
+        flyp(*argv("--methods", "flyp,bad"))
+    (error,) = (record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert error.startswith(
+        "bad, lr 0.0001, seed 0: the training in out/runs/bad_lr0.0001_seed0 ended with status 1; "
+    )
+    assert "no-such-optimizer" in error.splitlines()[-1]
+    # what had finished was not run again
+    assert before == {path: path.stat().st_mtime_ns for path in finished.glob("runs/flyp*/**/*")}
+
+
+def test_a_second_start_runs_nothing_and_gives_the_same_table(finished, argv, monkeypatch, capsys):
+    monkeypatch.chdir(finished.parent)
+    settings, text = read(finished / "settings.json"), (finished / "compare.md").read_text()
+    monkeypatch.setattr(subprocess, "Popen", None)
+    (finished / "settings.json").write_text(json.dumps(settings | {"methods": "flyp"}))
+    flyp(*argv())
+    assert capsys.readouterr().out == (finished / "compare.md").read_text()
+    assert (finished / "compare.md").read_text() == text.replace("\nNot finished: bad.\n", "")
+    (finished / "settings.json").write_text(json.dumps(settings))
+
+
+def test_other_settings_are_refused_where_a_comparison_is(finished, argv, monkeypatch):
+    monkeypatch.chdir(finished.parent)
+    (Path("full") / "something").mkdir(parents=True)
+    for more, message in [
+        (["--seeds", "0:3"], r"out was begun with \w+ '.*give another --out"),
+        (["--out", "full"], "full is there and holds something else"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            flyp(*argv(*more))
+    busy = pytest.raises(InputError, match="another process, or a run that one left behind")
+    with alone(finished), busy, alone(finished):
+        pass
+
+
+def test_kill_ends_the_run_that_is_on_with_one_line_and_status_130(argv, tmp_path):
+    command = [sys.executable, "-m", "flyp_plugin.cli", *argv()]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        log = tmp_path / "out/runs/flyp_lr0.0001_seed0/console.log"
+        while process.poll() is None and not log.exists():
+            time.sleep(0.05)
+        process.terminate()
+        said = process.stderr.read().splitlines()
+    assert process.returncode == 130 and said[-1] == "Interrupted."
+    assert said[0].startswith(
+        "Plan: 3 trainings (for each of 1 methods and settings 2 on seed 0 to choose from, then 1 on more"
+    )
+    with alone(tmp_path / "out"):  # which the training would hold
+        assert not (log.parent / "finished.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--methods", "flyp,lora"],
+            "--methods 'flyp,lora' is not different ones of flyp, ce, lp, lp-ft, flyp-ce",
+        ),
+        (["--methods", "flyp,flyp"], "not different ones"),
+        (["--seeds", "3:1"], "--seeds '3:1' is not numbers"),
+        (["--lr", "0"], "--lr '0' has one that is not above 0"),
+        (["--methods", "flyp,lp"], r"\(--lr 2 and --lp-c 4 values\); give as many"),
+        (
+            ["--id-test", "val"],
+            r"--id-test val is not a set after the first of --eval-data \(val, test, odd, few\)",
+        ),
+        (["--seed", "4"], "--seed is for `flyp compare`"),
+        (["--name=mine"], "--name=mine is for `flyp compare`"),
+        (["--train-data", "nowhere"], "there is no file or folder nowhere"),
+        (["--pretrained", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["--eval-data", "val=nowhere"], "the name 'val' twice"),
+        (["--templates", "nothing.txt"], "nothing.txt"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_anything_is_written(argv, tmp_path, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        flyp(*argv(*more))
+    assert "\n" not in str(error.value) and not os.listdir(tmp_path)
+
+
+def test_flags_are_taken_whole_and_unknown_ones_go_to_training_alone():
+    parser = cli._parser()
+    args, rest = parser.parse_known_args(
+        [*NEEDED, "--pre", "x", "--lr", "1", "--beta1", "-1", "--image-mean", "0", "1"]
+    )
+    assert rest == ["--pre", "x", "--beta1", "-1", "--image-mean", "0", "1"] and args.lr == "1"
+    with pytest.raises(SystemExit):
+        cli.call(["shards", "count", "data", "--beta1", "1"])
+
+
+def test_help_opens_with_an_example_and_needs_no_torch():
+    code = "import sys; from flyp_plugin import cli\ntry: cli.call(['compare', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "example:\n  flyp compare --model ViT-B-16" in done.stdout and "(default: 0:3)" in done.stdout
+    defaults = cli._parser().parse_args(NEEDED)
+    assert defaults.lr in done.stdout and len(parse_methods(defaults.methods)) == 4
+    assert len(parse_values(["flyp", "lp"], {"lr": defaults.lr, "lp-c": defaults.lp_c})) == 2
+
+
+# Pure functions
+
+
+def test_every_method_is_tuned_over_as_many_values_of_its_own_setting():
+    texts = {"lr": "1e-5,1e-4", "lp-c": "1,10"}
+    assert parse_values(["flyp", "lp", "ce"], texts) == {
+        "flyp": [1e-5, 1e-4],
+        "lp": [1, 10],
+        "ce": [1e-5, 1e-4],
+    }
+    assert parse_values(["flyp"], {"lr": "1e-5", "lp-c": "1,10"}) == {"flyp": [1e-5]}
+    with pytest.raises(InputError, match=r"\(--lr 1 and --lp-c 2 values\); give as many"):
+        parse_values(["flyp", "lp"], {"lr": "1e-5", "lp-c": "1,10"})
+
+
+def test_parse_seeds_and_blocks():
+    assert parse_seeds("2:5") == [2, 3, 4] and parse_seeds("7,1") == [7, 1] and parse_seeds("3") == [3]
+    assert [block.title for block in parse_blocks(None, None)] == [""]
+    blocks = parse_blocks("4,16", ["one.txt", "many.txt"])
+    assert [block.prefix for block in blocks] == [
+        "shots4_templates0_", "shots4_templates1_", "shots16_templates0_", "shots16_templates1_",
+    ]  # fmt: skip
+    assert blocks[3].title == "16 shots, templates many.txt"
+    with pytest.raises(InputError, match="1 or more images a class"):
+        parse_blocks("0,4", None)
+
+
+def test_the_plan_counts_runs_and_each_run_has_its_own_flags(argv, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare.Comparison, "_checked", lambda self, run: self.flags(run))
+    args, rest = cli._parser().parse_known_args(
+        argv("--methods", "flyp,ce", "--shots", "4,16", "--templates", "{c}", "--eval-frequency", "1")
+    )
+    args.train_flags = rest
+    comparison = compare.Comparison(args)
+    assert comparison.counts == {"training": 2 * 2 * (2 + 1), "sweep": 2 * 2 * 2}
+    run = compare.Run(comparison.blocks[1], "ce", 1e-3, 1)
+    assert comparison.folder(run) == Path("out/runs/shots16_templates0_ce_lr0.001_seed1")
+    flags = " ".join(comparison.flags(run))
+    for words in ("--shots 16 --shots-seed 1", "--templates {c}", "--objective ce --lr 0.001 --seed 1"):
+        assert words in flags
+    assert flags.index("--eval-frequency 0") < flags.index(
+        "--eval-frequency 1"
+    )  # the user's comes last and wins
+
+
+def test_the_value_chosen_is_the_best_and_of_equal_ones_the_smallest():
+    assert choose({1e-4: 0.7, 1e-5: 0.9, 1e-3: 0.9, 1e-6: 0.1}) == 1e-5
+
+
+def test_seconds_left_takes_a_kind_not_run_yet_to_be_like_the_others():
+    assert seconds_left({"training": [10, 20], "sweep": []}, {"training": 2, "sweep": 1}) == 45
+    assert seconds_left({"training": [10, 20], "sweep": [1]}, {"training": 0, "sweep": 3}) == 3
+
+
+def test_t_quantile_is_scipys():
+    for df in [*range(1, 200), 10_000]:
+        assert report.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1.1e-4)
+
+
+def test_figure_is_scipys_interval():
+    values = [0.7, 0.74, 0.71, 0.69]
+    cell = report.figure(values)
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert cell["mean"] == pytest.approx(np.mean(values)) and cell["by_seed"] == values
+    assert cell["half_width_95"] == pytest.approx((high - low) / 2, rel=1e-4)
+    assert report.figure([0.5])["half_width_95"] is None
+
+
+def method(value, *seeds):
+    """Literal sweeps: for each seed the chosen alpha, and top-1 on id and ood at alpha 0, 0.5 and 1."""
+    return {
+        "tuned": "lr",
+        "value": value,
+        "id_top1_by_value": {1e-5: 0.1, 3e-5: 0.2, 1e-4: 0.3},
+        "zero_shot": {"id": {"top1": 0.5, "n": 10}, "ood": {"top1": 0.4, "n": 20}},
+        "seeds": {
+            seed: {
+                "chosen_alpha": chosen,
+                "alphas": {a: {"id": {"top1": i, "n": 10}, "ood": {"top1": o, "n": 20}} for a, i, o in zip(
+                    ("0.00", "0.50", "1.00"), id_, ood)},
+            }
+            for seed, (chosen, id_, ood) in enumerate(seeds)
+        },
+    }  # fmt: skip
+
+
+METHODS = {
+    "flyp": method(1e-5, (0.5, (0.5, 0.8, 0.7), (0.4, 0.5, 0.3)), (1.0, (0.5, 0.6, 0.9), (0.4, 0.3, 0.5))),
+    "ce": method(1e-4, (0.5, (0.5, 0.7, 0.6), (0.4, 0.5, 0.4)), (0.0, (0.5, 0.4, 0.7), (0.4, 0.3, 0.6))),
+}
+
+
+def record(methods, **blocks):
+    table = report.rows(methods, ["id"])
+    less = report.differences(table, list(methods))
+    block = {"title": "", "methods": methods, "rows": table, "differences": less, **blocks}
+    settings = {"model": "M", "pretrained": "P", "train_data": "D"}
+    return {"settings": settings, "epochs": 3, "methods": ["flyp", "ce"], "seeds": [0, 1],
+            "id_sets": ["id"], "blocks": [block]}  # fmt: skip
+
+
+def test_differences_are_paired_by_seed_and_wiseft_is_compared_with_wiseft():
+    less = record(METHODS)["blocks"][0]["differences"]
+    assert list(less) == ["ce", "ce + WiSE-FT"]
+    assert less["ce"]["id"]["by_seed"] == pytest.approx([-0.1, -0.2])
+    assert less["ce"]["mean OOD"]["mean"] == pytest.approx(0.1)
+    assert less["ce"]["mean OOD"]["half_width_95"] == pytest.approx(
+        0, abs=1e-9
+    )  # though each method's own is not
+    assert less["ce + WiSE-FT"]["id"]["by_seed"] == pytest.approx([0.7 - 0.8, 0.5 - 0.9])
+
+
+def test_document_shows_rates_at_the_end_of_the_list_and_signs_of_differences():
+    lines = report.document(record(METHODS)).splitlines()
+    assert "| flyp | 80.0 ± 127.1 | 40.0 ± 127.1 | 40.0 ± 127.1 | lr 1e-05 (least tried) | 1 |" in lines
+    assert (
+        "| ce + WiSE-FT | 60.0 ± 127.1 | 45.0 ± 63.5 | 45.0 ± 63.5 | lr 0.0001 (most tried) | 0.25 |" in lines
+    )
+    assert any(line.startswith("| ce | -15.0 ± 63.5 | +10.0 ± 0.0 |") for line in lines)
+    assert any("so its own figures are a little too good (--id-test" in line for line in lines)
+
+
+def test_the_curve_is_the_mean_over_seeds_and_the_star_that_of_the_points_chosen():
+    curve = report.curve(list(METHODS["flyp"]["seeds"].values()), ["id"])
+    assert curve.across == pytest.approx([50, 70, 80]) and curve.up == pytest.approx([40, 40, 40])
+    assert curve.star == pytest.approx((100 * (0.8 + 0.9) / 2, 100 * (0.5 + 0.5) / 2))
+    alone = report.curve(
+        list(METHODS["flyp"]["seeds"].values()), ["id", "ood"]
+    )  # no OOD set: alpha is across
+    assert alone.across == (0, 0.5, 1) and alone.star == pytest.approx((0.75, 50))
+
+
+def test_a_panel_for_each_block(tmp_path):
+    two = record(METHODS)
+    two["blocks"] = [{**two["blocks"][0], "title": title} for title in ("4 shots", "16 shots")]
+    report.draw(two, tmp_path / "compare.png")
+    assert PIL.Image.open(tmp_path / "compare.png").size == (1800, 675)
+    assert report.document(two).count("\n## ") == 2
