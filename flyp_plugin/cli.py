@@ -9,6 +9,7 @@ from importlib import import_module
 
 from flyp_plugin import __version__
 from flyp_plugin.errors import run
+from flyp_plugin.flags import parser as train_parser
 
 _HOUR = """  flyp shards write photos/train data/train
   flyp shards write photos/test data/test
@@ -371,6 +372,9 @@ def call(argv: Sequence[str]) -> int | None:
         InputError: as the command.
     """
     if argv[:1] == ["train"]:
+        train_parser().parse_known_args(
+            argv[1:]
+        )  # --help is answered before anything is imported that takes long
         return import_module("flyp_plugin.train").train(argv[1:])
     parser = _parser()
     args, rest = parser.parse_known_args(argv or ["--help"])

@@ -21,11 +21,11 @@ from typing import Any
 
 from flyp_plugin import report
 from flyp_plugin.errors import InputError
+from flyp_plugin.flags import parser as train_parser
 from flyp_plugin.jobs import DONE, JobFailed, Jobs, begin, in_turn
 from flyp_plugin.monitor import wiseft_command
 from flyp_plugin.sources import write_atomically
 from flyp_plugin.train import FlypRun
-from flyp_plugin.train import parser as train_parser
 
 METHODS: dict[str, list[str]] = {  # and what makes train.py do it
     "flyp": [],

@@ -6,7 +6,7 @@ the dict that open_clip's loop hands to the loss, and the loss. Learned heads ar
 
 import math
 import re
-from argparse import Namespace, _ArgumentGroup
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyp_plugin.errors import InputError
+from flyp_plugin.flags import COLLISIONS
 from flyp_plugin.learned import HEAD, exact_logits
 
-# Of linear probes: CLIP's own example has 0.316 on features that are not normalised, about 10 long: this on ours
-LP_C = 31.6
-COLLISIONS = ("keep", "mask", "soft")
 Outputs = dict[str, Tensor]
 
 
@@ -198,20 +196,6 @@ OBJECTIVES = {
     "lp-ft": Objective(_learned, trains=_IMAGE_SIDE, learned_head=True, fit=True),
     "flyp-ce": Objective(_from_text, trains="(?!logit_bias)"),
 }
-
-
-def add_flags(group: _ArgumentGroup) -> None:
-    """The flags of objectives."""
-    group.add_argument("--objective", choices=list(OBJECTIVES), default="flyp", help="flyp: both towers, contrastive; "
-        "ce: image tower and a linear head, cross-entropy (standard fine-tuning); lp: a linear head on frozen features; "
-        "lp-ft: lp, then ce from its head; flyp-ce: both towers, cross-entropy over the text tower's head "
-        "(default: %(default)s)")  # fmt: skip
-    group.add_argument("--collisions", choices=COLLISIONS, default="keep", help="two images of one class in a batch: "
-        "negatives of each other's prompts, left out, or sharing the target (default: %(default)s)")  # fmt: skip
-    group.add_argument("--ce-weight", type=float, default=0.0, metavar="W", help="add W x cross-entropy over the head "
-        "of the batch's classes to flyp (default: %(default)s)")  # fmt: skip
-    group.add_argument("--lp-c", type=float, metavar="C", help="of lp and lp-ft: inverse strength of the L2 "
-        f"regularisation, scikit-learn's C (default: {LP_C})")  # fmt: skip
 
 
 def changes(args: Namespace) -> list[str]:

@@ -24,93 +24,16 @@ from flyp_plugin import checkpoints, cli, objectives, openclip, shards
 from flyp_plugin.data import ClassPromptDataset, LabelledDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import parse_eval_sets, with_progress
+from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, LP_C, parser
 from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, class_rows, fit_head
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.prompts import resolve_prompts
-from flyp_plugin.sources import IMAGE_KEY, count_samples, expand_sources
+from flyp_plugin.sources import count_samples, expand_sources
 from flyp_plugin.text import shorten
 
-GLOBAL_BATCH = 512
-# The paper's, where they differ from open_clip's, which are for pretraining (arXiv 2212.00638, appendix)
-DEFAULTS = {
-    "lr": "1e-5",
-    "wd": "0.1",
-    "warmup": "500",
-    "epochs": "10",
-    "beta1": "0.9",
-    "beta2": "0.999",
-    "eps": "1e-8",
-    "precision": "fp32",
-    "batch_size": str(GLOBAL_BATCH),
-}
 _OTHER = {"precision": "bf16"}  # with -1 for the numbers: other defaults, which show what the user gives
 _log = logging.getLogger(__name__)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of FLYP's own flags; it takes no abbreviations, so that it catches none of open_clip's."""
-    parser = argparse.ArgumentParser(
-        prog="train_flyp.py",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Fine-tune a CLIP model like it was pretrained (FLYP), by open_clip's own training script.\n\n"
-        "example:\n  python train_flyp.py --model ViT-B-16 --pretrained openai --train-data data --batch-size 256",
-        epilog="All other flags are open_clip's (--model, --pretrained, --train-data, --batch-size, --epochs, --lr,\n"
-        "--precision, --resume latest, ...): see --help-open-clip. With FLYP's defaults: "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DEFAULTS.items())
-        + "\n(over all ranks together), and --local-loss --gather-with-grad with several ranks.",
-    )
-    add = parser.add_argument
-    add(
-        "--classnames",
-        metavar="FILE",
-        help="class names, a line each (or: imagenet); else classnames.txt by the shards",
-    )
-    add("--templates", metavar="FILE", help="prompt templates with {c}, a line each (or: openai, simple, or one "
-        "template); else zeroshot_classification_templates.txt by the shards")  # fmt: skip
-    add(
-        "--label-key", default="cls", help="member with the class index, or json:FIELD (default: %(default)s)"
-    )
-    add("--image-key", default=IMAGE_KEY, help="members that may hold the image (default: %(default)s)")
-    add(
-        "--model-config",
-        metavar="PATH",
-        help="a model configuration of your own for open_clip, or a folder of them",
-    )
-    add("--eval-data", metavar="NAME=SHARDS", action="append", default=[], help="a labelled set to score before "
-        "training and after each epoch; repeatable, the first is the ID validation set")  # fmt: skip
-    add(
-        "--eval-frequency",
-        metavar="N",
-        type=int,
-        default=1,
-        help="score every N epochs (default: %(default)s)",
-    )
-    add(
-        "--group-key",
-        metavar="KEY",
-        help="member with a sample's group, or json:FIELD, for worst-group accuracy",
-    )
-    objectives.add_flags(parser.add_argument_group("objective"))
-    _add_shots(parser.add_argument_group("few shots"))
-    add("--full-text", action="store_true", help="run the text tower on its full context and on every row, as "
-        "open_clip does: slower, the same features")  # fmt: skip
-    add("--jpeg-draft", action="store_true", help="decode JPEGs of at least twice the model's image size at a fraction "
-        "of their size: faster, with slightly other pixels; for training, not for evaluation")  # fmt: skip
-    add("--softmax-loss", action="store_true", help="train a SigLIP model with the softmax loss all the same")
-    add(
-        "--no-flyp-defaults", action="store_true", help="leave open_clip's own defaults, made for pretraining"
-    )
-    add("--demo", action="store_true", help="the whole way on handwritten digits: see flyp demo --help")
-    add("--help-open-clip", action="store_true", help="show open_clip's flags and leave")
-    return parser
-
-
-def _add_shots(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--shots", type=int, metavar="K", help="train on K images of each class, the ones that "
-        "`flyp shards subset` takes; local shards only")  # fmt: skip
-    group.add_argument("--shots-seed", type=int, metavar="S", help="which images (default: 0)")
 
 
 class FlypRun:
@@ -230,7 +153,7 @@ class FlypRun:
             world_size=args.world_size,
         )
         features, labels = image_features(model, with_progress(dataset, "features"), args.precision)
-        c = args.lp_c or objectives.LP_C
+        c = args.lp_c or LP_C
         weight = fit_head(features, labels, len(head.weight), c)
         head.weight.data.copy_(weight)
         _log.info(f"Fitted the head to the features of all images, with C = {c:g}.")

@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy, normalize
 
-from flyp_plugin import ClassPromptDataset, ClassPrompts, ImageClassifier
+from flyp_plugin import ClassPromptDataset, ClassPrompts, ImageClassifier, flags, objectives
 from flyp_plugin.cli import call as flyp
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
@@ -539,3 +539,7 @@ def test_an_open_clip_without_create_loss_is_named(launch, monkeypatch):
 def test_a_negative_infinity_is_never_a_whole_row():
     images, texts, scale, _ = pairs()
     assert math.isfinite(PairLoss("mask")(images, texts, scale, torch.zeros(12, dtype=torch.int64)))
+
+
+def test_the_flag_offers_every_objective():
+    assert flags.OBJECTIVES == tuple(objectives.OBJECTIVES)

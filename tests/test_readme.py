@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flyp_plugin import cli, openclip, train
+from flyp_plugin import cli, flags, openclip
 from flyp_plugin.sources import count_samples, expand_source
 from tests.digits import NAMES
 
@@ -40,13 +40,13 @@ def commands(section=""):
 
 
 def known_flags():
-    parsers = [train.parser(), cli._parser()]
-    flags = set()
+    parsers = [flags.parser(), cli._parser()]
+    known = set()
     while parsers:
         for action in parsers.pop()._actions:
-            flags |= set(action.option_strings)
+            known |= set(action.option_strings)
             parsers += list((action.choices or {}).values()) if hasattr(action, "add_parser") else []
-    return flags
+    return known
 
 
 def open_clip_flags():
@@ -65,7 +65,7 @@ def test_every_command_is_understood(words):
     if words[0] == "flyp":
         cli._parser().parse_args(words[1:])
     elif "--demo" not in words:
-        _, rest = train.parser().parse_known_args(words[1:])
+        _, rest = flags.parser().parse_known_args(words[1:])
         openclip.parse_args(rest)
 
 
@@ -78,8 +78,8 @@ def test_every_flag_exists():
 
 def test_every_flag_of_training_is_in_the_table():
     table = README.partition("| flag | meaning |")[2].partition("\n\n")[0]
-    flags = {f for action in train.parser()._actions for f in action.option_strings if f.startswith("--")}
-    assert {flag for flag in flags - {"--help"} if f"`{flag}" not in table} == set()
+    ours = {f for action in flags.parser()._actions for f in action.option_strings if f.startswith("--")}
+    assert {flag for flag in ours - {"--help"} if f"`{flag}" not in table} == set()
 
 
 @pytest.fixture
