@@ -63,7 +63,9 @@ def test_the_commands_are_found():
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_is_understood(words):
     if words[0] == "flyp":
-        cli._parser().parse_args(words[1:])
+        _, rest = cli._parser().parse_known_args(words[1:])
+        assert not rest or words[1] == "compare"
+        openclip.parse_args(flags.parser().parse_known_args(rest)[1])
     elif "--demo" not in words:
         _, rest = flags.parser().parse_known_args(words[1:])
         openclip.parse_args(rest)
