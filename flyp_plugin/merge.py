@@ -250,7 +250,13 @@ def draw_frontier(results: Results, chosen: float, path: Path, per_set: bool = F
         ups[first] = [100 * results[alpha][first]["top1"] for alpha in alphas]
     at = alphas.index(chosen)
     curves = {name: Curve(across, up, (across[at], up[at])) for name, up in ups.items()}
-    draw_curves({"": curves}, alphas, f"chosen: alpha = {chosen:g}", first if others else None, path)
+    draw_curves(
+        {"": curves},
+        [f"{alpha:g}" for alpha in alphas],
+        f"chosen: alpha = {chosen:g}",
+        first if others else None,
+        path,
+    )
 
 
 @dataclass(frozen=True)
@@ -264,7 +270,7 @@ class Curve:
 
 def draw_curves(
     panels: Mapping[str, Mapping[str, Curve]],
-    alphas: Sequence[float],
+    labels: Sequence[str],
     star: str,
     id_name: str | None,
     path: Path,
@@ -273,7 +279,7 @@ def draw_curves(
 
     Args:
         panels: the curves of each by name; the panels by title.
-        alphas: what stands at the points.
+        labels: what stands at the points, '' for nothing.
         star: what a star means.
         id_name: the set whose accuracy goes across; None: alpha does.
         path: where the PNG goes.
@@ -285,8 +291,8 @@ def draw_curves(
         for name, curve in curves.items():
             (line,) = axes.plot(curve.across, curve.up, "o-", markersize=4, label=name)
             axes.plot(*curve.star, "*", markersize=16, color=line.get_color(), markeredgecolor="black")
-            for x, y, alpha in zip(curve.across, curve.up, alphas):
-                axes.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+            for x, y, label in zip(curve.across, curve.up, labels):
+                axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axes.plot([], [], "*", markersize=12, color="white", markeredgecolor="black", label=star)
         axes.set_title(title)
         axes.set_xlabel(f"{id_name} (ID) top-1, %" if id_name else "alpha (0: pretrained, 1: fine-tuned)")

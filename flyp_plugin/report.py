@@ -146,16 +146,17 @@ def percent(cell: Mapping[str, Any], sign: str = "") -> str:
 
 
 def draw(record: Record, path: Path) -> None:
-    """compare.png: a frontier a method, a panel a block (FLYP, figure 2)."""
-    id_sets, panels, alphas, ood = record["id_sets"], {}, [], False
+    """compare.png: a frontier a method, a panel a block (FLYP, figure 2). Of the alphas only 0 and 1 are written."""
+    id_sets, panels, labels, ood = record["id_sets"], {}, [""], False
     for block in record["blocks"]:
         curves = {}
         for method, found in block["methods"].items():
             sweeps = list(found["seeds"].values())
             curves[method] = curve(sweeps, id_sets)
-            alphas, ood = list(map(float, sweeps[0]["alphas"])), "mean OOD" in block["rows"][method]
+            labels = [{"0.00": "0", "1.00": "1"}.get(alpha, "") for alpha in sweeps[0]["alphas"]]
+            ood = "mean OOD" in block["rows"][method]
         panels[block["title"]] = curves
-    draw_curves(panels, alphas, "at the alphas chosen", id_sets[-1] if ood else None, path)
+    draw_curves(panels, labels, "at the alphas chosen", id_sets[-1] if ood else None, path)
 
 
 def curve(sweeps: Sequence[Record], id_sets: Sequence[str]) -> Curve:
