@@ -197,6 +197,7 @@ def _interrupted(process: subprocess.Popen) -> None:
         status = process.wait(timeout=10)
     except subprocess.TimeoutExpired:
         process.terminate()
+        process.wait()  # which Popen leaves out after Ctrl-C
     else:
         if status == 130 and not process.stdout:
             raise SystemExit(status)
