@@ -473,8 +473,8 @@ def test_a_sigmoid_model_is_fine_tuned_by_cross_entropy(launch, digits, tmp_path
         "init_logit_bias": -10,
         "custom_text": True,
     }
-    (tmp_path / "digits-siglip.json").write_text(json.dumps(config))
-    model = ["--model", "digits-siglip", "--model-config", tmp_path / "digits-siglip.json"]
+    (tmp_path / "digits-sigmoid.json").write_text(json.dumps(config))
+    model = ["--model", "digits-sigmoid", "--model-config", tmp_path / "digits-sigmoid.json"]
     state = weights(launch(*flags, *model, "--train-num-samples", 100, name=f"sigmoid-{flags[1]}"), 1)
     assert state["logit_bias"] == -10
 
