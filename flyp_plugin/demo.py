@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flyp_plugin import openclip
 from flyp_plugin.errors import InputError
 from flyp_plugin.sources import write_atomically
 
@@ -60,9 +61,10 @@ def demo_command(args: argparse.Namespace) -> None:
     Raises:
         InputError: --demo-dir holds something else, a package is missing, or a step failed.
     """
-    missing = [name for name in ("sklearn", "matplotlib", "open_clip_train") if find_spec(name) is None]
+    missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
     if missing:
         raise InputError(f"the demo needs {', '.join(missing)}: pip install 'flyp-plugin[demo]'")
+    openclip.world()  # needs open_clip's training script, and says so
     root = Path(args.demo_dir)
     _begin(root, {"pretrain_epochs": args.pretrain_epochs, "epochs": args.epochs})
     if not (root / "photos").exists():
@@ -117,10 +119,17 @@ def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str,
     )
     cpu = ["--device", "cpu", "--workers", "1"]
     run = [*cpu, "--logs", f"{root}/logs", "--resume", "latest", "--delete-previous-checkpoint"]
-    main = f"import open_clip, sys; open_clip.add_model_config({str(config)!r})"
-    main += "; from open_clip_train.main import main; main(sys.argv[1:])"
     images = len(PARTS["captions"]) * len(LOOKS)
-    command = ["python", "-c", main, "--model", "demo-clip", "--dataset-type", "webdataset"]
+    command = [
+        "python",
+        "-c",
+        openclip.PLAIN_MAIN,
+        str(config),
+        "--model",
+        "demo-clip",
+        "--dataset-type",
+        "webdataset",
+    ]
     command += ["--train-data", f"{root}/captions/{{0..{math.ceil(images / SHARD_SIZE) - 1}}}.tar"]
     command += ["--train-num-samples", str(images), "--name", "pretrain", "--epochs", str(pretrain_epochs)]
     command += ["--batch-size", "125", "--lr", "2e-3", "--warmup", "30", "--precision", "fp32", *run]

@@ -31,6 +31,11 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.learned import HEAD
 from flyp_plugin.samples import sample_seed
 
+# for `python -c`: open_clip's own training, of a model configuration (the first argument) that open_clip has not
+PLAIN_MAIN = (
+    "import open_clip, sys; open_clip.add_model_config(sys.argv.pop(1)); "
+    "from open_clip_train.main import main; main(sys.argv[1:])"
+)
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
 _log = logging.getLogger(__name__)
 
