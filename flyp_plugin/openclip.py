@@ -21,7 +21,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,35 +31,11 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.learned import HEAD
 from flyp_plugin.samples import sample_seed
 
+if TYPE_CHECKING:
+    from flyp_plugin.train import FlypRun
+
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
 _log = logging.getLogger(__name__)
-
-
-class Plan(Protocol):
-    """What is put into open_clip's run; its methods are called on every rank, in this order."""
-
-    args: Namespace  # open_clip's and ours, as main() is to see them; main() adds rank, world_size, name, ...
-
-    changes: list[str]  # flags that need another loss than open_clip's
-
-    def on_model(self, model: torch.nn.Module) -> None: ...
-
-    def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset: ...
-
-    @property
-    def evaluates(self) -> bool: ...
-
-    def evaluate(
-        self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int
-    ) -> dict: ...
-
-    def create_loss(self) -> torch.nn.Module: ...
-
-    def before_epoch(
-        self, model: torch.nn.Module, preprocess: Callable, epoch: int
-    ) -> bool: ...  # let it train?
-
-    def finish(self) -> None: ...
 
 
 def _module(name: str) -> ModuleType:
@@ -90,11 +66,6 @@ def world() -> tuple[int, int]:
     return rank, size
 
 
-def run_folder(args: Namespace) -> Path | None:
-    """Where open_clip keeps this run; None where it makes up the name itself."""
-    return Path(args.logs, args.name) if args.name else None
-
-
 def check_run_folder(args: Namespace) -> None:
     """Look at the run's folder before open_clip does.
 
@@ -103,9 +74,9 @@ def check_run_folder(args: Namespace) -> None:
     Raises:
         InputError: a run of this name is there and is not to be resumed.
     """
-    folder = run_folder(args)
-    if folder is None:
+    if not args.name:  # open_clip makes up a new one
         return
+    folder = Path(args.logs, args.name)
     if args.resume != "latest":
         if (folder / "out.log").exists():
             raise InputError(
@@ -114,13 +85,11 @@ def check_run_folder(args: Namespace) -> None:
         return
     for path in sorted(folder.glob("checkpoints/**/*.pt")):
         if not zipfile.is_zipfile(path):  # torch writes a zip file, whose directory comes last
-            path.rename(path.with_suffix(".pt.incomplete"))
-            _log.warning(
-                f"{path} is incomplete and is left out: it is now {path.with_suffix('.pt.incomplete')}."
-            )
+            aside = path.rename(path.with_suffix(".pt.incomplete"))
+            _log.warning(f"{path} is incomplete and is left out: it is now {aside}.")
 
 
-def run(plan: Plan) -> int:
+def run(plan: "FlypRun") -> int:
     """open_clip_train.main.main, unchanged, on the plan's data; returns the exit status."""
     main = _module("main")
     with _logging_put_back(), _installed(_Seams(plan)):
@@ -203,7 +172,7 @@ class _Seams:
         ("train", "zero_shot_eval"),
     )
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: "FlypRun"):
         self.plan = plan
         self.original: dict[str, Callable] = {}
         self.model: Any = None
@@ -234,18 +203,15 @@ class _Seams:
     def get_data(
         self, args: Namespace, preprocess: tuple, epoch: int = 0, tokenizer: Any = None, **kwargs: Any
     ) -> dict:
-        as_dict = (
-            "naflex_data_config" in inspect.signature(self.original["get_data"]).parameters
-        )  # open_clip 4
+        original = self.original["get_data"]
+        as_dict = "naflex_data_config" in inspect.signature(original).parameters  # open_clip 4
         others = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
-        data = self.original["get_data"](others, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
+        data = original(others, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
         self.preprocess_val, self.tokenizer = preprocess[1], tokenizer
         dataset = self.plan.train_data(preprocess[0], tokenizer, as_dict)
         data["train"] = _data_info(dataset, args)
-        if self.plan.evaluates:
-            data.setdefault(
-                "imagenet-val", None
-            )  # main() evaluates where this key is; zero_shot_eval below answers
+        if self.plan.evaluates:  # main() evaluates where this key is; zero_shot_eval below answers
+            data.setdefault("imagenet-val", None)
         return data
 
     def evaluate(self, model: Any, data: dict, epoch: int, args: Namespace, **kwargs: Any) -> dict:
@@ -264,10 +230,9 @@ class _Seams:
         state = given.get("state")  # open_clip 4: one object for model, optimizer and epoch
         epoch = state.epoch if state else given["epoch"]
         if not self.started and self.plan.evaluates and epoch == 0:
-            model, tb_writer = state.task if state else given["model"], given.get("tb_writer")
-            self.evaluate(
-                model, given["data"], 0, given["args"], tb_writer=tb_writer, tokenizer=self.tokenizer
-            )
+            model = state.task if state else given["model"]
+            more = {"tb_writer": given.get("tb_writer"), "tokenizer": self.tokenizer}
+            self.evaluate(model, given["data"], 0, given["args"], **more)
         self.started = True
         if not self.plan.before_epoch(self.model, self.preprocess_val, epoch):
             return None

@@ -37,7 +37,10 @@ _log = logging.getLogger(__name__)
 
 
 class FlypRun:
-    """A FLYP run as openclip.run wants it: made and checked before there is a model.
+    """A FLYP run, which openclip.py puts into open_clip's: made and checked before there is a model.
+
+    Its methods are called on every rank: on_model, train_data, create_loss, evaluate and before_epoch in turn, finish.
+    `args` are open_clip's and ours; main() adds rank, world_size, name, ... before the first of these calls.
 
     Args:
         ours: FLYP's own flags.
@@ -59,7 +62,7 @@ class FlypRun:
         if rank == 0:
             openclip.check_run_folder(args)
         self.objective = objectives.OBJECTIVES[args.objective]
-        self.changes = objectives.changes(args)
+        self.changes = objectives.changes(args)  # flags that need another loss than open_clip's
         objectives.check_flags(args)
         _check_shots(args)
         self.shards, self.weights = _shards(args)
