@@ -26,6 +26,7 @@ from flyp_plugin.learned import HEAD, head_of
 
 StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: a torch.nn.Module whose attributes torch's own types would not allow
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of images; flags have image_ before it
 _SCHEMA = r"(hf-hub|local-dir):"  # names that are places
 
 
@@ -190,19 +191,14 @@ def model_from_args(args: Namespace, pretrained: str, precision: str | None = No
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} cannot be used ({str(error).splitlines()[0]}).") from None
-    overrides = {
-        "mean": args.image_mean,
-        "std": args.image_std,
-        "interpolation": args.image_interpolation,
-        "resize_mode": args.image_resize_mode,
-    }
+    given = {name: getattr(args, f"image_{name}") for name in PREPROCESSING}
     return load_model(
         args.model,
         pretrained,
         precision or args.precision,
         device,
         force_quick_gelu=args.force_quick_gelu,
-        force_preprocess_cfg={key: value for key, value in overrides.items() if value is not None},
+        force_preprocess_cfg={name: value for name, value in given.items() if value is not None},
     )
 
 

@@ -76,9 +76,7 @@ def parse_eval_sets(
     return list(sets.values())
 
 
-def loader_from_args(
-    eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace, rank: int = 0, world_size: int = 1
-) -> LabelledDataset:
+def loader_from_args(eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace) -> LabelledDataset:
     """The set's images, or a rank's part of them, as the flags of `flyp train`, `eval` and `wiseft` say."""
     return LabelledDataset(
         eval_set.shards,
@@ -89,8 +87,8 @@ def loader_from_args(
         image_key=args.image_key,
         label_key=args.label_key,
         group_key=args.group_key,
-        rank=rank,
-        world_size=world_size,
+        rank=getattr(args, "rank", 0),
+        world_size=getattr(args, "world_size", 1),
     )
 
 
@@ -147,20 +145,9 @@ def _predictions(path: str | None) -> Iterator[Callable[[EvalSet], Callable] | N
             def on_batch(batch: dict[str, Any], logits: torch.Tensor) -> None:
                 best = logits.softmax(dim=1).max(dim=1)
                 labels, groups = batch["labels"].tolist(), batch.get("groups") or [""] * len(batch["labels"])
-                for key, label, guess, probability, group in zip(
-                    batch["keys"], labels, best.indices.tolist(), best.values.tolist(), groups
-                ):
-                    row = [
-                        eval_set.name,
-                        key,
-                        label,
-                        guess,
-                        f"{probability:.6f}",
-                        group,
-                        names[label],
-                        names[guess],
-                    ]
-                    writer.writerow(row)
+                guesses, probabilities = best.indices.tolist(), [f"{p:.6f}" for p in best.values.tolist()]
+                for key, label, guess, *rest in zip(batch["keys"], labels, guesses, probabilities, groups):
+                    writer.writerow([eval_set.name, key, label, guess, *rest, names[label], names[guess]])
 
             return on_batch
 

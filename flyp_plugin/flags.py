@@ -1,6 +1,8 @@
 """FLYP's own flags and defaults for training, which join open_clip's; nothing here takes long to import."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from flyp_plugin.sources import IMAGE_KEY
 
@@ -23,6 +25,16 @@ OBJECTIVES = ("flyp", "ce", "lp", "lp-ft", "flyp-ce")  # what they are is in obj
 COLLISIONS = ("keep", "mask", "soft")
 
 
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """Flags by their names in a parser's result, as a command line has them; those that are not given are left out."""
+    words = []
+    for name, value in values.items():
+        if value or (value == 0 and value is not False):
+            given = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, given)]
+    return words
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of FLYP's own flags; it takes no abbreviations, so that it catches none of open_clip's."""
     parser = argparse.ArgumentParser(
@@ -33,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "example:\n  python train_flyp.py --model ViT-B-16 --pretrained openai --train-data data --batch-size 256",
         epilog="All other flags are open_clip's (--model, --pretrained, --train-data, --batch-size, --epochs, --lr,\n"
         "--precision, --resume latest, ...): see --help-open-clip. With FLYP's defaults: "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DEFAULTS.items())
+        + " ".join(as_words(DEFAULTS))
         + "\n(over all ranks together), and --local-loss --gather-with-grad with several ranks.",
     )
     # fmt: off

@@ -18,6 +18,7 @@ from open_clip.transform import PreprocessCfg
 
 import flyp_plugin
 from flyp_plugin.checkpoints import (
+    PREPROCESSING,
     Model,
     StateDict,
     load_tokenizer,
@@ -30,6 +31,7 @@ from flyp_plugin.checkpoints import (
 )
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import loader_from_args, parse_eval_sets
+from flyp_plugin.flags import as_words
 from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
@@ -172,23 +174,15 @@ def _check_classes(states: Sequence[StateDict], paths: Sequence[str]) -> None:
 
 def model_flags(args: argparse.Namespace, model: Model) -> list[str]:
     """The flags that make `model` again from a checkpoint, which does not tell a tag's preprocessing."""
-    flags = ["--model", args.model]
-    if args.model_config:
-        flags += ["--model-config", args.model_config]
     config = open_clip.get_model_config(args.model.replace("/", "-")) or {}
-    if not config.get("quick_gelu") and any(
-        type(module).__name__ == "QuickGELU" for module in model.modules()
-    ):
-        flags += ["--force-quick-gelu"]
-    for name in ("mean", "std", "interpolation", "resize_mode"):
-        value, default = model.visual.preprocess_cfg[name], getattr(PreprocessCfg(), name)
+    quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
+    flags = {"model": args.model, "model_config": args.model_config}
+    flags["force_quick_gelu"] = quick and not config.get("quick_gelu")
+    for name in PREPROCESSING:
+        value = model.visual.preprocess_cfg[name]
         value = value if isinstance(value, str) else tuple(value)
-        if value != default:
-            flags += [
-                f"--image-{name.replace('_', '-')}",
-                *([value] if isinstance(value, str) else map(str, value)),
-            ]
-    return flags
+        flags[f"image_{name}"] = None if value == getattr(PreprocessCfg(), name) else value
+    return as_words(flags)
 
 
 def _record(

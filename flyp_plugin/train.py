@@ -21,10 +21,10 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
 from flyp_plugin import checkpoints, cli, objectives, openclip, shards
-from flyp_plugin.data import ClassPromptDataset, LabelledDataset, peek
+from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
-from flyp_plugin.evalsets import parse_eval_sets, with_progress
-from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, LP_C, parser
+from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
+from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, LP_C, as_words, parser
 from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, class_rows, fit_head
 from flyp_plugin.monitor import Monitor
@@ -144,21 +144,11 @@ class FlypRun:
 
     def _fit(self, model: Any, preprocess: Callable) -> None:
         args, head = self.args, getattr(model, HEAD)
-        dataset = LabelledDataset(
-            self.shards,
-            preprocess,  # the evaluation's, without augmentation
-            args.batch_size,
-            num_classes=len(self.prompts.classnames),
-            num_workers=args.workers,
-            image_key=args.image_key,
-            label_key=args.label_key,
-            rank=args.rank,
-            world_size=args.world_size,
-        )
+        images = EvalSet("features", self.shards, self.prompts, args.train_data)
+        dataset = loader_from_args(images, preprocess, args)  # the evaluation's, without augmentation
         features, labels = image_features(model, with_progress(dataset, "features"), args.precision)
         c = args.lp_c or LP_C
-        weight = fit_head(features, labels, len(head.weight), c)
-        head.weight.data.copy_(weight)
+        head.weight.data.copy_(fit_head(features, labels, len(head.weight), c))
         _log.info(f"Fitted the head to the features of all images, with C = {c:g}.")
 
     def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
@@ -262,23 +252,15 @@ def _defaults(rest: Sequence[str], world_size: int) -> dict[str, str]:
 
 def _flags(values: dict[str, str], world_size: int = 1) -> list[str]:
     """As a command line; with several ranks FLYP's loss is over the batches of all of them."""
-    flags = chain.from_iterable((f"--{name.replace('_', '-')}", value) for name, value in values.items())
-    return [*flags, *(("--local-loss", "--gather-with-grad") if values and world_size > 1 else ())]
+    return [*as_words(values), *(("--local-loss", "--gather-with-grad") if values and world_size > 1 else ())]
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    least = {
-        "batch_size": 1,
-        "epochs": 1,
-        "accum_freq": 1,
-        "train_num_samples": 1,
-        "workers": 0,
-        "eval_frequency": 0,
-    }
-    for name, number in least.items():
+    least = {"batch_size": 1, "epochs": 1, "accum_freq": 1, "train_num_samples": 1, "workers": 0}
+    for name, number in {**least, "eval_frequency": 0}.items():
         value = getattr(args, name)
         if value is not None and value < number:
-            raise InputError(f"--{name.replace('_', '-')} {value} is too few; give {number} or more.")
+            raise InputError(f"{' '.join(as_words({name: value}))} is too few; give {number} or more.")
 
 
 def _shards(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
