@@ -59,11 +59,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         reason = str(error).strip().split("\n")[0][:150]
         raise InputError(f"{path} is not a whole checkpoint ({reason}); was its writing cut short?") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(v, torch.Tensor) for v in weights.values())
-    ):
+    tensors = isinstance(weights, dict) and all(isinstance(v, torch.Tensor) for v in weights.values())
+    if not tensors or not weights:
         raise InputError(f"{path} holds no weights; give a state_dict, or a checkpoint of open_clip.")
     # the wrappers that DistributedDataParallel and torch.compile leave in the names
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}

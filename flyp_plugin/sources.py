@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flyp_plugin.errors import InputError
 
 IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as open_clip has it
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)  # what reading a broken one raises
 TIMEOUT = 30  # seconds for a small text file over http
 _log = logging.getLogger(__name__)
 
@@ -105,10 +106,9 @@ def _expand_folder(source: str, split: str) -> list[str]:
     if not os.path.isdir(source):
         raise InputError(f"there is no file or folder {source}; check the path.")
     for folder in (Path(source), Path(source, split)):
-        tars = sorted(
-            (path for path in folder.glob("*.tar") if not path.name.startswith(".")),
-            key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)],
-        )
+        tars = [path for path in folder.glob("*.tar") if not path.name.startswith(".")]
+        # by the numbers in their names
+        tars.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)])
         if tars:
             stated = read_text(str(folder / "nshards.txt"))
             if stated is not None and stated.strip() != str(len(tars)):
@@ -217,7 +217,7 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
         keys: set[str] = set()
         try:
             keys.update(_keys(path, image_key))  # keeps those before an error
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        except TAR_ERRORS as error:
             whole = False
             reason = str(error).partition(":")[0]  # tarfile goes on with a line for each compression
             _log.warning(f"{path} cannot be read to its end as a tar ({reason}); {len(keys)} samples count.")
@@ -227,13 +227,10 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
     if whole and counted and not remembered.exists():  # nothing at all: the image key may be wrong
         try:
             write_atomically(remembered, json.dumps(sizes, indent=1) + "\n")
-            _log.info(
-                f"Counted {counted} samples in {len(sizes)} shards of {folder}; remembered in {remembered}."
-            )
+            kept = f"; remembered in {remembered}"
         except OSError:
-            _log.info(
-                f"Counted {counted} samples in {len(sizes)} shards of {folder} (which cannot be written to)."
-            )
+            kept = " (which cannot be written to)"
+        _log.info(f"Counted {counted} samples in {len(sizes)} shards of {folder}{kept}.")
     return counted
 
 

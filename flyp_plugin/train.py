@@ -110,9 +110,8 @@ class FlypRun:
             )
         size = getattr(model.visual, "image_size", 0)  # int or (height, width)
         self.image_size = size if isinstance(size, int) else max(size)
-        tokenizer = open_clip.get_tokenizer(
-            args.model, context_length=getattr(args, "force_context_length", None)
-        )
+        context_length = getattr(args, "force_context_length", None)
+        tokenizer = open_clip.get_tokenizer(args.model, context_length=context_length)
         if not args.full_text:
             two = tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
             compiled = args.torchcompile  # wants few shapes, and none that depend on the data
@@ -196,9 +195,8 @@ class FlypRun:
     def _say(self, dataset: ClassPromptDataset) -> None:
         args, prompts = self.args, self.prompts
         classes, templates = len(prompts.classnames), len(prompts.templates)
-        fewer = (
-            "" if dataset.num_workers == args.workers else f" (not {args.workers}: a worker needs a shard)"
-        )
+        all_work = dataset.num_workers == args.workers
+        fewer = "" if all_work else f" (not {args.workers}: a worker needs a shard)"
         named = ", ".join(f"{name} {value}" for name, value in self.defaults.items()) or "none"
         steps = f"Steps: {self.steps} an epoch, {args.epochs} epochs; {dataset.num_workers} workers a rank{fewer}."
         if not self.objective.loop:
@@ -240,11 +238,8 @@ def _logging_until_open_clip_does() -> Iterator[None]:
 def _defaults(rest: Sequence[str], world_size: int) -> dict[str, str]:
     """FLYP's defaults without those that the user gives otherwise: found by trying another default with open_clip."""
     others = openclip.parse_args([*_flags({name: _OTHER.get(name, "-1") for name in DEFAULTS}), *rest])
-    defaults = {
-        name: value
-        for name, value in DEFAULTS.items()
-        if str(getattr(others, name)) in ("-1", "-1.0", "bf16")
-    }
+    ours = [name for name in DEFAULTS if str(getattr(others, name)) in ("-1", "-1.0", "bf16")]
+    defaults = {name: DEFAULTS[name] for name in ours}
     if "batch_size" in defaults:  # FLYP's is the number of images that one loss sees
         defaults["batch_size"] = str(max(1, GLOBAL_BATCH // (world_size * others.accum_freq)))
     return defaults
