@@ -105,10 +105,8 @@ def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str,
     shards = [("id", f"data/{split}") for split in ("train", "val", "test")]
     for look, out in [*shards, ("negative", "negative/test"), ("outlined", "outlined/test")]:
         split = Path(out).name
-        command = (
-            f"flyp shards write {here}/photos/{look}/{split} {here}/{out} --classnames {here}/classnames.txt"
-        )
-        command += f" --templates {here}/templates.txt --shard-size {SHARD_SIZE}"
+        command = f"flyp shards write {here}/photos/{look}/{split} {here}/{out} --classnames"
+        command += f" {here}/classnames.txt --templates {here}/templates.txt --shard-size {SHARD_SIZE}"
         yield f"Write shards of {split}, {LOOKS[look]}", root / out, command
 
     main = f"import open_clip, sys; open_clip.add_model_config({str(root / 'demo-clip.json')!r})"
@@ -131,9 +129,8 @@ def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str,
     command += f" --name flyp --epochs {epochs} --batch-size 100 --lr 1e-3 {run}"
     yield "Fine-tune it with FLYP on one look", root / finetuned, command
 
-    command = (
-        f"flyp wiseft {model} {start} --finetuned {here}/{finetuned} {sets} {cpu} --force --out {here}/wiseft"
-    )
+    command = f"flyp wiseft {model} {start} --finetuned {here}/{finetuned} {sets} {cpu} --force"
+    command += f" --out {here}/wiseft"
     yield "Merge with the pretrained weights", root / "wiseft/frontier.png", command
 
     (merged,) = (f"wiseft/{path.name}" for path in (root / "wiseft").glob("*.pt"))

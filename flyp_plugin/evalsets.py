@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,11 +119,12 @@ def eval_command(args: argparse.Namespace) -> None:
         for eval_set in sets
     }
     results = {}
-    with _predictions(args.predictions) as write:
+    with _predictions(args.predictions) as row:
         for eval_set in sets:
             classifier = classifiers[eval_set.name]
             loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
-            results[eval_set.name] = evaluate(classifier, loader, on_batch=write and write(eval_set))
+            on_batch = partial(_write, row, eval_set) if row else None
+            results[eval_set.name] = evaluate(classifier, loader, on_batch=on_batch)
     text = json.dumps({"checkpoint": args.checkpoint, "model": args.model, "results": results}, indent=1)
     sys.stdout.write((text if args.json else table(results, "set")) + "\n")
     if args.predictions:
@@ -130,25 +132,20 @@ def eval_command(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _predictions(path: str | None) -> Iterator[Callable[[EvalSet], Callable] | None]:
-    """Write a CSV row an image; yields a function that gives the `on_batch` of a set."""
+def _predictions(path: str | None) -> Iterator[Callable | None]:
+    """Yields a function that writes a line of a CSV, to which `_write` gives an image each."""
     if path is None:
         yield None
         return
     with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
+        yield writer.writerow
 
-        def on_batch_of(eval_set: EvalSet) -> Callable:
-            names = eval_set.prompts.classnames
 
-            def on_batch(batch: dict[str, Any], logits: torch.Tensor) -> None:
-                best = logits.softmax(dim=1).max(dim=1)
-                labels, groups = batch["labels"].tolist(), batch.get("groups") or [""] * len(batch["labels"])
-                guesses, probabilities = best.indices.tolist(), [f"{p:.6f}" for p in best.values.tolist()]
-                for key, label, guess, *rest in zip(batch["keys"], labels, guesses, probabilities, groups):
-                    writer.writerow([eval_set.name, key, label, guess, *rest, names[label], names[guess]])
-
-            return on_batch
-
-        yield on_batch_of
+def _write(row: Callable, eval_set: EvalSet, batch: dict[str, Any], logits: torch.Tensor) -> None:
+    names, best = eval_set.prompts.classnames, logits.softmax(dim=1).max(dim=1)
+    labels, groups = batch["labels"].tolist(), batch.get("groups") or [""] * len(batch["labels"])
+    guesses, probabilities = best.indices.tolist(), [f"{p:.6f}" for p in best.values.tolist()]
+    for key, label, guess, *rest in zip(batch["keys"], labels, guesses, probabilities, groups):
+        row([eval_set.name, key, label, guess, *rest, names[label], names[guess]])

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from flyp_plugin.train import FlypRun
 
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
+# what is replaced, and in which module of open_clip_train
+_PLACES = dict.fromkeys(["parse_args", "create_model_and_transforms", "get_data", "evaluate"], "main")
+_PLACES |= {"train_one_epoch": "main", "zero_shot_eval": "train"}
 _log = logging.getLogger(__name__)
 
 
@@ -129,7 +132,7 @@ def _installed(seams: "_Seams") -> Iterator[None]:
         setattr(module, name, value)
 
     try:
-        for module_name, name in seams.places:
+        for name, module_name in _PLACES.items():
             module = _module(module_name)
             if not hasattr(module, name):
                 raise InputError(
@@ -162,15 +165,6 @@ class _CpuDistributed(torch.nn.parallel.DistributedDataParallel):
 
 class _Seams:
     """The functions that stand in for open_clip_train's during one call of its main()."""
-
-    places = (
-        ("main", "parse_args"),
-        ("main", "create_model_and_transforms"),
-        ("main", "get_data"),
-        ("main", "evaluate"),
-        ("main", "train_one_epoch"),
-        ("train", "zero_shot_eval"),
-    )
 
     def __init__(self, plan: "FlypRun"):
         self.plan = plan
