@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flyp_plugin import openclip
 from flyp_plugin.errors import InputError
 from flyp_plugin.sources import write_atomically
 
@@ -57,9 +58,10 @@ def demo_command(args: argparse.Namespace) -> None:
     Raises:
         InputError: --demo-dir holds something else, a package is missing, or a step failed.
     """
-    missing = [name for name in ("sklearn", "matplotlib", "open_clip_train") if find_spec(name) is None]
+    missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
     if missing:
         raise InputError(f"the demo needs {', '.join(missing)}: pip install 'flyp-plugin[demo]'")
+    openclip.world()  # needs open_clip's training script, and says so
     root = Path(args.demo_dir)
     _begin(root, {"pretrain_epochs": args.pretrain_epochs, "epochs": args.epochs})
     if not (root / "photos").exists():
@@ -109,13 +111,12 @@ def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str,
         command += f" {here}/classnames.txt --templates {here}/templates.txt --shard-size {SHARD_SIZE}"
         yield f"Write shards of {split}, {LOOKS[look]}", root / out, command
 
-    main = f"import open_clip, sys; open_clip.add_model_config({str(root / 'demo-clip.json')!r})"
-    main += "; from open_clip_train.main import main; main(sys.argv[1:])"
     images = len(PARTS["captions"]) * len(LOOKS)
     cpu = "--device cpu --workers 1"
     run = f"{cpu} --logs {here}/logs --resume latest --delete-previous-checkpoint"
     pretrained = f"logs/pretrain/checkpoints/epoch_{pretrain_epochs}.pt"
-    command = f"python -c {shlex.quote(main)} --model demo-clip --dataset-type webdataset"
+    command = f"python -c {shlex.quote(openclip.PLAIN_MAIN)} {here}/demo-clip.json"
+    command += " --model demo-clip --dataset-type webdataset"
     command += f" --train-data {here}/captions/{{0..{math.ceil(images / SHARD_SIZE) - 1}}}.tar"
     command += f" --train-num-samples {images} --name pretrain --epochs {pretrain_epochs}"
     command += f" --batch-size 125 --lr 2e-3 --warmup 30 --precision fp32 {run}"

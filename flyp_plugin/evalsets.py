@@ -21,7 +21,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier, val_preprocess
 from flyp_plugin.metrics import evaluate, table
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
-from flyp_plugin.sources import expand_source, find_beside
+from flyp_plugin.sources import expand_source, find_beside, stated_samples
 
 _COLUMNS = ["set", "key", "label", "prediction", "probability", "group", "label_name", "prediction_name"]
 _log = logging.getLogger(__name__)
@@ -94,8 +94,9 @@ def loader_from_args(eval_set: EvalSet, preprocess: Callable, args: argparse.Nam
 
 
 def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """The batches of a loader, under a bar that counts images."""
-    with tqdm(desc=name, unit="image", disable=None) as bar:
+    """The batches of a loader, under a bar that counts images; its end is known where the shards' sizes are."""
+    total = stated_samples(getattr(loader, "shards", ())) if sys.stderr.isatty() else None
+    with tqdm(desc=name, unit="image", total=total or None, disable=None) as bar:
         for batch in loader:
             yield batch
             bar.update(len(batch["labels"]))

@@ -34,6 +34,11 @@ from flyp_plugin.samples import sample_seed
 if TYPE_CHECKING:
     from flyp_plugin.train import FlypRun
 
+# for `python -c`: open_clip's own training, of a model configuration (the first argument) that open_clip has not
+PLAIN_MAIN = (
+    "import open_clip, sys; open_clip.add_model_config(sys.argv.pop(1)); "
+    "from open_clip_train.main import main; main(sys.argv[1:])"
+)
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
 # what is replaced, and in which module of open_clip_train
 _PLACES = dict.fromkeys(["parse_args", "create_model_and_transforms", "get_data", "evaluate"], "main")

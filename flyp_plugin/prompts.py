@@ -11,6 +11,7 @@ import numpy as np
 import open_clip
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.sources import find_beside, read_text
@@ -105,7 +106,7 @@ class PromptTokens:
         workers = 0 if len(prompts) <= _CHUNK else min(len(chunks), torch.get_num_threads(), 8)
         own = torch.Generator()  # else it would draw from the global one
         loader = DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=own)
-        parts = list(loader)
+        parts = list(tqdm(loader, desc="tokenising", unit="chunk", disable=None, delay=3))
         width = max(part.shape[1] for part, _ in parts)
         self._type = np.result_type(*(part.dtype for part, _ in parts))
         self._shape = (len(prompts.classnames), len(prompts.templates), width)

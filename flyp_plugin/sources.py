@@ -177,6 +177,15 @@ def count_samples(shards: Sequence[str], image_key: str = IMAGE_KEY) -> int:
     return total
 
 
+def stated_samples(shards: Sequence[str]) -> int | None:
+    """Number of samples in `shards` as sizes.json or __len__ beside them state it; None where they do not."""
+    try:
+        sizes = [folder and _read_sizes(folder, names) for folder, names in _by_folder(shards).items()]
+    except InputError:
+        return None
+    return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+
+
 def _by_folder(shards: Sequence[str]) -> dict[str | None, list[str]]:
     folders: dict[str | None, list[str]] = {}
     for shard in shards:

@@ -70,8 +70,7 @@ class FlypRun:
         self.eval_sets = parse_eval_sets(args.eval_data, args.classnames, args.templates, own_first=True)
         for eval_set in self.eval_sets if self.objective.learned_head else ():
             class_rows(self.prompts.classnames, eval_set.prompts.classnames, f"--eval-data {eval_set.name}")
-        if args.shots is not None:
-            self._take_shots()
+        self.few = self._take_shots() if args.shots is not None else None
         if not self.objective.loop:
             self.defaults.pop("epochs", None)
             args.epochs = 1  # the fit, which the checkpoint epoch_1.pt holds
@@ -85,15 +84,15 @@ class FlypRun:
         self.monitor: Monitor | None = None
         self.image_size = 0
 
-    def _take_shots(self) -> None:
+    def _take_shots(self) -> tempfile.TemporaryDirectory:
         """Train on a few-shot set: written to a folder of this process's own, which goes when the run does."""
-        args = self.args
-        self.few = tempfile.TemporaryDirectory(prefix="flyp-shots-")
-        folder = f"{self.few.name}/train"
+        args, few = self.args, tempfile.TemporaryDirectory(prefix="flyp-shots-")
+        folder = f"{few.name}/train"
         keys = {"label_key": args.label_key, "image_key": args.image_key}
         shards.subset(args.train_data, folder, shots=args.shots, seed=args.shots_seed or 0, **keys)
         self.shards = shards.local_shards(folder, "train")
         self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None
+        return few
 
     @property
     def evaluates(self) -> bool:
@@ -183,6 +182,8 @@ class FlypRun:
 
     def finish(self) -> None:
         """Say what was written, which epoch was best and what to do next."""
+        if self.few:
+            self.few.cleanup()
         if getattr(self.args, "save_logs", False):  # on rank 0 alone
             how = "open_clip loads with pretrained=PATH"
             if self.objective.learned_head:

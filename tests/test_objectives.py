@@ -1,7 +1,6 @@
 """Each objective against an independent implementation, in open_clip's own loop; and what reads a learned head."""
 
 import json
-import math
 import re
 
 import open_clip
@@ -170,6 +169,12 @@ def test_fit_head_is_scikit_learns_logistic_regression(c):
     )
 
 
+def test_a_batch_of_one_class_has_a_loss_under_mask():
+    images, texts, scale, _ = pairs()
+    loss = PairLoss("mask")(images, texts, scale, torch.zeros(12, dtype=torch.int64))
+    assert loss.item() == 0 and all(g.isfinite().all() for g in torch.autograd.grad(loss, (images, texts)))
+
+
 # In the loop
 
 
@@ -328,7 +333,7 @@ def test_lp_is_scikit_learns_logistic_regression_on_frozen_features(probed, star
     got, model = weights(probed, 1), loaded(start).eval()
     assert all(torch.equal(got[key], tensor) for key, tensor in model.state_dict().items())
     x, y = features(model, digits, "train")
-    theirs = LogisticRegression(C=31.6, fit_intercept=False, tol=1e-5, max_iter=10000).fit(x.double(), y)
+    theirs = LogisticRegression(C=31.6, fit_intercept=False, tol=1e-5, solver="newton-cg").fit(x.double(), y)
     x, y = features(model, digits, "test")
     assert (
         abs(theirs.score(x.double(), y) * len(y) - ((x @ got["class_head.weight"].T).argmax(1) == y).sum())
@@ -453,6 +458,27 @@ def test_heads_of_other_classes_are_not_merged(tuned, start, digits, tmp_path):
               str(tmp_path / "merged")])  # fmt: skip
 
 
+def test_training_does_not_start_from_a_learned_head(launch, tuned):
+    with pytest.raises(
+        InputError, match="learned head: `flyp export --format open_clip` writes the towers alone"
+    ):
+        launch("--pretrained", tuned / "checkpoints" / "epoch_2.pt", name="again")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--objective", "ce"], ["--objective", "flyp-ce"]], ids=lambda flags: flags[1]
+)
+def test_a_sigmoid_model_is_fine_tuned_by_cross_entropy(launch, digits, tmp_path, flags):
+    config = json.loads((digits / f"{MODEL}.json").read_text()) | {
+        "init_logit_bias": -10,
+        "custom_text": True,
+    }
+    (tmp_path / "digits-sigmoid.json").write_text(json.dumps(config))
+    model = ["--model", "digits-sigmoid", "--model-config", tmp_path / "digits-sigmoid.json"]
+    state = weights(launch(*flags, *model, "--train-num-samples", 100, name=f"sigmoid-{flags[1]}"), 1)
+    assert state["logit_bias"] == -10
+
+
 # Few shots
 
 
@@ -534,11 +560,6 @@ def test_an_open_clip_without_create_loss_is_named(launch, monkeypatch):
     monkeypatch.delattr(main, "create_loss")
     with pytest.raises(InputError, match="takes no other loss, which --objective ce needs"):
         launch("--objective", "ce", name="tasks")
-
-
-def test_a_negative_infinity_is_never_a_whole_row():
-    images, texts, scale, _ = pairs()
-    assert math.isfinite(PairLoss("mask")(images, texts, scale, torch.zeros(12, dtype=torch.int64)))
 
 
 def test_the_flag_offers_every_objective():

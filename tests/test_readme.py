@@ -191,17 +191,27 @@ def test_the_recipes_make_shards(shell, tmp_path):
     (wild / "metadata.csv").write_text("\n".join(["split,y,filename", *rows]) + "\n")
     (wild / "categories.csv").write_text("y,category_id,name\n1,10,tayassu pecari\n0,0,empty\n")
     (tmp_path / "templates.txt").write_text("a photo of {c}.\n{c} in the wild.\n")
-    for number in range(4):
+    (tmp_path / "fmow_templates.txt").write_text("satellite photo of a {c}.\n")
+    rows = [
+        f"{split},{name},FRA,{year}-01-12T08:04:51Z"
+        for split, year in (("train", 2012), ("train", 2013), ("val", 2012), ("test", 2016), ("seq", 2012))
+        for name in ("airport", "zoo")
+    ]
+    (fmow / "rgb_metadata.csv").write_text("\n".join(["split,category,country_code,timestamp", *rows]) + "\n")
+    for number in range(len(rows)):
         image(fmow / f"images/rgb_img_{number}.png")
-    rows = [f"{split},{name},FRA" for split in ("train", "val") for name in ("airport", "zoo")]
-    (fmow / "rgb_metadata.csv").write_text("\n".join(["split,category,country_code", *rows]) + "\n")
+    for name in ("negative", "positive"):
+        for split in ("train", "test"):
+            image(tmp_path / f"rendered-sst2/{split}/{name}/0.png")
+        for number in range(6):
+            image(tmp_path / f"101_ObjectCategories/{name}/image_{number:04d}.jpg")
     made = [
         line for line in code("Recipes") if line.startswith(("find ", "tail ", "awk ", "flyp shards write "))
     ]
-    assert len(made) == 9
+    assert len(made) == 15
     for line in made:
         shell(line)
-    for folder, number in (("imagenet", 4), ("iwildcam", 1), ("fmow", 2)):
+    for folder, number in (("imagenet", 4), ("iwildcam", 1), ("fmow", 2), ("sst2", 2), ("caltech101", 10)):
         assert count_samples(expand_source(str(tmp_path / "data" / folder), "train")) == number
     assert (tmp_path / "train.csv").read_text().splitlines()[-1].endswith("n01443537_1.JPEG,1")
     assert (tmp_path / "data/iwildcam/classnames.txt").read_text() == "empty\ntayassu pecari\n"
