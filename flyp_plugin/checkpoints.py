@@ -141,9 +141,8 @@ def load_model(
                 _load_beside_head(model, pretrained)
                 setattr(model, HEAD, head.to(device))
             else:
-                model = open_clip.create_model(
-                    model_name, pretrained=None if schema else pretrained, **kwargs
-                )
+                tag = None if schema else pretrained
+                model = open_clip.create_model(model_name, pretrained=tag, **kwargs)
                 if schema:
                     open_clip.load_checkpoint(model, pretrained)
         except Exception as error:
@@ -189,14 +188,9 @@ def model_from_args(args: Namespace, pretrained: str, precision: str | None = No
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} cannot be used ({str(error).splitlines()[0]}).") from None
     given = {name: getattr(args, f"image_{name}") for name in PREPROCESSING}
-    return load_model(
-        args.model,
-        pretrained,
-        precision or args.precision,
-        device,
-        force_quick_gelu=args.force_quick_gelu,
-        force_preprocess_cfg={name: value for name, value in given.items() if value is not None},
-    )
+    given = {name: value for name, value in given.items() if value is not None}
+    kwargs = {"force_quick_gelu": args.force_quick_gelu, "force_preprocess_cfg": given}
+    return load_model(args.model, pretrained, precision or args.precision, device, **kwargs)
 
 
 def default_device() -> str:

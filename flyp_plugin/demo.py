@@ -195,12 +195,9 @@ def _draw(root: Path) -> None:
     """Captioned shards as open_clip reads them, folders of images in classes, names, templates and model."""
     import webdataset as wds
 
-    for name, text in (
-        ("classnames.txt", "\n".join(NAMES)),
-        ("templates.txt", "\n".join(TEMPLATES)),
-        ("demo-clip.json", json.dumps(MODEL, indent=1)),
-    ):
-        write_atomically(root / name, text + "\n")
+    write_atomically(root / "classnames.txt", "\n".join(NAMES) + "\n")
+    write_atomically(root / "templates.txt", "\n".join(TEMPLATES) + "\n")
+    write_atomically(root / "demo-clip.json", json.dumps(MODEL, indent=1) + "\n")
     captions, photos = root / "captions", root / "photos.part"
     for folder in (captions, photos):
         shutil.rmtree(folder, ignore_errors=True)

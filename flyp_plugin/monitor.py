@@ -113,27 +113,12 @@ def wiseft_command(args: Namespace, finetuned: Path, out: Path) -> list[str]:
         finetuned: its checkpoint.
         out: for --out.
     """
-    command = [
-        "wiseft",
-        "--model",
-        args.model,
-        "--pretrained",
-        args.pretrained,
-        "--finetuned",
-        str(finetuned),
-    ]
+    command = ["wiseft", "--model", args.model, "--pretrained", args.pretrained]
+    command += ["--finetuned", str(finetuned)]
     values = {**vars(args), "own_first": bool(args.classnames or args.templates)}
     defaults = {"label_key": "cls", "image_key": IMAGE_KEY, "device": "cuda"}  # cuda: open_clip's, GPU or not
-    names = [
-        "model_config",
-        "classnames",
-        "templates",
-        "group_key",
-        "own_first",
-        "force_quick_gelu",
-        "label_key",
-    ]
-    names += ["image_key", *(f"image_{name}" for name in PREPROCESSING), "device"]
+    names = ["model_config", "classnames", "templates", "group_key", "own_first", "force_quick_gelu"]
+    names += ["label_key", "image_key", *(f"image_{name}" for name in PREPROCESSING), "device"]
     names += ["precision", "batch_size", "workers"]
     command += as_words({name: values[name] for name in names if values[name] != defaults.get(name)})
     for spec in args.eval_data:

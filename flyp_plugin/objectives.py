@@ -180,9 +180,8 @@ class Objective:
 
 
 def _pair_loss(args: Namespace) -> nn.Module:
-    return PairLoss(
-        args.collisions, args.ce_weight, args.local_loss, args.gather_with_grad, args.rank, args.world_size
-    )
+    gather = args.local_loss, args.gather_with_grad, args.rank, args.world_size
+    return PairLoss(args.collisions, args.ce_weight, *gather)
 
 
 _IMAGE_SIDE = rf"visual\.|{HEAD}\."
