@@ -275,11 +275,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def call(argv: Sequence[str]) -> int | None:
-    """Run a command; its exit status, None where it is 0.
-
-    Raises:
-        InputError: as the command.
-    """
+    """Run a command; its exit status, None where it is 0."""
     if argv[:1] == ["train"]:
         # --help is answered before anything is imported that takes long
         train_parser().parse_known_args(argv[1:])

@@ -103,11 +103,7 @@ def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[
 
 
 def eval_command(args: argparse.Namespace) -> None:
-    """`flyp eval`: score a checkpoint on the sets given; the table or the JSON goes to stdout.
-
-    Raises:
-        InputError: as its parts.
-    """
+    """`flyp eval`: score a checkpoint on the sets given; the table or the JSON goes to stdout."""
     sets = parse_eval_sets(args.eval_data, args.classnames, args.templates)
     if args.predictions:
         refuse_existing(args.predictions, args.force)

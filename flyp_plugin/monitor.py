@@ -106,13 +106,7 @@ class Monitor:
 
 
 def wiseft_command(args: Namespace, finetuned: Path, out: Path) -> list[str]:
-    """`wiseft ...`, which merges a run's checkpoint and scores it as the run itself was scored.
-
-    Args:
-        args: open_clip's and FLYP's, of that run.
-        finetuned: its checkpoint.
-        out: for --out.
-    """
+    """`wiseft ...`, which merges the checkpoint `finetuned` of a run with `args` and scores it as that run was scored."""
     command = ["wiseft", "--model", args.model, "--pretrained", args.pretrained]
     command += ["--finetuned", str(finetuned)]
     values = {**vars(args), "own_first": bool(args.classnames or args.templates)}

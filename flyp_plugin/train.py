@@ -160,15 +160,13 @@ class FlypRun:
             prompts=self.prompts,
             num_samples=self.num_samples,
             num_workers=args.workers,
-            seed=args.seed,
-            rank=args.rank,
-            world_size=args.world_size,
             shard_weights=self.weights,
-            image_key=args.image_key,
-            label_key=args.label_key,
             jpeg_draft=self.image_size if args.jpeg_draft else 0,
             with_labels=bool(self.changes),
             as_dict=as_dict,
+            **{
+                name: getattr(args, name) for name in ("seed", "rank", "world_size", "image_key", "label_key")
+            },
         )
         if args.rank == 0:
             self._say(dataset)
