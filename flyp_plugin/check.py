@@ -5,9 +5,7 @@ import io
 import json
 import logging
 import os
-import tarfile
 import warnings
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ from PIL import Image
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.shards import in_processes, local_shards
-from flyp_plugin.sources import IMAGE_KEY, count_shard, read_text
+from flyp_plugin.sources import IMAGE_KEY, TAR_ERRORS, count_shard, read_text
 
 if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
@@ -132,7 +130,7 @@ def count_command(args: argparse.Namespace) -> None:
 def _count(shard: str) -> int:
     try:
         return count_shard(shard)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except TAR_ERRORS as error:
         reason = str(error).partition(":")[0]
         raise InputError(f"{shard} cannot be read as a tar ({reason}); write or download it again.") from None
 
@@ -186,12 +184,10 @@ def _report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") -> 
 def _table(place: str, report: dict[str, Any]) -> str:
     empty = report["classes without images"]
     more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+    named = f": {', '.join(empty[:10])}{more}" if empty else ""
     lines = [
         f"{place}: {report['samples']} samples in {report['shards']} shards",
-        f"  classes: {report['classes']}, {len(empty)} without images"
-        + ": " * bool(empty)
-        + ", ".join(empty[:10])
-        + more,
+        f"  classes: {report['classes']}, {len(empty)} without images{named}",
         "  images a class: {:g} / {:g} / {:g} (min / median / max)".format(*report["images a class"]),
         "  formats: " + ", ".join(f"{name} {number}" for name, number in report["formats"].items()),
         "  sizes: {} / {} / {} (min / median / max by area)".format(*report["sizes"]),

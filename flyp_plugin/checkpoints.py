@@ -26,6 +26,7 @@ from flyp_plugin.learned import HEAD, head_of
 
 StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: a torch.nn.Module whose attributes torch's own types would not allow
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of images; flags have image_ before it
 _SCHEMA = r"(hf-hub|local-dir):"  # names that are places
 
 
@@ -58,11 +59,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         reason = str(error).strip().split("\n")[0][:150]
         raise InputError(f"{path} is not a whole checkpoint ({reason}); was its writing cut short?") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(v, torch.Tensor) for v in weights.values())
-    ):
+    tensors = isinstance(weights, dict) and all(isinstance(v, torch.Tensor) for v in weights.values())
+    if not tensors or not weights:
         raise InputError(f"{path} holds no weights; give a state_dict, or a checkpoint of open_clip.")
     # the wrappers that DistributedDataParallel and torch.compile leave in the names
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
@@ -143,9 +141,8 @@ def load_model(
                 _load_beside_head(model, pretrained)
                 setattr(model, HEAD, head.to(device))
             else:
-                model = open_clip.create_model(
-                    model_name, pretrained=None if schema else pretrained, **kwargs
-                )
+                tag = None if schema else pretrained
+                model = open_clip.create_model(model_name, pretrained=tag, **kwargs)
                 if schema:
                     open_clip.load_checkpoint(model, pretrained)
         except Exception as error:
@@ -190,20 +187,10 @@ def model_from_args(args: Namespace, pretrained: str, precision: str | None = No
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} cannot be used ({str(error).splitlines()[0]}).") from None
-    overrides = {
-        "mean": args.image_mean,
-        "std": args.image_std,
-        "interpolation": args.image_interpolation,
-        "resize_mode": args.image_resize_mode,
-    }
-    return load_model(
-        args.model,
-        pretrained,
-        precision or args.precision,
-        device,
-        force_quick_gelu=args.force_quick_gelu,
-        force_preprocess_cfg={key: value for key, value in overrides.items() if value is not None},
-    )
+    given = {name: getattr(args, f"image_{name}") for name in PREPROCESSING}
+    given = {name: value for name, value in given.items() if value is not None}
+    kwargs = {"force_quick_gelu": args.force_quick_gelu, "force_preprocess_cfg": given}
+    return load_model(args.model, pretrained, precision or args.precision, device, **kwargs)
 
 
 def default_device() -> str:

@@ -291,15 +291,9 @@ def _method(comparison: Comparison, block: Block, method: str, jobs: Jobs) -> di
 
 def _train(comparison: Comparison, run: Run, jobs: Jobs) -> None:
     folder = comparison.folder(run)
-    command = [
-        sys.executable,
-        "-m",
-        "flyp_plugin.train",
-        *comparison.flags(run),
-        "--logs",
-        str(folder.parent),
-    ]
-    command += ["--name", folder.name, "--resume", "latest", "--delete-previous-checkpoint"]
+    command = [sys.executable, "-m", "flyp_plugin.train", *comparison.flags(run)]
+    command += ["--logs", str(folder.parent), "--name", folder.name]
+    command += ["--resume", "latest", "--delete-previous-checkpoint"]
     val = comparison.id_sets[0]
     jobs.run("training", run.title, folder, command, lambda: f"{val} {100 * comparison.id_top1(run):.1f}")
 

@@ -23,10 +23,8 @@ from flyp_plugin.prompts import ClassPrompts, PromptTokens, as_it_is, resolve_pr
 from flyp_plugin.samples import Sample, Skipped, decoded, labelled, prompted, random_states_kept, read_samples
 from flyp_plugin.sources import IMAGE_KEY, count_samples, expand_sources
 
-SHUFFLE, SHUFFLE_INITIAL = (
-    5000,
-    1000,
-)  # samples in the shuffle buffer, and before the first leaves: as in open_clip
+# Samples in the shuffle buffer, and before the first leaves: as in open_clip
+SHUFFLE, SHUFFLE_INITIAL = 5000, 1000
 Batch = tuple[torch.Tensor, torch.Tensor]
 _log = logging.getLogger(__name__)
 
@@ -44,11 +42,9 @@ class _Reader:
     rank: int
     world_size: int
 
-    def labelled(
-        self, shards: Iterable[str], skip: Skipped, group_key: str | None = None
-    ) -> Iterator[Sample]:
+    def labelled(self, shards: Sequence[str], skip: Skipped, group: str | None = None) -> Iterator[Sample]:
         samples = read_samples(shards, skip)
-        return labelled(samples, self.num_classes, skip, self.image_key, self.label_key, group_key)
+        return labelled(samples, self.num_classes, skip, self.image_key, self.label_key, group)
 
 
 @dataclass
@@ -57,7 +53,6 @@ class _TrainStream:
 
     reader: _Reader
     tokens: PromptTokens
-    num_templates: int
     seed: int
     weights: Sequence[float] | None  # one a shard: sample shards with replacement, in proportion
     jpeg_draft: int
@@ -69,7 +64,7 @@ class _TrainStream:
         samples = self.reader.labelled(self.shards_of(epoch, repeat, worker, num_workers), skip)
         rng = random.Random(repr((self.seed, epoch, repeat, self.reader.rank, worker)))
         samples = wds.shuffle(SHUFFLE, initial=SHUFFLE_INITIAL, rng=rng)(samples)
-        samples = prompted(samples, self.num_templates, self.seed, epoch, repeat)
+        samples = prompted(samples, self.tokens.table.shape[1], self.seed, epoch, repeat)
         images = decoded(samples, self.reader.preprocess, skip, self.jpeg_draft)
         for batch in _in_lists(images, self.reader.batch_size):
             labels = [s["label"] for s in batch]
@@ -99,10 +94,8 @@ class _EvalStream:
     def __call__(self, worker: int, num_workers: int, skip: Skipped) -> Iterator[dict[str, Any]]:
         reader = self.reader
         part, parts = reader.rank * num_workers + worker, reader.world_size * num_workers
-        by_shard = (
-            len(reader.shards) >= parts
-        )  # else everyone reads every shard and decodes every parts-th sample
-        shards = list(reader.shards)[part::parts] if by_shard else reader.shards
+        by_shard = len(reader.shards) >= parts  # else everyone reads all and decodes every parts-th sample
+        shards = reader.shards[part::parts] if by_shard else reader.shards
         unread = skip if by_shard or part == 0 else Skipped()  # what all of them see is counted by one
         samples = reader.labelled(shards, unread, self.group_key)
         samples = samples if by_shard else islice(samples, part, None, parts)
@@ -276,9 +269,8 @@ class ClassPromptDataset(IterableDataset):
         with_labels: bool = False,
         as_dict: bool = False,
     ):
-        self.shards = list(
-            chain.from_iterable(expand_sources(shards, "train")) if isinstance(shards, str) else shards
-        )
+        by_source = expand_sources(shards, "train") if isinstance(shards, str) else [shards]
+        self.shards = list(chain.from_iterable(by_source))
         if not self.shards:
             raise InputError("the list of shards is empty; give at least one tar.")
         self.prompts = prompts or resolve_prompts(self.shards)
@@ -303,25 +295,10 @@ class ClassPromptDataset(IterableDataset):
         self.num_samples = self._samples * self.world_size
         self.num_batches = math.ceil(self._samples / batch_size)
         self._epoch = 0
-        self._stream = _TrainStream(
-            _Reader(
-                self.shards,
-                preprocess,
-                batch_size,
-                len(self.prompts.classnames),
-                image_key,
-                label_key,
-                self.rank,
-                self.world_size,
-            ),
-            self.prompts.tokenize(tokenizer),
-            len(self.prompts.templates),
-            seed,
-            shard_weights,
-            jpeg_draft,
-            with_labels,
-            torch.zeros(2, dtype=torch.int64).share_memory_(),
-        )
+        num_classes, world = len(self.prompts.classnames), (self.rank, self.world_size)
+        reader = _Reader(self.shards, preprocess, batch_size, num_classes, image_key, label_key, *world)
+        tokens, clock = self.prompts.tokenize(tokenizer), torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._stream = _TrainStream(reader, tokens, seed, shard_weights, jpeg_draft, with_labels, clock)
         self._loader = _loader(self._stream, self.num_workers)
 
     def __len__(self) -> int:
@@ -369,9 +346,8 @@ def peek(
         InputError: a label there that the class names do not fit, or nothing but shards that cannot be read.
     """
     skip = Skipped()
-    samples = labelled(
-        read_samples(shards[:number], skip), len(prompts.classnames), skip, image_key, label_key
-    )
+    samples = read_samples(shards[:number], skip)
+    samples = labelled(samples, len(prompts.classnames), skip, image_key, label_key)
     samples = islice(prompted(samples, len(prompts.templates), seed, 0, 0), number)
     pairs = [(sample["key"], prompts(sample["label"], sample["template"])) for sample in samples]
     if not pairs and len(shards) <= number:
@@ -413,9 +389,8 @@ class LabelledDataset(IterableDataset):
         self.shards = list(shards)
         if not self.shards:
             raise InputError("the list of shards is empty; give at least one tar.")
-        reader = _Reader(
-            self.shards, preprocess, batch_size, num_classes, image_key, label_key, rank, world_size
-        )
+        world = rank, world_size
+        reader = _Reader(self.shards, preprocess, batch_size, num_classes, image_key, label_key, *world)
         self._alone = world_size == 1
         self._loader = _loader(_EvalStream(reader, group_key), num_workers)
 
@@ -436,6 +411,5 @@ def _nothing(shards: Sequence[str], skipped: Skipped) -> InputError:
 
 
 def _world() -> tuple[int, int]:
-    return (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    )
+    started = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)

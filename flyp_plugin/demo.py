@@ -41,11 +41,8 @@ PARTS = {
     "val": range(1000, 1300),
     "test": range(1300, 1797),
 }
-SETS = {
-    "val": "data/val",
-    "negative": "negative/test",
-    "outlined": "outlined/test",
-}  # the first is ID and chooses alpha
+# the first is ID and chooses alpha
+SETS = {"val": "data/val", "negative": "negative/test", "outlined": "outlined/test"}
 MODEL = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 16, "layers": 4, "width": 96, "patch_size": 4, "head_width": 24},
@@ -72,7 +69,8 @@ def demo_command(args: argparse.Namespace) -> None:
             f"== Draw scikit-learn's digits in {len(LOOKS)} looks: {root}/photos and, captioned, {root}/captions"
         )
         _draw(root)
-    for title, done, command in _steps(root, args.pretrain_epochs, args.epochs):
+    for title, done, line in _steps(root, args.pretrain_epochs, args.epochs):
+        command = shlex.split(line)
         if done.exists():
             _log.info(f"== {title}: {done} is there")
         else:
@@ -103,73 +101,45 @@ def _begin(root: Path, settings: dict[str, int]) -> None:
         ) from None
 
 
-def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str, Path, list[str]]]:
-    """What it is, the path that is there when it is done, and the command of each step."""
-    texts = ["--classnames", f"{root}/classnames.txt", "--templates", f"{root}/templates.txt"]
-    for name, split, look in [("data", s, "id") for s in ("train", "val", "test")] + [
-        (name, "test", name) for name in ("negative", "outlined")
-    ]:
-        out = root / name / split
-        command = ["flyp", "shards", "write", f"{root}/photos/{look}/{split}", str(out), *texts]
-        yield f"Write shards of {split}, {LOOKS[look]}", out, [*command, "--shard-size", str(SHARD_SIZE)]
+def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str, Path, str]]:
+    """What it is, the path that is there when it is done, and the command line of each step."""
+    here = shlex.quote(str(root))
+    shards = [("id", f"data/{split}") for split in ("train", "val", "test")]
+    for look, out in [*shards, ("negative", "negative/test"), ("outlined", "outlined/test")]:
+        split = Path(out).name
+        command = f"flyp shards write {here}/photos/{look}/{split} {here}/{out} --classnames"
+        command += f" {here}/classnames.txt --templates {here}/templates.txt --shard-size {SHARD_SIZE}"
+        yield f"Write shards of {split}, {LOOKS[look]}", root / out, command
 
-    config, pretrained = (
-        root / "demo-clip.json",
-        root / f"logs/pretrain/checkpoints/epoch_{pretrain_epochs}.pt",
-    )
-    cpu = ["--device", "cpu", "--workers", "1"]
-    run = [*cpu, "--logs", f"{root}/logs", "--resume", "latest", "--delete-previous-checkpoint"]
     images = len(PARTS["captions"]) * len(LOOKS)
-    command = [
-        "python",
-        "-c",
-        openclip.PLAIN_MAIN,
-        str(config),
-        "--model",
-        "demo-clip",
-        "--dataset-type",
-        "webdataset",
-    ]
-    command += ["--train-data", f"{root}/captions/{{0..{math.ceil(images / SHARD_SIZE) - 1}}}.tar"]
-    command += ["--train-num-samples", str(images), "--name", "pretrain", "--epochs", str(pretrain_epochs)]
-    command += ["--batch-size", "125", "--lr", "2e-3", "--warmup", "30", "--precision", "fp32", *run]
-    yield "Pretrain a small CLIP on captions, with open_clip alone", pretrained, command
+    cpu = "--device cpu --workers 1"
+    run = f"{cpu} --logs {here}/logs --resume latest --delete-previous-checkpoint"
+    pretrained = f"logs/pretrain/checkpoints/epoch_{pretrain_epochs}.pt"
+    command = f"python -c {shlex.quote(openclip.PLAIN_MAIN)} {here}/demo-clip.json"
+    command += " --model demo-clip --dataset-type webdataset"
+    command += f" --train-data {here}/captions/{{0..{math.ceil(images / SHARD_SIZE) - 1}}}.tar"
+    command += f" --train-num-samples {images} --name pretrain --epochs {pretrain_epochs}"
+    command += f" --batch-size 125 --lr 2e-3 --warmup 30 --precision fp32 {run}"
+    yield "Pretrain a small CLIP on captions, with open_clip alone", root / pretrained, command
 
-    model = ["--model", "demo-clip", "--model-config", str(config)]
-    sets = [word for name, source in SETS.items() for word in ("--eval-data", f"{name}={root / source}")]
-    finetuned = root / f"logs/flyp/checkpoints/epoch_{epochs}.pt"
-    command = [
-        "flyp",
-        "train",
-        *model,
-        "--pretrained",
-        str(pretrained),
-        "--train-data",
-        f"{root}/data",
-        *sets,
-    ]
-    command += ["--name", "flyp", "--epochs", str(epochs), "--batch-size", "100", "--lr", "1e-3", *run]
-    yield "Fine-tune it with FLYP on one look", finetuned, command
+    model = f"--model demo-clip --model-config {here}/demo-clip.json"
+    start = f"--pretrained {here}/{pretrained}"
+    sets = " ".join(f"--eval-data {name}={here}/{source}" for name, source in SETS.items())
+    finetuned = f"logs/flyp/checkpoints/epoch_{epochs}.pt"
+    command = f"flyp train {model} {start} --train-data {here}/data {sets}"
+    command += f" --name flyp --epochs {epochs} --batch-size 100 --lr 1e-3 {run}"
+    yield "Fine-tune it with FLYP on one look", root / finetuned, command
 
-    both = ["--pretrained", str(pretrained), "--finetuned", str(finetuned)]
-    command = ["flyp", "wiseft", *model, *both, *sets, *cpu, "--force", "--out", f"{root}/wiseft"]
+    command = f"flyp wiseft {model} {start} --finetuned {here}/{finetuned} {sets} {cpu} --force"
+    command += f" --out {here}/wiseft"
     yield "Merge with the pretrained weights", root / "wiseft/frontier.png", command
 
-    (merged,) = (root / "wiseft").glob("*.pt")
+    (merged,) = (f"wiseft/{path.name}" for path in (root / "wiseft").glob("*.pt"))
     for name, checkpoint in (("zero-shot", pretrained), ("FLYP", finetuned), ("FLYP + WiSE-FT", merged)):
-        command = [
-            "flyp",
-            "eval",
-            str(checkpoint),
-            *model,
-            "--eval-data",
-            f"test={root}/data/test",
-            *cpu,
-            "--json",
-        ]
+        command = f"flyp eval {here}/{checkpoint} {model} --eval-data test={here}/data/test {cpu} --json"
         yield f"Test {name}", _test_result(root, name), command
-    command = ["flyp", "export", str(merged), *model, "--data", f"{root}/data", "--format", "timm"]
-    yield "Export a classifier for timm", root / "classifier", [*command, "--out", f"{root}/classifier"]
+    command = f"flyp export {here}/{merged} {model} --data {here}/data --format timm --out {here}/classifier"
+    yield "Export a classifier for timm", root / "classifier", command
 
 
 def _test_result(root: Path, name: str) -> Path:
@@ -225,12 +195,9 @@ def _draw(root: Path) -> None:
     """Captioned shards as open_clip reads them, folders of images in classes, names, templates and model."""
     import webdataset as wds
 
-    for name, text in (
-        ("classnames.txt", "\n".join(NAMES)),
-        ("templates.txt", "\n".join(TEMPLATES)),
-        ("demo-clip.json", json.dumps(MODEL, indent=1)),
-    ):
-        write_atomically(root / name, text + "\n")
+    write_atomically(root / "classnames.txt", "\n".join(NAMES) + "\n")
+    write_atomically(root / "templates.txt", "\n".join(TEMPLATES) + "\n")
+    write_atomically(root / "demo-clip.json", json.dumps(MODEL, indent=1) + "\n")
     captions, photos = root / "captions", root / "photos.part"
     for folder in (captions, photos):
         shutil.rmtree(folder, ignore_errors=True)

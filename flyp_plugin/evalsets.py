@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,9 +77,7 @@ def parse_eval_sets(
     return list(sets.values())
 
 
-def loader_from_args(
-    eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace, rank: int = 0, world_size: int = 1
-) -> LabelledDataset:
+def loader_from_args(eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace) -> LabelledDataset:
     """The set's images, or a rank's part of them, as the flags of `flyp train`, `eval` and `wiseft` say."""
     return LabelledDataset(
         eval_set.shards,
@@ -89,8 +88,8 @@ def loader_from_args(
         image_key=args.image_key,
         label_key=args.label_key,
         group_key=args.group_key,
-        rank=rank,
-        world_size=world_size,
+        rank=getattr(args, "rank", 0),
+        world_size=getattr(args, "world_size", 1),
     )
 
 
@@ -104,11 +103,7 @@ def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[
 
 
 def eval_command(args: argparse.Namespace) -> None:
-    """`flyp eval`: score a checkpoint on the sets given; the table or the JSON goes to stdout.
-
-    Raises:
-        InputError: as its parts.
-    """
+    """`flyp eval`: score a checkpoint on the sets given; the table or the JSON goes to stdout."""
     sets = parse_eval_sets(args.eval_data, args.classnames, args.templates)
     if args.predictions:
         refuse_existing(args.predictions, args.force)
@@ -121,11 +116,12 @@ def eval_command(args: argparse.Namespace) -> None:
         for eval_set in sets
     }
     results = {}
-    with _predictions(args.predictions) as write:
+    with _predictions(args.predictions) as row:
         for eval_set in sets:
             classifier = classifiers[eval_set.name]
             loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
-            results[eval_set.name] = evaluate(classifier, loader, on_batch=write and write(eval_set))
+            on_batch = partial(_write, row, eval_set) if row else None
+            results[eval_set.name] = evaluate(classifier, loader, on_batch=on_batch)
     text = json.dumps({"checkpoint": args.checkpoint, "model": args.model, "results": results}, indent=1)
     sys.stdout.write((text if args.json else table(results, "set")) + "\n")
     if args.predictions:
@@ -133,36 +129,20 @@ def eval_command(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _predictions(path: str | None) -> Iterator[Callable[[EvalSet], Callable] | None]:
-    """Write a CSV row an image; yields a function that gives the `on_batch` of a set."""
+def _predictions(path: str | None) -> Iterator[Callable | None]:
+    """Yields a function that writes a line of a CSV, to which `_write` gives an image each."""
     if path is None:
         yield None
         return
     with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
+        yield writer.writerow
 
-        def on_batch_of(eval_set: EvalSet) -> Callable:
-            names = eval_set.prompts.classnames
 
-            def on_batch(batch: dict[str, Any], logits: torch.Tensor) -> None:
-                best = logits.softmax(dim=1).max(dim=1)
-                labels, groups = batch["labels"].tolist(), batch.get("groups") or [""] * len(batch["labels"])
-                for key, label, guess, probability, group in zip(
-                    batch["keys"], labels, best.indices.tolist(), best.values.tolist(), groups
-                ):
-                    row = [
-                        eval_set.name,
-                        key,
-                        label,
-                        guess,
-                        f"{probability:.6f}",
-                        group,
-                        names[label],
-                        names[guess],
-                    ]
-                    writer.writerow(row)
-
-            return on_batch
-
-        yield on_batch_of
+def _write(row: Callable, eval_set: EvalSet, batch: dict[str, Any], logits: torch.Tensor) -> None:
+    names, best = eval_set.prompts.classnames, logits.softmax(dim=1).max(dim=1)
+    labels, groups = batch["labels"].tolist(), batch.get("groups") or [""] * len(batch["labels"])
+    guesses, probabilities = best.indices.tolist(), [f"{p:.6f}" for p in best.values.tolist()]
+    for key, label, guess, *rest in zip(batch["keys"], labels, guesses, probabilities, groups):
+        row([eval_set.name, key, label, guess, *rest, names[label], names[guess]])

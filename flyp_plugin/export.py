@@ -23,6 +23,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from flyp_plugin.checkpoints import (
+    PREPROCESSING,
     Model,
     load_tokenizer,
     model_from_args,
@@ -75,9 +76,8 @@ def export_command(args: argparse.Namespace) -> None:
         classifier = ImageClassifier.from_model(model, tokenizer, prompts)
         twin, timm_config = timm_twin(classifier, config)
         with replacing_folder(out) as folder:
-            save_file(
-                {key: t.contiguous() for key, t in twin.state_dict().items()}, folder / "model.safetensors"
-            )
+            weights = {key: tensor.contiguous() for key, tensor in twin.state_dict().items()}
+            save_file(weights, folder / "model.safetensors")
             (folder / "config.json").write_text(json.dumps(timm_config, indent=1) + "\n", encoding="utf-8")
         call = f"timm.create_model('local-dir:{out}', pretrained=True)"
     _log.info(f"Wrote {out}/: {', '.join(sorted(os.listdir(out)))}. Read it with {call}.")
@@ -85,8 +85,7 @@ def export_command(args: argparse.Namespace) -> None:
 
 def save_open_clip(model: Model, config: dict[str, Any], tokenizer: Any, folder: Path) -> None:
     """The model as open_clip's hub folders have it: configuration, weights, and any tokenizer files."""
-    keep = ("mean", "std", "interpolation", "resize_mode")
-    preprocess = {key: model.visual.preprocess_cfg[key] for key in keep}
+    preprocess = {key: model.visual.preprocess_cfg[key] for key in PREPROCESSING}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
     weights = {key: tensor.contiguous() for key, tensor in towers(model.state_dict()).items()}
@@ -134,8 +133,12 @@ def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any,
     try:
         twin: Any = timm.create_model(architecture, num_classes=len(names), **model_args).eval()
         name = twin.pretrained_cfg["classifier"]
-        weights = weights or _native_tower(visual, twin)
-        weights |= _folded(classifier.head, projection, bias, name, twin.state_dict())
+        if not weights:  # open_clip's own tower, under timm's names by timm's own conversion
+            native = {f"visual.{key}": tensor for key, tensor in visual.state_dict().items()}
+            weights = checkpoint_filter_fn(native, twin)
+        weight, bias = _folded(classifier.head, projection, bias)
+        shape = twin.state_dict()[f"{name}.weight"].shape
+        weights |= {f"{name}.weight": weight.reshape(shape), f"{name}.bias": bias}
         twin.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise _no_twin(f"{architecture}: {str(error).strip().splitlines()[-1].strip()[:200]}") from error
@@ -179,24 +182,13 @@ def _timm_tower(visual: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, tor
     return weights, torch.eye(visual.trunk.num_features, device=next(visual.parameters()).device), None
 
 
-def _native_tower(visual: Any, twin: Any) -> dict[str, torch.Tensor]:
-    """open_clip's own tower under timm's names, by timm's own conversion."""
-    return checkpoint_filter_fn(
-        {f"visual.{key}": tensor for key, tensor in visual.state_dict().items()}, twin
-    )
-
-
 def _folded(
-    head: torch.Tensor,
-    projection: torch.Tensor,
-    bias: torch.Tensor | None,
-    name: str,
-    twin: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """head (D, C) after projection (D, W) as the weight and bias of one linear layer."""
-    weight = (head.T.double() @ projection.double()).float()
-    offset = head.new_zeros(head.shape[1]) if bias is None else (head.T.double() @ bias.double()).float()
-    return {f"{name}.weight": weight.reshape(twin[f"{name}.weight"].shape), f"{name}.bias": offset}
+    head: torch.Tensor, projection: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """head (D, C) after projection (D, W) and bias (D,) as the weight (C, W) and bias (C,) of one linear layer."""
+    head = head.T.double()
+    offset = head.new_zeros(len(head)) if bias is None else head @ bias.double()
+    return (head @ projection.double()).float(), offset.float()
 
 
 def _check_twin(classifier: ImageClassifier, twin: Any, pretrained_cfg: dict[str, Any]) -> None:

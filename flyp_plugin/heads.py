@@ -72,9 +72,7 @@ def autocast(precision: str, device: str | torch.device) -> AbstractContextManag
 
 def encode_images(model: Model, images: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
     """Preprocessed images (B, 3, H, W) -> normalised features (B, D), of the type that open_clip's --precision gives."""
-    images = images.to(
-        open_clip.get_input_dtype(precision)
-    )  # None, which changes nothing, but for fp16, bf16
+    images = images.to(open_clip.get_input_dtype(precision))  # None, but for fp16 and bf16: changes nothing
     with autocast(precision, images.device):
         return model.encode_image(images, normalize=True)
 

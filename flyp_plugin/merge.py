@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from open_clip.transform import PreprocessCfg
 
 import flyp_plugin
 from flyp_plugin.checkpoints import (
+    PREPROCESSING,
     Model,
     StateDict,
     load_tokenizer,
@@ -30,6 +32,7 @@ from flyp_plugin.checkpoints import (
 )
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import loader_from_args, parse_eval_sets
+from flyp_plugin.flags import as_words
 from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
@@ -60,16 +63,8 @@ def wiseft_command(args: argparse.Namespace) -> None:
     chosen = alphas[0]
     if sets:
         tokenizer, preprocess = load_tokenizer(args.model), val_preprocess(model)
-        results = sweep(
-            model,
-            pretrained,
-            finetuned,
-            alphas,
-            sets,
-            tokenizer,
-            lambda eval_set: loader_from_args(eval_set, preprocess, args),
-            args.precision,
-        )
+        loader = partial(loader_from_args, preprocess=preprocess, args=args)
+        results = sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
         chosen = choose(results, sets[0].name)
     for alpha in alphas if args.save_all else [chosen]:
         merged = interpolate(pretrained, finetuned, alpha)
@@ -172,23 +167,15 @@ def _check_classes(states: Sequence[StateDict], paths: Sequence[str]) -> None:
 
 def model_flags(args: argparse.Namespace, model: Model) -> list[str]:
     """The flags that make `model` again from a checkpoint, which does not tell a tag's preprocessing."""
-    flags = ["--model", args.model]
-    if args.model_config:
-        flags += ["--model-config", args.model_config]
     config = open_clip.get_model_config(args.model.replace("/", "-")) or {}
-    if not config.get("quick_gelu") and any(
-        type(module).__name__ == "QuickGELU" for module in model.modules()
-    ):
-        flags += ["--force-quick-gelu"]
-    for name in ("mean", "std", "interpolation", "resize_mode"):
-        value, default = model.visual.preprocess_cfg[name], getattr(PreprocessCfg(), name)
+    quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
+    flags = {"model": args.model, "model_config": args.model_config}
+    flags["force_quick_gelu"] = quick and not config.get("quick_gelu")
+    for name in PREPROCESSING:
+        value = model.visual.preprocess_cfg[name]
         value = value if isinstance(value, str) else tuple(value)
-        if value != default:
-            flags += [
-                f"--image-{name.replace('_', '-')}",
-                *([value] if isinstance(value, str) else map(str, value)),
-            ]
-    return flags
+        flags[f"image_{name}"] = None if value == getattr(PreprocessCfg(), name) else value
+    return as_words(flags)
 
 
 def _record(
@@ -206,11 +193,7 @@ def _record(
             "pretrained": source(args.pretrained, weights_file(args.model, args.pretrained)),
             "finetuned": [source(path, path) for path in finetuned],
         },
-        "versions": {
-            "flyp_plugin": flyp_plugin.__version__,
-            "open_clip": open_clip.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": {module.__name__: module.__version__ for module in (flyp_plugin, open_clip, torch)},
     }
 
 
@@ -225,9 +208,8 @@ def _rows(results: Results, chosen: float) -> dict[str, dict[str, float]]:
     for alpha, by_set in results.items():
         row = {f"{name} top1": metrics["top1"] for name, metrics in by_set.items()}
         ood = mean_ood(by_set)
-        rows[f"{alpha:.2f}{' *' if alpha == chosen else ''}"] = row | (
-            {} if ood is None else {"mean OOD": ood}
-        )
+        row |= {} if ood is None else {"mean OOD": ood}
+        rows[f"{alpha:.2f}{' *' if alpha == chosen else ''}"] = row
     return rows
 
 
@@ -250,13 +232,8 @@ def draw_frontier(results: Results, chosen: float, path: Path, per_set: bool = F
         ups[first] = [100 * results[alpha][first]["top1"] for alpha in alphas]
     at = alphas.index(chosen)
     curves = {name: Curve(across, up, (across[at], up[at])) for name, up in ups.items()}
-    draw_curves(
-        {"": curves},
-        [f"{alpha:g}" for alpha in alphas],
-        f"chosen: alpha = {chosen:g}",
-        first if others else None,
-        path,
-    )
+    labels = [f"{alpha:g}" for alpha in alphas]
+    draw_curves({"": curves}, labels, f"chosen: alpha = {chosen:g}", first if others else None, path)
 
 
 @dataclass(frozen=True)
@@ -269,11 +246,7 @@ class Curve:
 
 
 def draw_curves(
-    panels: Mapping[str, Mapping[str, Curve]],
-    labels: Sequence[str],
-    star: str,
-    id_name: str | None,
-    path: Path,
+    panels: dict[str, dict[str, Curve]], labels: Sequence[str], star: str, id_name: str | None, path: Path
 ) -> None:
     """Frontiers, side by side.
 

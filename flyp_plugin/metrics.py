@@ -6,6 +6,7 @@ A metric is one function of the counts. Not for models: a classifier here is any
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -53,12 +54,10 @@ class Tally:
             )
         prediction = logits.argmax(dim=1)
         hit = prediction == labels
-        for counts, classes in (
-            (self.labelled, labels),
-            (self.predicted, prediction),
-            (self.correct, labels[hit]),
-        ):
-            counts += torch.bincount(classes, minlength=self.num_classes).cpu()
+        count = partial(torch.bincount, minlength=self.num_classes)
+        self.labelled += count(labels).cpu()
+        self.predicted += count(prediction).cpu()
+        self.correct += count(labels[hit]).cpu()
         if self.num_classes > 5:
             self.in_top5 += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
         for group, correct in zip(groups or (), hit.tolist()):
@@ -66,8 +65,8 @@ class Tally:
 
     def merge(self, other: "Tally") -> None:
         """Add the counts of another rank."""
-        for mine, theirs in ((self.labelled, other.labelled), (self.predicted, other.predicted)):
-            mine += theirs
+        self.labelled += other.labelled
+        self.predicted += other.predicted
         self.correct += other.correct
         self.in_top5 += other.in_top5
         for group, (number, correct) in other.groups.items():

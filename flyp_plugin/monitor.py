@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flyp_plugin.checkpoints import PREPROCESSING
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.evalsets import EvalSet, loader_from_args
+from flyp_plugin.flags import as_words
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Metrics, Tally, score
 from flyp_plugin.sources import IMAGE_KEY
@@ -50,9 +52,10 @@ class Monitor:
         for eval_set in self.sets:
             make = ImageClassifier.from_model if epoch else ImageClassifier.from_prompts  # 0: zero-shot
             classifier = make(model, tokenizer, eval_set.prompts, self.args.precision)
-            metrics = self._over_ranks(
-                score(classifier, self._loader(eval_set, preprocess), self._tally(eval_set))
-            )
+            if eval_set.name not in self.loaders:
+                self.loaders[eval_set.name] = loader_from_args(eval_set, preprocess, self.args)
+            tally = Tally(len(eval_set.prompts.classnames))
+            metrics = self._over_ranks(score(classifier, self.loaders[eval_set.name], tally))
             if "worst_group" in metrics:  # a name; what is logged as a metric has to be a number
                 _log.info(f"{eval_set.name}: the worst group is {metrics.pop('worst_group')!r}")
             row.update({f"{eval_set.name}/{metric}": value for metric, value in metrics.items()})
@@ -92,17 +95,6 @@ class Monitor:
             lines.append(f"Next, merge it with the pretrained weights:\n  {shlex.join(command)}")
         return lines
 
-    def _loader(self, eval_set: EvalSet, preprocess: Callable) -> LabelledDataset:
-        if eval_set.name not in self.loaders:
-            args = self.args
-            self.loaders[eval_set.name] = loader_from_args(
-                eval_set, preprocess, args, args.rank, args.world_size
-            )
-        return self.loaders[eval_set.name]
-
-    def _tally(self, eval_set: EvalSet) -> Tally:
-        return Tally(len(eval_set.prompts.classnames))
-
     def _over_ranks(self, tally: Tally) -> Metrics:
         if self.args.world_size > 1:
             parts: list[Any] = [None] * self.args.world_size
@@ -114,41 +106,15 @@ class Monitor:
 
 
 def wiseft_command(args: Namespace, finetuned: Path, out: Path) -> list[str]:
-    """`wiseft ...`, which merges a run's checkpoint and scores it as the run itself was scored.
-
-    Args:
-        args: open_clip's and FLYP's, of that run.
-        finetuned: its checkpoint.
-        out: for --out.
-    """
-    command = [
-        "wiseft",
-        "--model",
-        args.model,
-        "--pretrained",
-        args.pretrained,
-        "--finetuned",
-        str(finetuned),
-    ]
-    for name in ("model_config", "classnames", "templates", "group_key"):
-        command += [f"--{name.replace('_', '-')}", value] if (value := getattr(args, name)) else []
-    command += ["--own-first"] if args.classnames or args.templates else []
-    command += ["--force-quick-gelu"] if args.force_quick_gelu else []
-    command += ["--label-key", args.label_key] if args.label_key != "cls" else []
-    command += ["--image-key", args.image_key] if args.image_key != IMAGE_KEY else []
-    for name in ("image_mean", "image_std", "image_interpolation", "image_resize_mode"):
-        value = getattr(args, name) or []
-        values = [value] if isinstance(value, str) else value
-        command += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
-    command += ["--device", args.device] if args.device != "cuda" else []  # open_clip's default, GPU or not
-    command += [
-        "--precision",
-        args.precision,
-        "--batch-size",
-        str(args.batch_size),
-        "--workers",
-        str(args.workers),
-    ]
+    """`wiseft ...`, which merges the checkpoint `finetuned` of a run with `args` and scores it as that run was scored."""
+    command = ["wiseft", "--model", args.model, "--pretrained", args.pretrained]
+    command += ["--finetuned", str(finetuned)]
+    values = {**vars(args), "own_first": bool(args.classnames or args.templates)}
+    defaults = {"label_key": "cls", "image_key": IMAGE_KEY, "device": "cuda"}  # cuda: open_clip's, GPU or not
+    names = ["model_config", "classnames", "templates", "group_key", "own_first", "force_quick_gelu"]
+    names += ["label_key", "image_key", *(f"image_{name}" for name in PREPROCESSING), "device"]
+    names += ["precision", "batch_size", "workers"]
+    command += as_words({name: values[name] for name in names if values[name] != defaults.get(name)})
     for spec in args.eval_data:
         command += ["--eval-data", spec]
     return [*command, "--out", str(out)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import COLLISIONS
+from flyp_plugin.flags import COLLISIONS, as_words
 from flyp_plugin.learned import HEAD, exact_logits
 
 Outputs = dict[str, Tensor]
@@ -174,18 +174,14 @@ class Objective:
             return self.outputs(model, plain, images, texts[:, :-1], texts[:, -1])
 
         model.forward = forward
-        for (
-            name,
-            parameter,
-        ) in model.named_parameters():  # DistributedDataParallel would wait for their gradients
-            if not re.match(self.trains, name):
+        for name, parameter in model.named_parameters():
+            if not re.match(self.trains, name):  # DistributedDataParallel would wait for its gradient
                 parameter.requires_grad_(False)
 
 
 def _pair_loss(args: Namespace) -> nn.Module:
-    return PairLoss(
-        args.collisions, args.ce_weight, args.local_loss, args.gather_with_grad, args.rank, args.world_size
-    )
+    gather = args.local_loss, args.gather_with_grad, args.rank, args.world_size
+    return PairLoss(args.collisions, args.ce_weight, *gather)
 
 
 _IMAGE_SIDE = rf"visual\.|{HEAD}\."
@@ -202,7 +198,7 @@ def changes(args: Namespace) -> list[str]:
     """The flags given that change the training from plain FLYP, as a user writes them."""
     flags = {"objective": "flyp", "collisions": "keep", "ce_weight": 0.0}
     given = {name: getattr(args, name) for name, default in flags.items() if getattr(args, name) != default}
-    return [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
+    return [" ".join(as_words({name: value})) for name, value in given.items()]
 
 
 def check_flags(args: Namespace) -> None:

@@ -21,7 +21,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,40 +31,19 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.learned import HEAD
 from flyp_plugin.samples import sample_seed
 
+if TYPE_CHECKING:
+    from flyp_plugin.train import FlypRun
+
 # for `python -c`: open_clip's own training, of a model configuration (the first argument) that open_clip has not
 PLAIN_MAIN = (
     "import open_clip, sys; open_clip.add_model_config(sys.argv.pop(1)); "
     "from open_clip_train.main import main; main(sys.argv[1:])"
 )
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
+# what is replaced, and in which module of open_clip_train
+_PLACES = dict.fromkeys(["parse_args", "create_model_and_transforms", "get_data", "evaluate"], "main")
+_PLACES |= {"train_one_epoch": "main", "zero_shot_eval": "train"}
 _log = logging.getLogger(__name__)
-
-
-class Plan(Protocol):
-    """What is put into open_clip's run; its methods are called on every rank, in this order."""
-
-    args: Namespace  # open_clip's and ours, as main() is to see them; main() adds rank, world_size, name, ...
-
-    changes: list[str]  # flags that need another loss than open_clip's
-
-    def on_model(self, model: torch.nn.Module) -> None: ...
-
-    def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset: ...
-
-    @property
-    def evaluates(self) -> bool: ...
-
-    def evaluate(
-        self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int
-    ) -> dict: ...
-
-    def create_loss(self) -> torch.nn.Module: ...
-
-    def before_epoch(
-        self, model: torch.nn.Module, preprocess: Callable, epoch: int
-    ) -> bool: ...  # let it train?
-
-    def finish(self) -> None: ...
 
 
 def _module(name: str) -> ModuleType:
@@ -95,11 +74,6 @@ def world() -> tuple[int, int]:
     return rank, size
 
 
-def run_folder(args: Namespace) -> Path | None:
-    """Where open_clip keeps this run; None where it makes up the name itself."""
-    return Path(args.logs, args.name) if args.name else None
-
-
 def check_run_folder(args: Namespace) -> None:
     """Look at the run's folder before open_clip does.
 
@@ -108,9 +82,9 @@ def check_run_folder(args: Namespace) -> None:
     Raises:
         InputError: a run of this name is there and is not to be resumed.
     """
-    folder = run_folder(args)
-    if folder is None:
+    if not args.name:  # open_clip makes up a new one
         return
+    folder = Path(args.logs, args.name)
     if args.resume != "latest":
         if (folder / "out.log").exists():
             raise InputError(
@@ -119,13 +93,11 @@ def check_run_folder(args: Namespace) -> None:
         return
     for path in sorted(folder.glob("checkpoints/**/*.pt")):
         if not zipfile.is_zipfile(path):  # torch writes a zip file, whose directory comes last
-            path.rename(path.with_suffix(".pt.incomplete"))
-            _log.warning(
-                f"{path} is incomplete and is left out: it is now {path.with_suffix('.pt.incomplete')}."
-            )
+            aside = path.rename(path.with_suffix(".pt.incomplete"))
+            _log.warning(f"{path} is incomplete and is left out: it is now {aside}.")
 
 
-def run(plan: Plan) -> int:
+def run(plan: "FlypRun") -> int:
     """open_clip_train.main.main, unchanged, on the plan's data; returns the exit status."""
     main = _module("main")
     with _logging_put_back(), _installed(_Seams(plan)):
@@ -165,7 +137,7 @@ def _installed(seams: "_Seams") -> Iterator[None]:
         setattr(module, name, value)
 
     try:
-        for module_name, name in seams.places:
+        for name, module_name in _PLACES.items():
             module = _module(module_name)
             if not hasattr(module, name):
                 raise InputError(
@@ -199,16 +171,7 @@ class _CpuDistributed(torch.nn.parallel.DistributedDataParallel):
 class _Seams:
     """The functions that stand in for open_clip_train's during one call of its main()."""
 
-    places = (
-        ("main", "parse_args"),
-        ("main", "create_model_and_transforms"),
-        ("main", "get_data"),
-        ("main", "evaluate"),
-        ("main", "train_one_epoch"),
-        ("train", "zero_shot_eval"),
-    )
-
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: "FlypRun"):
         self.plan = plan
         self.original: dict[str, Callable] = {}
         self.model: Any = None
@@ -239,18 +202,15 @@ class _Seams:
     def get_data(
         self, args: Namespace, preprocess: tuple, epoch: int = 0, tokenizer: Any = None, **kwargs: Any
     ) -> dict:
-        as_dict = (
-            "naflex_data_config" in inspect.signature(self.original["get_data"]).parameters
-        )  # open_clip 4
+        original = self.original["get_data"]
+        as_dict = "naflex_data_config" in inspect.signature(original).parameters  # open_clip 4
         others = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
-        data = self.original["get_data"](others, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
+        data = original(others, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
         self.preprocess_val, self.tokenizer = preprocess[1], tokenizer
         dataset = self.plan.train_data(preprocess[0], tokenizer, as_dict)
         data["train"] = _data_info(dataset, args)
-        if self.plan.evaluates:
-            data.setdefault(
-                "imagenet-val", None
-            )  # main() evaluates where this key is; zero_shot_eval below answers
+        if self.plan.evaluates:  # main() evaluates where this key is; zero_shot_eval below answers
+            data.setdefault("imagenet-val", None)
         return data
 
     def evaluate(self, model: Any, data: dict, epoch: int, args: Namespace, **kwargs: Any) -> dict:
@@ -269,10 +229,9 @@ class _Seams:
         state = given.get("state")  # open_clip 4: one object for model, optimizer and epoch
         epoch = state.epoch if state else given["epoch"]
         if not self.started and self.plan.evaluates and epoch == 0:
-            model, tb_writer = state.task if state else given["model"], given.get("tb_writer")
-            self.evaluate(
-                model, given["data"], 0, given["args"], tb_writer=tb_writer, tokenizer=self.tokenizer
-            )
+            model = state.task if state else given["model"]
+            more = {"tb_writer": given.get("tb_writer"), "tokenizer": self.tokenizer}
+            self.evaluate(model, given["data"], 0, given["args"], **more)
         self.started = True
         if not self.plan.before_epoch(self.model, self.preprocess_val, epoch):
             return None

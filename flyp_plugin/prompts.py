@@ -111,9 +111,8 @@ class PromptTokens:
         self._type = np.result_type(*(part.dtype for part, _ in parts))
         self._shape = (len(prompts.classnames), len(prompts.templates), width)
         # torch can do little with unsigned types: the tensor is the shared bytes, which numpy reads
-        self._bytes = torch.zeros(
-            int(np.prod(self._shape)) * self._type.itemsize, dtype=torch.uint8
-        ).share_memory_()
+        size = int(np.prod(self._shape)) * self._type.itemsize
+        self._bytes = torch.zeros(size, dtype=torch.uint8).share_memory_()
         rows = self.table.reshape(-1, width)
         rows[:] = self._pad
         start = 0
@@ -156,9 +155,8 @@ class _Chunks(Dataset):
         used = np.flatnonzero((tokens != self.pad).any(axis=0))
         full = np.flatnonzero(tokens[:, -1] != self.pad)
         narrow = tokens[:, : int(used[-1]) + 1]
-        return narrow.astype(np.min_scalar_type(int(tokens.max()))), [
-            texts[i] for i in full if self._is_cut(texts[i])
-        ]
+        cut = [texts[i] for i in full if self._is_cut(texts[i])]
+        return narrow.astype(np.min_scalar_type(int(tokens.max()))), cut
 
     def _is_cut(self, text: str) -> bool:
         """Whether a prompt that fills the context has more tokens than that."""

@@ -5,6 +5,7 @@ Everything is a function of compare.json's content, which compare.py describes.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -98,10 +99,7 @@ def document(record: Record) -> str:
         f"Top-1 in %, {of}. Each method is taken after its last epoch ({record['epochs']}). `{val}` chose the setting "
         f"of each method (on seed {seeds[0]}) and alpha (for each seed){less}; no other set chose anything."
     )
-    text = [
-        f"# {settings['model']} ({settings['pretrained']}), fine-tuned on {settings['train_data']}",
-        how,
-    ]
+    text = [f"# {settings['model']} ({settings['pretrained']}), fine-tuned on {settings['train_data']}", how]
     for block in record["blocks"]:
         text += [f"## {block['title']}"] if block["title"] else []
         text += [_markdown(block["rows"], record, block["methods"])]
@@ -109,9 +107,8 @@ def document(record: Record) -> str:
             first = record["methods"][0]
             text += [f"In points, less {first}, and with WiSE-FT less {first}{_WISE}, paired by seed:"]
             text += [_markdown(block["differences"], record, block["methods"], "+")]
-    missing = [
-        f"{m} ({b['title']})" for b in record["blocks"] for m in record["methods"] if m not in b["methods"]
-    ]
+    pairs = product(record["blocks"], record["methods"])
+    missing = [f"{method} ({block['title']})" for block, method in pairs if method not in block["methods"]]
     text += [f"Not finished: {', '.join(missing).replace(' ()', '')}."] if missing else []
     return "\n\n".join(text) + "\n"
 

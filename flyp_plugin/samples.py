@@ -96,11 +96,10 @@ def labelled(
         key, shard = sample["__key__"], sample["__url__"]
         image = next((sample[name] for name in image_key.split(";") if name in sample), None)
         text = _member(sample, label_key)
-        if (image is None or text is None) and sample[
-            "__broken__"
-        ]:  # the tar broke between the two, and is counted
+        lacks_one = image is None or text is None
+        if lacks_one and sample["__broken__"]:  # the tar broke between the two, and is counted
             continue
-        if (image is None or text is None) and sample["__short__"]:
+        if lacks_one and sample["__short__"]:
             skip(f"{shard} ends in the middle of sample {key}")
             continue
         if image is None:

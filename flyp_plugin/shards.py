@@ -181,9 +181,7 @@ def local_shards(source: str, split: str) -> list[str]:
     return shards
 
 
-def _class_prompts(
-    found: list[str], data: Path, classnames: str | None, templates: str | None
-) -> "ClassPrompts":
+def _class_prompts(found: list, data: Path, classnames: str | None, templates: str | None) -> "ClassPrompts":
     """The set's class names, by the list that is given or there, or as found; and its templates."""
     from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts
 
@@ -288,9 +286,8 @@ def _write_tar(shard: Path, samples: Iterable[dict[str, Any]]) -> None:
     with tarfile.open(part, "w") as tar:
         for sample in samples:
             for ending in (name for name in sample if not name.startswith("__")):
-                header = tarfile.TarInfo(
-                    f"{sample['__key__']}.{ending}"
-                )  # without owner and time: reproducible
+                # without owner and time: reproducible
+                header = tarfile.TarInfo(f"{sample['__key__']}.{ending}")
                 header.size = len(sample[ending])
                 tar.addfile(header, io.BytesIO(sample[ending]))
     os.replace(part, shard)

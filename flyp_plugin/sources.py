@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flyp_plugin.errors import InputError
 
 IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as open_clip has it
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)  # what reading a broken one raises
 TIMEOUT = 30  # seconds for a small text file over http
 _log = logging.getLogger(__name__)
 
@@ -78,25 +79,25 @@ def expand_source(source: str, split: str) -> list[str]:
             "a source of shards is empty; give a tar pattern or a folder, joined by '::' if several."
         )
     if source.startswith("pipe:") or re.search(r"\.(tar|tar\.gz|tgz)\}?$|[{*]", source):
-        if "*" in source and not source.startswith("pipe:"):
-            raise InputError(
-                f"'{source}' has a '*'; shards are named by braces (DIR/{{0..9}}.tar) or by folder."
-            )
-        try:
-            shards = list(braceexpand.braceexpand(source))
-        except ValueError as error:
-            raise InputError(
-                f"the braces in '{source}' do not pair ({error}); write {{0..9}} or {{a,b}}."
-            ) from None
-        missing = [s for s in shards if not is_url(s) and not s.startswith("pipe:") and not os.path.isfile(s)]
-        if missing:
-            more = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
-            raise InputError(
-                f"there is no shard {missing[0]}{more}; check the path or the range in '{source}'."
-            )
-        return shards
+        return _expand_pattern(source)
     source = source.rstrip("/")
     return _expand_url(source, split) if is_url(source) else _expand_folder(source, split)
+
+
+def _expand_pattern(source: str) -> list[str]:
+    if "*" in source and not source.startswith("pipe:"):
+        raise InputError(f"'{source}' has a '*'; shards are named by braces (DIR/{{0..9}}.tar) or by folder.")
+    try:
+        shards = list(braceexpand.braceexpand(source))
+    except ValueError as error:
+        raise InputError(
+            f"the braces in '{source}' do not pair ({error}); write {{0..9}} or {{a,b}}."
+        ) from None
+    missing = [s for s in shards if not is_url(s) and not s.startswith("pipe:") and not os.path.isfile(s)]
+    if missing:
+        more = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
+        raise InputError(f"there is no shard {missing[0]}{more}; check the path or the range in '{source}'.")
+    return shards
 
 
 def _expand_folder(source: str, split: str) -> list[str]:
@@ -105,10 +106,9 @@ def _expand_folder(source: str, split: str) -> list[str]:
     if not os.path.isdir(source):
         raise InputError(f"there is no file or folder {source}; check the path.")
     for folder in (Path(source), Path(source, split)):
-        tars = sorted(
-            (path for path in folder.glob("*.tar") if not path.name.startswith(".")),
-            key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)],
-        )
+        tars = [path for path in folder.glob("*.tar") if not path.name.startswith(".")]
+        # by the numbers in their names
+        tars.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)])
         if tars:
             stated = read_text(str(folder / "nshards.txt"))
             if stated is not None and stated.strip() != str(len(tars)):
@@ -124,7 +124,7 @@ def _expand_folder(source: str, split: str) -> list[str]:
 
 def _expand_url(source: str, split: str) -> list[str]:
     for folder in (source, f"{source}/{split}"):
-        stated = read_text(_metadata(f"{folder}/nshards.txt"))
+        stated = read_text(_on_hub(f"{folder}/nshards.txt", "raw"))
         if stated is not None:
             if not stated.strip().isdigit() or int(stated) < 1:
                 raise InputError(
@@ -137,26 +137,21 @@ def _expand_url(source: str, split: str) -> list[str]:
     )
 
 
-def _metadata(url: str) -> str:
-    """Where a data hub keeps text: its tars are under resolve/, its text under raw/."""
-    return _on_hub(url, "raw")
-
-
 def _on_hub(url: str, part: str) -> str:
+    """Where a data hub keeps it: its tars are under resolve/, its text under raw/; other addresses stay as they are."""
     return re.sub(r"(://.*?/datasets/[^/]+/[^/]+)/(?:tree|resolve)/", rf"\1/{part}/", url, count=1)
 
 
 def find_beside(shards: Sequence[str], name: str) -> str | None:
     """Path of the text file `name` in the folder of the first shard or the one above; None where neither has it."""
-    for shard in shards[:1]:
-        if shard.startswith("pipe:"):
-            return None
-        folder = os.path.dirname(_metadata(shard)) or "."
-        for place in (folder, os.path.dirname(folder) if is_url(folder) else os.path.join(folder, os.pardir)):
-            path = os.path.normpath(f"{place}/{name}") if not is_url(place) else f"{place}/{name}"
-            if read_text(path) is not None:
-                return path
-    return None
+    if not shards or shards[0].startswith("pipe:"):
+        return None
+    folder = os.path.dirname(_on_hub(shards[0], "raw")) or "."
+    if is_url(folder):
+        paths = [f"{folder}/{name}", f"{os.path.dirname(folder)}/{name}"]
+    else:
+        paths = [os.path.normpath(os.path.join(folder, up, name)) for up in (os.curdir, os.pardir)]
+    return next((path for path in paths if read_text(path) is not None), None)
 
 
 def count_samples(shards: Sequence[str], image_key: str = IMAGE_KEY) -> int:
@@ -200,23 +195,20 @@ def _by_folder(shards: Sequence[str]) -> dict[str | None, list[str]]:
 
 
 def _read_sizes(folder: str, names: Sequence[str]) -> int | None:
-    text = read_text(_metadata(f"{folder}/sizes.json"))
+    text = read_text(_on_hub(f"{folder}/sizes.json", "raw"))
     try:
         if text is not None:
             sizes = json.loads(text)
             return sum(int(sizes[name]) for name in names) if all(name in sizes for name in names) else None
-        text = read_text(_metadata(f"{folder}/__len__"))
+        text = read_text(_on_hub(f"{folder}/__len__", "raw"))
         # __len__ is the whole folder's, and says nothing of a part of it
-        return None if text is None or _is_part(folder, names) else int(text)
+        others = not is_url(folder) and any(p.name not in names for p in Path(folder).glob("[!.]*.tar"))
+        return None if text is None or others else int(text)
     except (ValueError, TypeError):
         raise InputError(
             f"{folder}/{'sizes.json' if text and '{' in text else '__len__'} does not hold sample counts; "
             "delete it, and the shards are counted."
         ) from None
-
-
-def _is_part(folder: str, names: Sequence[str]) -> bool:
-    return not is_url(folder) and any(path.name not in names for path in Path(folder).glob("[!.]*.tar"))
 
 
 def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
@@ -226,7 +218,7 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
         keys: set[str] = set()
         try:
             keys.update(_keys(path, image_key))  # keeps those before an error
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        except TAR_ERRORS as error:
             whole = False
             reason = str(error).partition(":")[0]  # tarfile goes on with a line for each compression
             _log.warning(f"{path} cannot be read to its end as a tar ({reason}); {len(keys)} samples count.")
@@ -236,13 +228,10 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
     if whole and counted and not remembered.exists():  # nothing at all: the image key may be wrong
         try:
             write_atomically(remembered, json.dumps(sizes, indent=1) + "\n")
-            _log.info(
-                f"Counted {counted} samples in {len(sizes)} shards of {folder}; remembered in {remembered}."
-            )
+            kept = f"; remembered in {remembered}"
         except OSError:
-            _log.info(
-                f"Counted {counted} samples in {len(sizes)} shards of {folder} (which cannot be written to)."
-            )
+            kept = " (which cannot be written to)"
+        _log.info(f"Counted {counted} samples in {len(sizes)} shards of {folder}{kept}.")
     return counted
 
 

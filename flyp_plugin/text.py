@@ -76,11 +76,11 @@ def shorten(
         Whether it was done. Where not, the model is as it was, and a log line has said why.
     """
     reason = why_full(model)
-    if reason is None and tokens is not None and not self_check(model, tokens):
-        _log.warning("Text is encoded at full length: on these weights short text gave other features.")
-        return False
     if reason is not None:
         _say(reason)
+        return False
+    if tokens is not None and not self_check(model, tokens):
+        _log.warning("Text is encoded at full length: on these weights short text gave other features.")
         return False
     _become(_tower(model), _Options(unique, multiple_of))
     return True

@@ -21,10 +21,10 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
 from flyp_plugin import checkpoints, cli, objectives, openclip, shards
-from flyp_plugin.data import ClassPromptDataset, LabelledDataset, peek
+from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
-from flyp_plugin.evalsets import parse_eval_sets, with_progress
-from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, LP_C, parser
+from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
+from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, LP_C, as_words, parser
 from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, class_rows, fit_head
 from flyp_plugin.monitor import Monitor
@@ -37,7 +37,10 @@ _log = logging.getLogger(__name__)
 
 
 class FlypRun:
-    """A FLYP run as openclip.run wants it: made and checked before there is a model.
+    """A FLYP run, which openclip.py puts into open_clip's: made and checked before there is a model.
+
+    Its methods are called on every rank: on_model, train_data, create_loss, evaluate and before_epoch in turn, finish.
+    `args` are open_clip's and ours; main() adds rank, world_size, name, ... before the first of these calls.
 
     Args:
         ours: FLYP's own flags.
@@ -59,7 +62,7 @@ class FlypRun:
         if rank == 0:
             openclip.check_run_folder(args)
         self.objective = objectives.OBJECTIVES[args.objective]
-        self.changes = objectives.changes(args)
+        self.changes = objectives.changes(args)  # flags that need another loss than open_clip's
         objectives.check_flags(args)
         _check_shots(args)
         self.shards, self.weights = _shards(args)
@@ -106,9 +109,8 @@ class FlypRun:
             )
         size = getattr(model.visual, "image_size", 0)  # int or (height, width)
         self.image_size = size if isinstance(size, int) else max(size)
-        tokenizer = open_clip.get_tokenizer(
-            args.model, context_length=getattr(args, "force_context_length", None)
-        )
+        context_length = getattr(args, "force_context_length", None)
+        tokenizer = open_clip.get_tokenizer(args.model, context_length=context_length)
         if not args.full_text:
             two = tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
             compiled = args.torchcompile  # wants few shapes, and none that depend on the data
@@ -140,21 +142,11 @@ class FlypRun:
 
     def _fit(self, model: Any, preprocess: Callable) -> None:
         args, head = self.args, getattr(model, HEAD)
-        dataset = LabelledDataset(
-            self.shards,
-            preprocess,  # the evaluation's, without augmentation
-            args.batch_size,
-            num_classes=len(self.prompts.classnames),
-            num_workers=args.workers,
-            image_key=args.image_key,
-            label_key=args.label_key,
-            rank=args.rank,
-            world_size=args.world_size,
-        )
+        images = EvalSet("features", self.shards, self.prompts, args.train_data)
+        dataset = loader_from_args(images, preprocess, args)  # the evaluation's, without augmentation
         features, labels = image_features(model, with_progress(dataset, "features"), args.precision)
         c = args.lp_c or LP_C
-        weight = fit_head(features, labels, len(head.weight), c)
-        head.weight.data.copy_(weight)
+        head.weight.data.copy_(fit_head(features, labels, len(head.weight), c))
         _log.info(f"Fitted the head to the features of all images, with C = {c:g}.")
 
     def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
@@ -168,15 +160,13 @@ class FlypRun:
             prompts=self.prompts,
             num_samples=self.num_samples,
             num_workers=args.workers,
-            seed=args.seed,
-            rank=args.rank,
-            world_size=args.world_size,
             shard_weights=self.weights,
-            image_key=args.image_key,
-            label_key=args.label_key,
             jpeg_draft=self.image_size if args.jpeg_draft else 0,
             with_labels=bool(self.changes),
             as_dict=as_dict,
+            **{
+                name: getattr(args, name) for name in ("seed", "rank", "world_size", "image_key", "label_key")
+            },
         )
         if args.rank == 0:
             self._say(dataset)
@@ -204,9 +194,8 @@ class FlypRun:
     def _say(self, dataset: ClassPromptDataset) -> None:
         args, prompts = self.args, self.prompts
         classes, templates = len(prompts.classnames), len(prompts.templates)
-        fewer = (
-            "" if dataset.num_workers == args.workers else f" (not {args.workers}: a worker needs a shard)"
-        )
+        all_work = dataset.num_workers == args.workers
+        fewer = "" if all_work else f" (not {args.workers}: a worker needs a shard)"
         named = ", ".join(f"{name} {value}" for name, value in self.defaults.items()) or "none"
         steps = f"Steps: {self.steps} an epoch, {args.epochs} epochs; {dataset.num_workers} workers a rank{fewer}."
         if not self.objective.loop:
@@ -248,11 +237,8 @@ def _logging_until_open_clip_does() -> Iterator[None]:
 def _defaults(rest: Sequence[str], world_size: int) -> dict[str, str]:
     """FLYP's defaults without those that the user gives otherwise: found by trying another default with open_clip."""
     others = openclip.parse_args([*_flags({name: _OTHER.get(name, "-1") for name in DEFAULTS}), *rest])
-    defaults = {
-        name: value
-        for name, value in DEFAULTS.items()
-        if str(getattr(others, name)) in ("-1", "-1.0", "bf16")
-    }
+    ours = [name for name in DEFAULTS if str(getattr(others, name)) in ("-1", "-1.0", "bf16")]
+    defaults = {name: DEFAULTS[name] for name in ours}
     if "batch_size" in defaults:  # FLYP's is the number of images that one loss sees
         defaults["batch_size"] = str(max(1, GLOBAL_BATCH // (world_size * others.accum_freq)))
     return defaults
@@ -260,23 +246,15 @@ def _defaults(rest: Sequence[str], world_size: int) -> dict[str, str]:
 
 def _flags(values: dict[str, str], world_size: int = 1) -> list[str]:
     """As a command line; with several ranks FLYP's loss is over the batches of all of them."""
-    flags = chain.from_iterable((f"--{name.replace('_', '-')}", value) for name, value in values.items())
-    return [*flags, *(("--local-loss", "--gather-with-grad") if values and world_size > 1 else ())]
+    return [*as_words(values), *(("--local-loss", "--gather-with-grad") if values and world_size > 1 else ())]
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    least = {
-        "batch_size": 1,
-        "epochs": 1,
-        "accum_freq": 1,
-        "train_num_samples": 1,
-        "workers": 0,
-        "eval_frequency": 0,
-    }
-    for name, number in least.items():
+    least = {"batch_size": 1, "epochs": 1, "accum_freq": 1, "train_num_samples": 1, "workers": 0}
+    for name, number in {**least, "eval_frequency": 0}.items():
         value = getattr(args, name)
         if value is not None and value < number:
-            raise InputError(f"--{name.replace('_', '-')} {value} is too few; give {number} or more.")
+            raise InputError(f"{' '.join(as_words({name: value}))} is too few; give {number} or more.")
 
 
 def _shards(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:

@@ -110,9 +110,8 @@ def sweep(
     for alpha in tqdm(alphas, desc="heads", unit="alpha", disable=None):
         move_to(alpha, weights)
         for eval_set in sets:
-            heads[alpha, eval_set.name] = ImageClassifier.from_model(
-                model, tokenizer, eval_set.prompts, precision
-            ).head
+            classifier = ImageClassifier.from_model(model, tokenizer, eval_set.prompts, precision)
+            heads[alpha, eval_set.name] = classifier.head
     results: dict[float, dict[str, Metrics]] = {alpha: {} for alpha in alphas}
     for eval_set in sets:
         names = eval_set.prompts.classnames
@@ -120,11 +119,8 @@ def sweep(
         for block in _blocks(with_progress(loader(eval_set), eval_set.name), model.logit_scale.device):
             for alpha in alphas:
                 move_to(alpha, image_side)
-                score(
-                    ImageClassifier(model, heads[alpha, eval_set.name], names, precision),
-                    block,
-                    tallies[alpha],
-                )
+                classifier = ImageClassifier(model, heads[alpha, eval_set.name], names, precision)
+                score(classifier, block, tallies[alpha])
         for alpha in alphas:
             results[alpha][eval_set.name] = tallies[alpha].metrics()
     return results
