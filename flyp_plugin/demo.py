@@ -253,7 +253,7 @@ def _table(root: Path) -> str:
         rows[title] |= {f"OOD {name}": record["alphas"][alpha][name] for name in list(SETS)[1:]}
     lines = [["top-1, %, [95 % interval]", *(f"{name}, n={m['n']}" for name, m in rows["FLYP"].items())]]
     for title, figures in rows.items():
-        of = f", alpha {chosen}" if alphas[title] == chosen else ""
+        of = f", alpha {chosen}" if title == "FLYP + WiSE-FT" else ""
         lines.append([title + of, *(_interval(m["top1"], m["n"]) for m in figures.values())])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
