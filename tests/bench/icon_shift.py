@@ -6,12 +6,13 @@
     python tests/bench/icon_shift.py compare main             # @@MAIN@@
     python tests/bench/icon_shift.py compare                  # and the further questions (QUESTIONS)
 
-Each goes on where it was interrupted and skips what is finished; `compare main --seeds 0:1` may be followed by more seeds.
-The families of sets (icon_looks.py) are split in half. A drawing of each name and style of one half, with its name as
-caption, pretrains a small CLIP, by open_clip's own script. On the other half, the names that many sets draw both as
-outline and filled are the classes: FLYP & Co. are trained on outlines, chosen on outlines (val), and scored on others (id)
-and on filled, pixel, emoji and colour icons (OOD). No image that is scored is in training or pretraining, to the last bit;
-families and classes were chosen by counts alone, so that the OOD sets are large. Pretraining has no pixel set.
+Each goes on where it was interrupted and skips what is finished; `compare main --seeds 0:1` can be given more seeds later.
+The families of sets (icon_looks.py) are split in half. The drawings of one half, one of each name and style in a set, with
+their names as captions pretrain a small CLIP, by open_clip's own script. On the other half, names that many sets draw
+both as outline and filled are the classes: all methods are trained on outlines, chosen on others (val), and scored on
+others still (id) and on filled, pixel, emoji and colour icons (OOD). No two of these images are equal, nor is one to an image
+of pretraining. The seed of the split was chosen by the number of classes and images alone: the OOD sets are large. By
+that split pretraining sees no pixel set, and emoji of one family.
 """
 
 import argparse
