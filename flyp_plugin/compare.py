@@ -240,7 +240,7 @@ def compare_command(args: argparse.Namespace) -> None:
     comparison = Comparison(args)
     out, counts, tried = comparison.out, comparison.counts, len(comparison.values[comparison.methods[0]])
     settings = {name: value for name, value in vars(args).items() if name not in ("function", "out")}
-    begin(out, settings)
+    begin(out, {**settings, "seeds": comparison.seeds[0]})  # which has chosen; the others may come and go
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` ends the run that is on, too
     _log.info(
         f"Plan: {counts['training']} trainings (for each of {len(comparison.train_args)} methods and settings {tried} on "

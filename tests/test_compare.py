@@ -217,6 +217,11 @@ def test_a_second_start_runs_nothing_and_gives_the_same_table(finished, argv, mo
     flyp(*argv())
     assert capsys.readouterr().out == (finished / "compare.md").read_text()
     assert (finished / "compare.md").read_text() == text.replace("\nNot finished: bad.\n", "")
+    flyp(*argv("--seeds", "0"))  # fewer seeds, or more, with the same first one, go on with what is there
+    record = read(finished / "compare.json")
+    assert record["seeds"] == [0] and list(record["blocks"][0]["methods"]["flyp"]["seeds"]) == ["0"]
+    flyp(*argv())
+    assert (finished / "compare.md").read_text() == text.replace("\nNot finished: bad.\n", "")
     (finished / "settings.json").write_text(json.dumps(settings))
 
 
@@ -224,7 +229,7 @@ def test_other_settings_are_refused_where_a_comparison_is(finished, argv, monkey
     monkeypatch.chdir(finished.parent)
     (Path("full") / "something").mkdir(parents=True)
     for more, message in [
-        (["--seeds", "0:3"], r"out was begun with \w+ '.*give another --out"),
+        (["--seeds", "1:3"], r"out was begun with \w+ .*give another --out"),
         (["--out", "full"], "full is there and holds something else"),
     ]:
         with pytest.raises(InputError, match=message):

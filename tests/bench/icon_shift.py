@@ -1,0 +1,246 @@
+"""Fine-tuning a broadly pretrained CLIP under a real shift, by FLYP and by what it is compared with: icons of many sets.
+
+    npm pack @iconify/json && tar xzf iconify-json-*.tgz && pip install resvg-py      # for package/ see icons.py
+    python tests/bench/icon_shift.py data --icons package     # 2 minutes; all is in ~/.cache/flyp-icons
+    python tests/bench/icon_shift.py pretrain                 # 8 epochs, by estimate 25 minutes on two free cores
+    python tests/bench/icon_shift.py compare main             # by estimate 35 minutes with --seeds 0:3
+    python tests/bench/icon_shift.py compare                  # and the further questions (QUESTIONS)
+
+Each goes on where it was interrupted and skips what is finished; `compare main --seeds 0:1` can be given more seeds later.
+The families of sets (icon_looks.py) are split in half. The drawings of one half, one of each name and style in a set, with
+their names as captions pretrain a small CLIP, by open_clip's own script. On the other half, names that many sets draw
+both as outline and filled are the classes: all methods are trained on outlines, chosen on others (val), and scored on
+others still (id) and on filled, pixel, emoji and colour icons (OOD). No two of these images are equal, nor is one to an image
+of pretraining. The seed of the split was chosen by the number of classes and images alone: the OOD sets are large. By
+that split pretraining sees no pixel set, and emoji of one family.
+"""
+
+import argparse
+import json
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from hashlib import md5
+from itertools import product
+from multiprocessing import Pool
+from pathlib import Path
+
+import webdataset
+from icon_looks import LOOKS, PIXELS, Drawing, drawings, families, png
+
+from flyp_plugin import shards
+from flyp_plugin.report import figure, percent
+
+SEED, SHARDS = 67, 32
+CAPTIONS = ["{name}", "{base}", "{base} icon", "a picture of {base}"]
+TEMPLATES = ["{c}", "{c} icon", "a picture of {c}"]
+LEAST = {"outline": 12, "filled": 10}  # sets of the unseen families that draw a class so
+TRAIN_MOST, FILLED_MOST = 16, 7  # images of a class
+METHODS = ["--methods", "flyp,ce,lp,lp-ft"]
+QUESTIONS = {  # what `flyp compare` is given for each
+    "main": METHODS,
+    "shots4": [*METHODS, "--shots", "4"],
+    "shots16": [*METHODS, "--shots", "16"],
+    "template": ["--methods", "flyp", "--templates", TEMPLATES[-1]],  # against all of them in main
+    "mask": ["--methods", "flyp", "--collisions", "mask"],
+    "soft": ["--methods", "flyp", "--collisions", "soft"],
+    "ce-weight": ["--methods", "flyp", "--ce-weight", "1"],
+    "flyp-ce": ["--methods", "flyp-ce"],
+}
+NO_FLASH = "torch.backends.cuda.enable_flash_sdp(False)"  # of CPUs, too: a step takes 1.15 s in place of 2.0
+PRETRAIN = """--model icon-clip --dataset-type webdataset --batch-size 512 --lr 1e-3 --warmup 100 --wd 0.1
+    --precision amp_bf16 --device cpu --workers 1 --log-every-n-steps 10"""
+FINETUNE = "--model icon-clip --epochs 10 --batch-size 128 --precision amp_bf16 --device cpu --workers 1"
+MODEL = {
+    "embed_dim": 192,
+    "vision_cfg": {"image_size": PIXELS, "layers": 6, "width": 192, "patch_size": 8, "head_width": 48},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
+}
+
+
+def write_data(package: str, cache: Path) -> None:
+    """The captions of the seen families; then the labelled sets of the others. Each only if it is not there."""
+    collections = json.loads(Path(package, "collections.json").read_text())
+    groups = families(collections)
+    random.Random(SEED).shuffle(groups)
+    unseen = {name for group in groups[: len(groups) // 2] for name in group}
+    found = list(drawings(package, collections))
+    random.Random(SEED).shuffle(found)
+    with Pool(2) as pool:
+        seen = write_captions([drawing for drawing in found if drawing.set not in unseen], cache, pool)
+        write_sets([drawing for drawing in found if drawing.set in unseen], seen, cache, pool)
+
+
+def write_captions(found: list[Drawing], cache: Path, pool) -> set[bytes]:
+    """A drawing of each name and style in each set, captioned, as shards for open_clip; and digests of the images."""
+    chosen = list({(drawing.set, drawing.base, drawing.style): drawing for drawing in found}.values())
+    images = list(pool.imap(png, [drawing.svg for drawing in chosen], 256))
+    pairs = [(drawing, image) for drawing, image in zip(chosen, images) if image]
+    captions, part = cache / "captions", cache / "captions.part"
+    if not captions.exists():
+        part.mkdir(parents=True)
+        choice = random.Random(SEED).choice
+        for shard in range(SHARDS):
+            with webdataset.TarWriter(str(part / f"{shard}.tar"), mtime=0) as tar:
+                for number in range(shard, len(pairs), SHARDS):
+                    drawing, image = pairs[number]
+                    text = choice(CAPTIONS).format(name=drawing.name, base=drawing.base)
+                    tar.write({"__key__": f"{number:06d}", "png": image, "txt": text})
+        kinds = Counter(drawing.look for drawing, _ in pairs)
+        sets = sorted({drawing.set for drawing, _ in pairs})
+        (part / "about.json").write_text(json.dumps({"images": len(pairs), "kinds": kinds, "sets": sets}))
+        part.rename(captions)
+    return {md5(image).digest() for _, image in pairs}
+
+
+def write_sets(found: list[Drawing], seen: set[bytes], cache: Path, pool) -> None:
+    """Of each class: outlines as train, val and test; filled ones; all others. No image is there twice, or in `seen`."""
+    in_sets: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for drawing in found:
+        in_sets[drawing.base][drawing.look].add(drawing.set)
+    classes = sorted(
+        base
+        for base, kinds in in_sets.items()
+        if all(len(kinds[kind]) >= least for kind, least in LEAST.items()) and len(base) > 1
+    )
+    wanted = [drawing for drawing in found if drawing.base in set(classes) and drawing.look in LOOKS]
+    digests, taken = set(seen), set()
+    parts: dict[tuple[str, str], list[bytes]] = defaultdict(list)
+    for drawing, image in zip(wanted, pool.imap(png, [drawing.svg for drawing in wanted], 256)):
+        once = (drawing.set, drawing.base, drawing.look)  # of the looks that are plenty: one of a set
+        if not image or md5(image).digest() in digests or (drawing.look in LEAST and once in taken):
+            continue
+        digests.add(md5(image).digest())
+        taken.add(once)
+        parts[drawing.base, drawing.look].append(image)
+    with tempfile.TemporaryDirectory() as photos:
+        for (base, kind), images in parts.items():
+            fourth = len(images) // 4
+            cut = {f"{kind}/test": images[:FILLED_MOST] if kind == "filled" else images}
+            if kind == "outline":
+                cut = {"id/test": images[:fourth], "id/val": images[fourth : 2 * fourth]}
+                cut["id/train"] = images[2 * fourth :][:TRAIN_MOST]
+            for split, some in cut.items():
+                folder = Path(photos, split, base)
+                folder.mkdir(parents=True)
+                for number, image in enumerate(some):
+                    (folder / f"{number}.png").write_bytes(image)
+        texts = {"classnames": f"{photos}/classnames.txt", "templates": f"{photos}/templates.txt"}
+        Path(texts["classnames"]).write_text("\n".join(classes) + "\n")
+        Path(texts["templates"]).write_text("\n".join(TEMPLATES) + "\n")
+        for folder in sorted(Path(photos).glob("*/*")):
+            split = folder.relative_to(photos)
+            if not (cache / split).exists():
+                shards.write(str(folder), str(cache / split), **texts)
+            print(f"{split}: {sum(1 for _ in folder.glob('*/*.png'))} images", flush=True)
+    if not (cache / "few/val").exists():
+        shards.subset(f"{cache}/id/val", f"{cache}/few/val", shots=4)  # to choose by, with 4 shots
+    print(f"{len(classes)} classes; {json.loads((cache / 'captions/about.json').read_text())}")
+
+
+def pretrain(cache: Path, epochs: int) -> None:
+    """By open_clip's own script, unchanged; it goes on from the newest epoch."""
+    (cache / "icon-clip.json").write_text(json.dumps(MODEL, indent=1))
+    about = json.loads((cache / "captions/about.json").read_text())
+    main = f"import open_clip, sys, torch; open_clip.add_model_config({str(cache / 'icon-clip.json')!r}); {NO_FLASH}"
+    main += "; from open_clip_train.main import main; main(sys.argv[1:])"
+    command = [
+        sys.executable,
+        "-c",
+        main,
+        *shlex.split(PRETRAIN),
+        "--train-num-samples",
+        str(about["images"]),
+    ]
+    command += ["--train-data", f"{cache}/captions/{{0..{SHARDS - 1}}}.tar", "--epochs", str(epochs)]
+    command += ["--logs", f"{cache}/logs", "--name", f"pretrain{epochs}", "--resume", "latest"]
+    if not checkpoint(cache, epochs).exists():
+        subprocess.run(command, check=True)
+
+
+def checkpoint(cache: Path, epochs: int) -> Path:
+    return cache / f"logs/pretrain{epochs}/checkpoints/epoch_{epochs}.pt"
+
+
+def compare(question: str, cache: Path, out: Path, args: argparse.Namespace, more: list[str]) -> None:
+    """`flyp compare`, which does what is not done yet."""
+    sets = {"val": "few/val" if question == "shots4" else "id/val", "id": "id"}
+    sets |= {look: look for look in LOOKS if look != "outline"}
+    command = ["--model-config", f"{cache}/icon-clip.json", "--train-data", f"{cache}/id"]
+    command += ["--pretrained", str(args.pretrained or checkpoint(cache, args.pretrain_epochs))]
+    for name, source in sets.items():
+        command += ["--eval-data", f"{name}={cache}/{source}"]
+    command += ["--id-test", "id", *QUESTIONS[question], "--lr", args.lr, "--lp-c", args.lp_c]
+    command += ["--seeds", args.seeds, *shlex.split(FINETUNE)]
+    command = ["compare", *command, *more, "--out", str(out)]
+    print(f"== {question}\nflyp {shlex.join(command)}", flush=True)
+    subprocess.run([sys.executable, "-m", "flyp_plugin.cli", *command], check=True)
+
+
+def summary(results: Path) -> None:
+    """Each further question's rows less those of FLYP on all images in `main`, paired by seed."""
+    found = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob("*/compare.json"))
+    }
+    main = found.pop("main")
+    sets = list(main["blocks"][0]["rows"]["flyp"])
+    print(f"\nLess main's FLYP, and with WiSE-FT less its FLYP + WiSE-FT:\n| | {' | '.join(sets)} |")
+    print("|---" * (len(sets) + 1) + "|")
+    for question, record in found.items():
+        seeds = [seed for seed in record["seeds"] if seed in main["seeds"]]
+        for block, method, wise in product(record["blocks"], record["methods"], ("", " + WiSE-FT")):
+            row, base = block["rows"][method + wise], main["blocks"][0]["rows"]["flyp" + wise]
+            cells = []
+            for name in sets if seeds else ():
+                a, b = (
+                    [line[name]["by_seed"][of["seeds"].index(seed)] for seed in seeds]
+                    for line, of in ((row, record), (base, main))
+                )
+                cells.append(percent(figure([x - y for x, y in zip(a, b)]), "+"))
+            title = ", ".join(filter(None, (question, block["title"], method + wise)))
+            print(f"| {title} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    style = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**style)
+    steps = parser.add_subparsers(dest="step", required=True)
+    data = steps.add_parser("data", help="draw the icons, write captioned and labelled shards")
+    data.add_argument("--icons", required=True, metavar="FOLDER", help="the unpacked npm package")
+    one = steps.add_parser("pretrain", help="a CLIP on the captions, by open_clip's own script")
+    many = steps.add_parser("compare", help="flyp compare; further flags go to it", allow_abbrev=False)
+    text = f"of {', '.join(QUESTIONS)}; all, if none is named"
+    many.add_argument("questions", nargs="*", default=list(QUESTIONS), help=text)
+    many.add_argument("--pretrained", metavar="PATH", help="other weights than pretrain's")
+    many.add_argument("--results", type=Path, metavar="FOLDER", help="(default: compareN in --out)")
+    for name, default in (("seeds", "0:5"), ("lr", "3e-5,1e-4,3e-4"), ("lp-c", "10,100,1000")):
+        many.add_argument(f"--{name}", default=default, help="(default: %(default)s)")
+    for step in (data, one, many):
+        step.add_argument(
+            "--out", type=Path, default=Path("~/.cache/flyp-icons"), help="(default: %(default)s)"
+        )
+    for step in (one, many):
+        step.add_argument(
+            "--pretrain-epochs", type=int, default=8, metavar="N", help="(default: %(default)s)"
+        )
+    args, more = parser.parse_known_args()
+    cache = args.out.expanduser()
+    if more and args.step != "compare":
+        parser.error(f"unknown: {shlex.join(more)}")
+    if args.step == "data":
+        write_data(args.icons, cache)
+    elif args.step == "pretrain":
+        pretrain(cache, args.pretrain_epochs)
+    else:
+        results = args.results or cache / f"compare{args.pretrain_epochs}"
+        for question in args.questions:
+            compare(question, cache, results / question, args, more)
+        if (results / "main/compare.json").exists():
+            summary(results)
+
+
+if __name__ == "__main__":
+    main()
