@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import math
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -241,7 +240,6 @@ def compare_command(args: argparse.Namespace) -> None:
     out, counts, tried = comparison.out, comparison.counts, len(comparison.values[comparison.methods[0]])
     settings = {name: value for name, value in vars(args).items() if name not in ("function", "out")}
     begin(out, {**settings, "seeds": comparison.seeds[0]})  # which has chosen; the others may come and go
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` ends the run that is on, too
     _log.info(
         f"Plan: {counts['training']} trainings (for each of {len(comparison.train_args)} methods and settings {tried} on "
         f"seed {comparison.seeds[0]} to choose from, then {len(comparison.seeds) - 1} on more seeds) and "

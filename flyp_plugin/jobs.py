@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,12 +101,18 @@ def in_turn(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
     Raises:
         InputError: another one does.
     """
-    with (
-        alone(folder) as lock,
-        logging_redirect_tqdm(),
-        tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
-    ):
-        yield Jobs(left, lock, bar)
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # so that `kill` ends the run that is on, too
+    try:
+        with (
+            alone(folder) as lock,
+            logging_redirect_tqdm(),
+            tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
+        ):
+            yield Jobs(left, lock, bar)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
