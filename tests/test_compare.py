@@ -215,7 +215,7 @@ def test_a_second_start_runs_nothing_and_gives_the_same_table(finished, argv, mo
     monkeypatch.setattr(subprocess, "Popen", None)
     (finished / "settings.json").write_text(json.dumps(settings | {"methods": "flyp"}))
     flyp(*argv())
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # what is forked later is not to inherit another
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # what is forked later inherits it
     assert capsys.readouterr().out == (finished / "compare.md").read_text()
     assert (finished / "compare.md").read_text() == text.replace("\nNot finished: bad.\n", "")
     flyp(*argv("--seeds", "0"))  # fewer seeds, or more, with the same first one, go on with what is there
