@@ -22,6 +22,7 @@ from flyp_plugin import report
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import parser as train_parser
 from flyp_plugin.jobs import DONE, JobFailed, Jobs, begin, in_turn
+from flyp_plugin.metrics import best
 from flyp_plugin.monitor import wiseft_command
 from flyp_plugin.sources import write_atomically
 from flyp_plugin.train import FlypRun
@@ -225,11 +226,6 @@ def _id_sets(names: list[str], id_test: str | None) -> list[str]:
     return [names[0], id_test]
 
 
-def choose(top1: Mapping[float, float]) -> float:
-    """The value with the best accuracy; of equal ones the smallest, which for a learning rate moves least."""
-    return max(top1, key=lambda value: (top1[value], -value))
-
-
 def compare_command(args: argparse.Namespace) -> None:
     """`flyp compare`: run what --out lacks, then write compare.md, which also goes to stdout, .json and .png.
 
@@ -269,7 +265,7 @@ def _method(comparison: Comparison, block: Block, method: str, jobs: Jobs) -> di
     for run in tuning.values():
         _train(comparison, run, jobs)
     top1 = {value: comparison.id_top1(run) for value, run in tuning.items()}
-    chosen = choose(top1)
+    chosen = best(top1)
     for value, run in tuning.items():
         if value != chosen:  # its log and figures are kept
             comparison.checkpoint(run).unlink(missing_ok=True)
@@ -307,7 +303,8 @@ def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
         return json.loads((out / "wiseft.json").read_text())
 
     jobs.run("sweep", run.title, out, command, lambda: f"alpha {record()['chosen_alpha']:g}")
-    return {"folder": str(out.parent), **{key: record()[key] for key in ("chosen_alpha", "alphas")}}
+    found = record()
+    return {"folder": str(out.parent), "chosen_alpha": found["chosen_alpha"], "alphas": found["alphas"]}
 
 
 def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Block, dict[str, Any]]) -> None:

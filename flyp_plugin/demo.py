@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from flyp_plugin import openclip
 from flyp_plugin.errors import InputError
+from flyp_plugin.metrics import evaluate, table
 from flyp_plugin.sources import write_atomically
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -251,12 +252,11 @@ def _table(root: Path) -> str:
         test = json.loads(_test_result(root, title).read_text())["results"]["test"]
         rows[title] = {"ID val": record["alphas"][alpha]["val"], "ID test": test}
         rows[title] |= {f"OOD {name}": record["alphas"][alpha][name] for name in list(SETS)[1:]}
-    lines = [["top-1, %, [95 % interval]", *(f"{name}, n={m['n']}" for name, m in rows["FLYP"].items())]]
+    cells = {}
     for title, figures in rows.items():
         of = f", alpha {chosen}" if title == "FLYP + WiSE-FT" else ""
-        lines.append([title + of, *(_interval(m["top1"], m["n"]) for m in figures.values())])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        cells[title + of] = {f"{k}, n={m['n']}": _interval(m["top1"], m["n"]) for k, m in figures.items()}
+    return table(cells, "top-1, %, [95 % interval]")
 
 
 def _interval(p: float, n: int, z: float = 1.96) -> str:
@@ -272,7 +272,6 @@ def _read_back(root: Path) -> str:
     from timm.data import create_transform, resolve_model_data_config
 
     from flyp_plugin.data import LabelledDataset
-    from flyp_plugin.metrics import evaluate
     from flyp_plugin.sources import expand_source
 
     logging.getLogger("timm").setLevel(logging.WARNING)

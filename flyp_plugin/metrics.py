@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from flyp_plugin.errors import InputError
 
+Key = TypeVar("Key", int, float)
 Metrics = dict[str, Any]  # numbers, and the name of the worst group
 _log = logging.getLogger(__name__)
 _METRICS: list[Callable[["Tally"], Metrics]] = []
@@ -178,6 +179,11 @@ def evaluate(classifier: Callable[[torch.Tensor], torch.Tensor], loader: Iterabl
         InputError: a label outside 0..C-1, or no image.
     """
     return score(classifier, loader, **kwargs).metrics()
+
+
+def best(figures: Mapping[Key, float]) -> Key:
+    """The key (an alpha, an epoch, a setting) of the highest figure; of equal ones the smallest, which moves least."""
+    return max(figures, key=lambda key: (figures[key], -key))
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:

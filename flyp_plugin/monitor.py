@@ -16,7 +16,7 @@ from flyp_plugin.data import LabelledDataset
 from flyp_plugin.evalsets import EvalSet, loader_from_args
 from flyp_plugin.flags import as_words
 from flyp_plugin.heads import ImageClassifier
-from flyp_plugin.metrics import Metrics, Tally, score
+from flyp_plugin.metrics import Metrics, Tally, best, score
 from flyp_plugin.sources import IMAGE_KEY
 
 _log = logging.getLogger(__name__)
@@ -85,10 +85,10 @@ class Monitor:
         trained = {epoch: row[first] for epoch, row in self.history.items() if epoch}
         if not trained:
             return []
-        best = max(trained, key=lambda epoch: (trained[epoch], -epoch))
+        chosen = best(trained)
         folder = Path(args.logs, args.name, "checkpoints")
-        saved = [e for e in (best, max(trained)) if (folder / f"epoch_{e}.pt").exists()]
-        lines = [f"Best epoch on {self.sets[0].name}: {best}, top-1 {100 * trained[best]:.2f}."]
+        saved = [e for e in (chosen, max(trained)) if (folder / f"epoch_{e}.pt").exists()]
+        lines = [f"Best epoch on {self.sets[0].name}: {chosen}, top-1 {100 * trained[chosen]:.2f}."]
         if saved and args.pretrained:
             out = Path(args.logs, args.name, "wiseft")
             command = ["flyp", *wiseft_command(args, folder / f"epoch_{saved[0]}.pt", out)]

@@ -13,7 +13,7 @@ from flyp_plugin.checkpoints import Model, StateDict, first_difference
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import EvalSet, with_progress
 from flyp_plugin.heads import ImageClassifier
-from flyp_plugin.metrics import Metrics, Tally, score
+from flyp_plugin.metrics import Metrics, Tally, best, score
 
 # Bytes of decoded images scored under one alpha before the weights are moved to the next. Larger: fewer
 # moves, which cost one pass over the image tower's weights each; 256 MiB are 445 images at 224 pixels.
@@ -143,4 +143,4 @@ def _blocks(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator[
 
 def choose(results: Mapping[float, Mapping[str, Metrics]], first: str) -> float:
     """The alpha with the best top-1 on the set `first` alone; of equal ones the smallest."""
-    return max(results, key=lambda alpha: (results[alpha][first]["top1"], -alpha))
+    return best({alpha: by_set[first]["top1"] for alpha, by_set in results.items()})

@@ -16,9 +16,10 @@ import pytest
 from scipy import stats
 
 from flyp_plugin import cli, compare, report
-from flyp_plugin.compare import choose, parse_blocks, parse_methods, parse_seeds, parse_values
+from flyp_plugin.compare import parse_blocks, parse_methods, parse_seeds, parse_values
 from flyp_plugin.errors import InputError
 from flyp_plugin.jobs import alone, seconds_left
+from flyp_plugin.metrics import best
 from tests.helpers_eval import checkpoint, flyp, root
 
 MODEL = "tiny-digits"
@@ -351,7 +352,7 @@ def test_the_plan_counts_runs_and_each_run_has_its_own_flags(argv, monkeypatch, 
 
 
 def test_the_value_chosen_is_the_best_and_of_equal_ones_the_smallest():
-    assert choose({1e-4: 0.7, 1e-5: 0.9, 1e-3: 0.9, 1e-6: 0.1}) == 1e-5
+    assert best({1e-4: 0.7, 1e-5: 0.9, 1e-3: 0.9, 1e-6: 0.1}) == 1e-5
 
 
 def test_seconds_left_takes_a_kind_not_run_yet_to_be_like_the_others():

@@ -22,7 +22,7 @@ from flyp_plugin.train import train
 from tests.digits import NAMES, TEMPLATES
 from tests.helpers_eval import digits as digit_images
 from tests.helpers_eval import write_set
-from tests.test_train import assert_equal, params, results, tensorboard_losses, torchrun, weights
+from tests.test_train import assert_equal, params, results, run_of, tensorboard_losses, torchrun, weights
 
 MODEL = "digits-vit"
 TEMPLATE = "a photo of the number {c}."  # one, for flyp-ce draws among several
@@ -56,32 +56,14 @@ def start(launch):
 @pytest.fixture(scope="module")
 def tuned(launch, start, digits):
     """A finished ce run of two epochs, evaluated."""
-    return launch(
-        "--objective",
-        "ce",
-        "--epochs",
-        2,
-        "--pretrained",
-        start,
-        "--eval-data",
-        f"val={digits}",
-        name="tuned",
-    )
+    flags = ["--pretrained", start, "--eval-data", f"val={digits}"]
+    return launch("--objective", "ce", "--epochs", 2, *flags, name="tuned")
 
 
 @pytest.fixture(scope="module")
 def probed(launch, start, digits):
-    return launch(
-        "--objective",
-        "lp",
-        "--pretrained",
-        start,
-        "--epochs",
-        7,
-        "--eval-data",
-        f"val={digits}",
-        name="probed",
-    )
+    flags = ["--pretrained", start, "--eval-data", f"val={digits}"]
+    return launch("--objective", "lp", "--epochs", 7, *flags, name="probed")
 
 
 def loaded(path):
@@ -538,17 +520,7 @@ def test_flags_that_do_not_go_together_are_one_sentence(digits, tmp_path, flags,
     (tmp_path / "digits-coca.json").write_text(json.dumps(config | {"custom_text": True}))
     (tmp_path / "names.txt").write_text("\n".join(f"the {name}" for name in NAMES))
     open_clip.add_model_config(tmp_path / "digits-coca.json")
-    argv = [
-        "--model",
-        MODEL,
-        "--model-config",
-        f"{digits}/{MODEL}.json",
-        "--train-data",
-        str(digits),
-        "--workers",
-        "0",
-    ]
-    argv += ["--logs", str(tmp_path), "--device", "cpu", "--epochs", "1"]
+    argv = run_of(digits, tmp_path, workers=0)
     with pytest.raises(InputError, match=sentence) as error:
         train([*argv, *(flag.format(digits=digits, names=tmp_path / "names.txt") for flag in flags)])
     assert "\n" not in str(error.value)

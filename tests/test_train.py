@@ -51,6 +51,12 @@ def start(digits, tmp_path_factory):
     return path
 
 
+def run_of(digits, logs, workers):
+    """The command line of a short run, without a name."""
+    argv = ["--model", MODEL, "--model-config", f"{digits}/{MODEL}.json", "--train-data", str(digits)]
+    return [*argv, "--workers", str(workers), "--logs", str(logs), "--device", "cpu", "--epochs", "1"]
+
+
 def weights(folder, epoch):
     return torch.load(folder / "checkpoints" / f"epoch_{epoch}.pt", weights_only=True)["state_dict"]
 
@@ -451,17 +457,7 @@ def bad(digits, tmp_path):
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_a_users_mistake_is_one_sentence_and_status_1(digits, bad, capfd, flags, sentence):
-    argv = [
-        "--model",
-        MODEL,
-        "--model-config",
-        f"{digits}/{MODEL}.json",
-        "--train-data",
-        str(digits),
-        "--workers",
-        "2",
-    ]
-    argv += ["--logs", str(bad), "--device", "cpu", "--epochs", "1"]
+    argv = run_of(digits, bad, workers=2)
     with pytest.raises(SystemExit) as left:
         run(lambda: train([*argv, *(flag.format(bad=bad, digits=digits) for flag in flags)]))
     error = capfd.readouterr().err

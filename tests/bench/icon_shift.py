@@ -32,6 +32,7 @@ import webdataset
 from icon_looks import LOOKS, PIXELS, Drawing, drawings, families, png
 
 from flyp_plugin import shards
+from flyp_plugin.openclip import PLAIN_MAIN
 from flyp_plugin.report import figure, percent
 
 SEED, SHARDS = 67, 32
@@ -145,16 +146,9 @@ def pretrain(cache: Path, epochs: int) -> None:
     """By open_clip's own script, unchanged; it goes on from the newest epoch."""
     (cache / "icon-clip.json").write_text(json.dumps(MODEL, indent=1))
     about = json.loads((cache / "captions/about.json").read_text())
-    main = f"import open_clip, sys, torch; open_clip.add_model_config({str(cache / 'icon-clip.json')!r}); {NO_FLASH}"
-    main += "; from open_clip_train.main import main; main(sys.argv[1:])"
-    command = [
-        sys.executable,
-        "-c",
-        main,
-        *shlex.split(PRETRAIN),
-        "--train-num-samples",
-        str(about["images"]),
-    ]
+    main = f"import torch; {NO_FLASH}; {PLAIN_MAIN}"
+    command = [sys.executable, "-c", main, str(cache / "icon-clip.json"), *shlex.split(PRETRAIN)]
+    command += ["--train-num-samples", str(about["images"])]
     command += ["--train-data", f"{cache}/captions/{{0..{SHARDS - 1}}}.tar", "--epochs", str(epochs)]
     command += ["--logs", f"{cache}/logs", "--name", f"pretrain{epochs}", "--resume", "latest"]
     if not checkpoint(cache, epochs).exists():
