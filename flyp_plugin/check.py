@@ -1,7 +1,6 @@
 """Count class-labelled shards and check them, before a training run meets what is wrong. They come from shards.py."""
 
 import argparse
-import io
 import json
 import logging
 import os
@@ -13,11 +12,9 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from flyp_plugin.errors import InputError
 from flyp_plugin.shards import in_processes, local_shards
-from flyp_plugin.sources import IMAGE_KEY, TAR_ERRORS, count_shard, read_text
+from flyp_plugin.sources import IMAGE_KEY, TAR_ERRORS, count_shard, read_sizes
 
 if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
@@ -72,12 +69,11 @@ def check(
 def _stated_sizes(shards: Sequence[str], problems: dict[str, list[str]]) -> dict[str, int]:
     stated: dict[str, int] = {}
     for folder in {os.path.dirname(shard): None for shard in shards}:
-        text = read_text(os.path.join(folder, "sizes.json"))
         try:
-            sizes = json.loads(text or "{}").items()
-            stated |= {os.path.join(folder, name): int(size) for name, size in sizes}
-        except (ValueError, TypeError, AttributeError):
-            problems["wrong sizes.json"].append(f"{folder}/sizes.json does not hold sample counts; delete it")
+            sizes = read_sizes(folder or ".") or {}
+            stated |= {os.path.join(folder, name): size for name, size in sizes.items()}
+        except InputError as error:
+            problems["wrong sizes.json"].append(str(error))
     return stated
 
 
@@ -87,7 +83,7 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
     found = Findings()
     unreadable: list[str] = []
     lonely: list[str] = []
-    for sample in read_samples([shard], unreadable.append):
+    for sample in read_samples([shard], lambda what, lost: unreadable.append(what)):
         found.keys.append(sample["__key__"])
         found.images += any(name in sample for name in image_key.split(";"))
         try:
@@ -103,13 +99,15 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
 
 
 def _check_image(sample: dict[str, Any], found: Findings) -> None:
+    from flyp_plugin.samples import open_image, place, reason
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(sample["image"]))
+            image = open_image(sample["image"])
             image.load()
     except Exception as error:  # noqa: BLE001 - PIL raises nearly anything on a broken file
-        found.problems["unreadable images"].append(f"{sample['shard']}, sample {sample['key']}: {error}")
+        found.problems["unreadable images"].append(f"{place(sample)}: {reason(error)}")
         return
     found.formats[image.format or "?"] += 1
     found.pixels.append(image.size)

@@ -7,9 +7,10 @@ is in samples.py. Where shards are is sources.py's, what a prompt is prompts.py'
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
@@ -19,9 +20,10 @@ import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from flyp_plugin.errors import InputError
+from flyp_plugin.flags import MAX_LOST
 from flyp_plugin.prompts import ClassPrompts, PromptTokens, as_it_is, resolve_prompts
 from flyp_plugin.samples import Sample, Skipped, decoded, labelled, prompted, random_states_kept, read_samples
-from flyp_plugin.sources import IMAGE_KEY, count_samples, expand_sources
+from flyp_plugin.sources import IMAGE_KEY, RETRIES, count_samples, expand_sources, stated_sizes
 
 # Samples in the shuffle buffer, and before the first leaves: as in open_clip
 SHUFFLE, SHUFFLE_INITIAL = 5000, 1000
@@ -41,9 +43,11 @@ class _Reader:
     label_key: str
     rank: int
     world_size: int
+    retries: int
+    samples_in: Callable[[str], int] = lambda shard: 1  # about how many a shard should hold
 
     def labelled(self, shards: Sequence[str], skip: Skipped, group: str | None = None) -> Iterator[Sample]:
-        samples = read_samples(shards, skip)
+        samples = read_samples(shards, skip, self.retries, self.samples_in)
         return labelled(samples, self.num_classes, skip, self.image_key, self.label_key, group)
 
 
@@ -58,6 +62,9 @@ class _TrainStream:
     jpeg_draft: int
     with_labels: bool
     clock: torch.Tensor  # int64 (epoch, repeat) in shared memory, set by the main process before each pass
+    occurs: (
+        torch.Tensor
+    )  # bool (classes,) in shared memory, set by the workers: the classes that there are images of
 
     def __call__(self, worker: int, num_workers: int, skip: Skipped) -> Iterator[Batch]:
         epoch, repeat = self.clock.tolist()
@@ -68,6 +75,7 @@ class _TrainStream:
         images = decoded(samples, self.reader.preprocess, skip, self.jpeg_draft)
         for batch in _in_lists(images, self.reader.batch_size):
             labels = [s["label"] for s in batch]
+            self.occurs[labels] = True
             tokens = self.tokens.take(labels, [s["template"] for s in batch])
             if self.with_labels:
                 tokens = torch.cat([tokens, torch.tensor(labels)[:, None]], dim=1)
@@ -228,12 +236,15 @@ class ClassPromptDataset(IterableDataset):
         shard_weights: sample shards with replacement, with these weights (open_clip's --dataset-resampled).
         image_key: members that may hold the image, joined by `;`.
         label_key: member that holds the class index, or `json:FIELD`.
+        retries: how often a remote shard that breaks off is read again, a minute in all with the default.
+        max_lost: largest share of an epoch's samples, on each rank, that may be unreadable.
         jpeg_draft: decode large JPEGs at a fraction of their size, not below this many pixels; 0: as they are.
         with_labels: append each image's class index to its tokens, which are then (B, L + 1).
         as_dict: yield dicts, as open_clip 4 takes them.
 
     Raises:
-        InputError: no shards, fewer shards than ranks, labels that the class names do not fit, nothing readable.
+        InputError: no shards, fewer shards than ranks, labels that the class names do not fit, more unreadable than
+            `max_lost`, nothing readable.
 
     Example: FLYP in plain PyTorch.
         >>> import open_clip, torch
@@ -265,6 +276,8 @@ class ClassPromptDataset(IterableDataset):
         shard_weights: Sequence[float] | None = None,
         image_key: str = IMAGE_KEY,
         label_key: str = "cls",
+        retries: int = RETRIES,
+        max_lost: float = MAX_LOST,
         jpeg_draft: int = 0,
         with_labels: bool = False,
         as_dict: bool = False,
@@ -294,11 +307,18 @@ class ClassPromptDataset(IterableDataset):
         self._samples = math.ceil(num_samples / self.world_size)  # this rank's
         self.num_samples = self._samples * self.world_size
         self.num_batches = math.ceil(self._samples / batch_size)
-        self._epoch = 0
+        self._epoch, self._max_lost = 0, max_lost
+        stated, mean = stated_sizes(self.shards), num_samples // len(self.shards)
+        whole = sum(stated.get(shard, mean) for shard in self.shards)
+        self._all_seen = self.world_size == 1 and shard_weights is None and num_samples >= whole
         num_classes, world = len(self.prompts.classnames), (self.rank, self.world_size)
-        reader = _Reader(self.shards, preprocess, batch_size, num_classes, image_key, label_key, *world)
+        keys, samples_in = (image_key, label_key), partial(_size, stated, mean)
+        reader = _Reader(self.shards, preprocess, batch_size, num_classes, *keys, *world, retries, samples_in)
         tokens, clock = self.prompts.tokenize(tokenizer), torch.zeros(2, dtype=torch.int64).share_memory_()
-        self._stream = _TrainStream(reader, tokens, seed, shard_weights, jpeg_draft, with_labels, clock)
+        self._occurs = torch.zeros(num_classes, dtype=torch.bool).share_memory_()
+        self._stream = _TrainStream(
+            reader, tokens, seed, shard_weights, jpeg_draft, with_labels, clock, self._occurs
+        )
         self._loader = _loader(self._stream, self.num_workers)
 
     def __len__(self) -> int:
@@ -320,16 +340,37 @@ class ClassPromptDataset(IterableDataset):
         def passes() -> Iterator[Iterator[Batch]]:
             for repeat in count():
                 self._stream.clock.copy_(torch.tensor((epoch, repeat)))
-                parts = _received(self._loader, skipped)
+                parts = self._within_limit(_received(self._loader, skipped), epoch, skipped)
                 first = next(parts, None)
                 if first is None:
                     raise _nothing(self.shards, skipped)
                 yield chain([first], parts)
 
-        may_lack = (lambda: skipped.number) if self.world_size == 1 else lambda: 0  # ranks need equal batches
+        may_lack = (
+            (lambda: max(skipped.lost, skipped.number)) if self.world_size == 1 else lambda: 0
+        )  # ranks need equal batches
         for images, texts in rebatch(passes(), self.batch_size, self._samples, may_lack):
             yield {"image": images, "text": texts} if self.as_dict else (images, texts)
         skipped.report(f"epoch {epoch}")
+        self._name_missing_classes(epoch)
+
+    def _within_limit(self, batches: Iterable[Batch], epoch: int, skipped: Skipped) -> Iterator[Batch]:
+        """`batches`, as long as no more is lost than may be; also looked at once they have ended."""
+        for batch in chain(batches, [None]):
+            _check_lost(skipped, self._samples, self._max_lost, f"epoch {epoch}")
+            if batch is not None:
+                yield batch
+
+    def _name_missing_classes(self, epoch: int) -> None:
+        """Say once which classes had no image, where one process has seen all: labels may be shifted by one."""
+        missing = [name for name, there in zip(self.prompts.classnames, self._occurs.tolist()) if not there]
+        if self._all_seen and missing:
+            more = ", ..." if len(missing) > 5 else ""
+            _log.warning(
+                f"{len(missing)} of {len(self.prompts.classnames)} classes have no image: "
+                f"{', '.join(missing[:5])}{more}. Is the list that of these shards, and are labels from 0 on?"
+            )
+        self._all_seen = False
 
 
 def peek(
@@ -366,10 +407,11 @@ class LabelledDataset(IterableDataset):
         shards: tar URLs, see sources.expand_source.
         num_classes: labels are 0..num_classes-1.
         group_key: member with the group of a sample, or `json:FIELD`; None: no groups.
+        max_lost: largest share of the samples that may be unreadable; what is skipped is logged.
         The others are ClassPromptDataset's.
 
     Raises:
-        InputError: labels that the class names do not fit, or nothing readable.
+        InputError: labels that the class names do not fit, more unreadable than `max_lost`, nothing readable.
     """
 
     def __init__(
@@ -383,6 +425,8 @@ class LabelledDataset(IterableDataset):
         image_key: str = IMAGE_KEY,
         label_key: str = "cls",
         group_key: str | None = None,
+        retries: int = RETRIES,
+        max_lost: float = 1.0,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -390,18 +434,32 @@ class LabelledDataset(IterableDataset):
         if not self.shards:
             raise InputError("the list of shards is empty; give at least one tar.")
         world = rank, world_size
-        reader = _Reader(self.shards, preprocess, batch_size, num_classes, image_key, label_key, *world)
-        self._alone = world_size == 1
+        keys, samples_in = (image_key, label_key), partial(_size, stated_sizes(self.shards), 1)
+        reader = _Reader(self.shards, preprocess, batch_size, num_classes, *keys, *world, retries, samples_in)
+        self._alone, self._max_lost = world_size == 1, max_lost
         self._loader = _loader(_EvalStream(reader, group_key), num_workers)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        skipped, empty = Skipped(), True
+        skipped, given = Skipped(), 0
         for batch in _received(self._loader, skipped):
-            empty = False
+            given += len(batch["labels"])
             yield batch
-        if empty and (self._alone or skipped.number):
+        if not given and (self._alone or skipped.number):
             raise _nothing(self.shards, skipped)
+        _check_lost(skipped, given + skipped.lost, self._max_lost, self.shards[0])
         skipped.report(self.shards[0])
+
+
+def _size(stated: Mapping[str, int], otherwise: int, shard: str) -> int:
+    return stated.get(shard, otherwise)
+
+
+def _check_lost(skipped: Skipped, samples: int, max_lost: float, where: str) -> None:
+    if skipped.lost > max_lost * samples:
+        raise InputError(
+            f"{where}: {skipped.lost} of {samples} samples are lost, more than --max-lost {max_lost:g} allows, the "
+            f"first: {skipped.first}; mend the data (`flyp shards check`), or allow more."
+        )
 
 
 def _nothing(shards: Sequence[str], skipped: Skipped) -> InputError:

@@ -21,7 +21,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier, val_preprocess
 from flyp_plugin.metrics import evaluate, table
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
-from flyp_plugin.sources import expand_source, find_beside, stated_samples
+from flyp_plugin.sources import RETRIES, expand_source, find_beside, stated_samples
 
 _COLUMNS = ["set", "key", "label", "prediction", "probability", "group", "label_name", "prediction_name"]
 _log = logging.getLogger(__name__)
@@ -77,7 +77,9 @@ def parse_eval_sets(
     return list(sets.values())
 
 
-def loader_from_args(eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace) -> LabelledDataset:
+def loader_from_args(
+    eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace, max_lost: float = 1.0
+) -> LabelledDataset:
     """The set's images, or a rank's part of them, as the flags of `flyp train`, `eval` and `wiseft` say."""
     return LabelledDataset(
         eval_set.shards,
@@ -88,6 +90,8 @@ def loader_from_args(eval_set: EvalSet, preprocess: Callable, args: argparse.Nam
         image_key=args.image_key,
         label_key=args.label_key,
         group_key=args.group_key,
+        retries=getattr(args, "retries", RETRIES),
+        max_lost=max_lost,
         rank=getattr(args, "rank", 0),
         world_size=getattr(args, "world_size", 1),
     )

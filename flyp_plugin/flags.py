@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from flyp_plugin.sources import IMAGE_KEY
+from flyp_plugin.sources import IMAGE_KEY, RETRIES
 
 GLOBAL_BATCH = 512
 # The paper's, where they differ from open_clip's, which are for pretraining (arXiv 2212.00638, appendix)
@@ -21,6 +21,7 @@ DEFAULTS = {
 }
 # Of linear probes: CLIP's own example has 0.316 on features that are not normalised, about 10 long: this on ours
 LP_C = 31.6
+MAX_LOST = 0.01  # of an epoch's samples
 OBJECTIVES = ("flyp", "ce", "lp", "lp-ft", "flyp-ce")  # what they are is in objectives.py
 COLLISIONS = ("keep", "mask", "soft")
 
@@ -56,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
         "template); else zeroshot_classification_templates.txt by the shards")
     add("--label-key", default="cls", help="member with the class index, or json:FIELD (default: %(default)s)")
     add("--image-key", default=IMAGE_KEY, help="members that may hold the image (default: %(default)s)")
+    add("--retries", type=int, default=RETRIES, metavar="N", help="read a remote shard that breaks off again, up to N "
+        "times at growing intervals, a minute in all with the default (default: %(default)s)")
+    add("--max-lost", type=float, default=MAX_LOST, metavar="SHARE", help="stop where more than this share of an "
+        "epoch's samples cannot be read (default: %(default)s)")
     add("--model-config", metavar="PATH", help="a model configuration of your own for open_clip, or a folder of them")
     add("--eval-data", metavar="NAME=SHARDS", action="append", default=[], help="a labelled set to score before "
         "training and after each epoch; repeatable, the first is the ID validation set")

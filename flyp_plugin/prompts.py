@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from flyp_plugin.errors import InputError
+from flyp_plugin.errors import CONTROLS, InputError
 from flyp_plugin.sources import find_beside, read_text
 
 CLASSNAMES = {"imagenet": open_clip.IMAGENET_CLASSNAMES}
@@ -223,6 +223,7 @@ def _check_classnames(names: list[str], place: str, unit: str) -> None:
     for number, name in enumerate(names, 1):
         if not name.strip():
             raise InputError(f"{place}, {unit} {number}, is blank; write the class name there.")
+        _check_text(name, place, unit, number)
         if first.setdefault(name, number) != number and name not in tolerated:
             raise InputError(
                 f"{place}, {unit} {number}, repeats the class name {name!r} of {unit} {first[name]}; two classes need "
@@ -234,7 +235,15 @@ def _check_templates(templates: list[str], place: str, unit: str) -> None:
     if not templates:
         raise InputError(f"{place} is empty; give at least one template, such as 'a photo of a {{c}}.'.")
     for number, template in enumerate(templates, 1):
+        _check_text(template, place, unit, number)
         if not _PLACE.search(template):
             raise InputError(
                 f"{place}, {unit} {number}, {template!r}, has no place for the class name; write {{c}} where it goes."
             )
+
+
+def _check_text(text: str, place: str, unit: str, number: int) -> None:
+    if CONTROLS.search(text):
+        raise InputError(
+            f"{place}, {unit} {number}, {text[:80]!r}, has a control character in it; write text alone."
+        )

@@ -8,42 +8,50 @@ import json
 import logging
 import random
 import re
+import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
+from webdataset.tariterators import group_by_keys
 
-from flyp_plugin.errors import InputError
-from flyp_plugin.sources import IMAGE_KEY
+from flyp_plugin.errors import InputError, printable
+from flyp_plugin.sources import IMAGE_KEY, RETRIES, Header, is_remote, may_pass, opened, waits
 
 Sample = dict[str, Any]
+# What an image may be, whatever its ending. Not PostScript: Pillow has another program run it
+FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Skipped:
-    """What could not be read: how many samples or tars, and what was wrong with the first."""
+    """What could not be read: how many images and tars, about how many samples with them, what was wrong with the first."""
 
     number: int = 0
+    lost: int = 0
     first: str = ""
 
-    def __call__(self, what: str) -> None:
-        self.add(Skipped(1, what))
+    def __call__(self, what: str, lost: int = 1) -> None:
+        self.add(Skipped(1, lost, what))
 
     def add(self, other: "Skipped") -> None:
         self.first = self.first or other.first
         self.number += other.number
+        self.lost += other.lost
 
     def taken(self) -> "Skipped":
         """What has come together so far, handed on: this one starts again from nothing."""
-        taken = Skipped(self.number, self.first)
-        self.number, self.first = 0, ""
+        taken = Skipped(self.number, self.lost, self.first)
+        self.number, self.lost, self.first = 0, 0, ""
         return taken
 
     def report(self, where: str) -> None:
@@ -58,25 +66,64 @@ def sample_seed(*what: object) -> int:
     return int.from_bytes(blake2b(repr(what).encode(), digest_size=8).digest(), "little")
 
 
-def read_samples(shards: Iterable[str], skip: Callable[[str], None]) -> Iterator[Sample]:
-    """The samples of `shards`, as webdataset gives them. A tar that breaks is skipped from there on, and counted.
+def read_samples(
+    shards: Iterable[str],
+    skip: Callable[[str, int], None],
+    retries: int = RETRIES,
+    samples_in: Callable[[str], int] = lambda shard: 1,
+) -> Iterator[Sample]:
+    """The samples of `shards`, grouped as webdataset does it, with the bytes of their members.
 
-    Where it breaks, `__broken__` is set; `__short__` is in a tar's last sample with fewer members than the one before:
-    a tar that ends too early between two members, or in a header, ends like a good one.
+    A tar that is not local is read again where it breaks, `retries` times, each later than the one before. One that
+    stays broken is skipped from there on: `skip` gets what is wrong and how many of its `samples_in(shard)` samples
+    were not read, and the last one that was has `__broken__` set, for it may lack a member.
     """
     for shard in shards:
-        errors: list[Exception] = []  # append returns None, which would stop webdataset: `or True` goes on
-        read = wds.tarfile_to_samples(handler=lambda error, errors=errors: errors.append(error) or True)
-        before, held = 0, None
-        for sample in read(iter([{"url": shard}])):
+        given = 0
+        for wait in [*waits(retries if is_remote(shard) else 0), None]:
+            errors: list[Exception] = []
+            held: Sample | None = None
+            for sample in islice(_grouped(shard, errors), given, None):
+                if held:
+                    yield {**held, "__broken__": False}
+                    given += 1
+                held = sample
+            if errors and wait is not None and may_pass(errors[0]):
+                _log.warning(f"{printable(shard)}: {reason(errors[0])}; trying again in {wait:.0f} s.")
+                time.sleep(wait)
+                continue
             if held:
-                before = len(held)
-                yield held
-            held = {**sample, "__url__": shard, "__broken__": bool(errors), "__short__": False}
-        if held:
-            yield {**held, "__short__": len(held) < before}
-        if errors:
-            skip(f"{shard}: {_reason(errors[0])}")
+                yield {**held, "__broken__": bool(errors)}
+            if errors:
+                skip(f"{printable(shard)}: {reason(errors[0])}", max(0, samples_in(shard) - given))
+            break
+
+
+def _grouped(shard: str, errors: list[Exception]) -> Iterator[Sample]:
+    def go_on(error: Exception) -> bool:
+        errors.append(error)
+        return True
+
+    return group_by_keys(_members(shard, errors), handler=go_on)
+
+
+def _members(shard: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:
+    """The regular files in a tar as webdataset has them, up to the first error or else to the mark at the end."""
+    whole = False
+    try:
+        by_command = is_remote(shard) and not shard.startswith(("http://", "https://"))
+        with (
+            wds.gopen(shard) if by_command else opened(shard) as stream,
+            tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar,
+        ):
+            for member in tar:
+                if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
+                    yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": shard}  # type: ignore[union-attr]
+                tar.members = []  # type: ignore[attr-defined]
+            whole = True
+    except Exception as error:  # noqa: BLE001 - tarfile and decompressors raise nearly anything on broken bytes
+        if not whole:  # else a command that cannot write what is behind the mark
+            errors.append(error)
 
 
 def labelled(
@@ -94,36 +141,33 @@ def labelled(
     """
     for sample in samples:
         key, shard = sample["__key__"], sample["__url__"]
+        found = {"key": key, "shard": shard}
         image = next((sample[name] for name in image_key.split(";") if name in sample), None)
         text = _member(sample, label_key)
-        lacks_one = image is None or text is None
-        if lacks_one and sample["__broken__"]:  # the tar broke between the two, and is counted
-            continue
-        if lacks_one and sample["__short__"]:
-            skip(f"{shard} ends in the middle of sample {key}")
+        if (image is None or text is None) and sample["__broken__"]:  # between the two, and is counted
             continue
         if image is None:
-            skip(f"{shard}, sample {key}, has no {image_key.replace(';', '/')} member")
+            skip(f"{place(found)}, has no {image_key.replace(';', '/')} member")
             continue
         if text is None:
-            members = ", ".join(name for name in sample if not name.startswith("__"))
+            members = printable(", ".join(name for name in sample if not name.startswith("__")))
             raise InputError(
-                f"{shard}, sample {key}, has no label '{label_key}' (its members: {members}); name the member that "
+                f"{place(found)}, has no label '{label_key}' (its members: {members[:200]}); name the member that "
                 "holds the class index with --label-key."
             )
-        if not re.fullmatch(r"\s*-?\d+\s*", text):
+        if not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text):
             raise InputError(
-                f"{shard}, sample {key}: the label {text[:40]!r} is not an integer; --label-key names the member with "
+                f"{place(found)}: the label {text[:40]!r} is not an integer; --label-key names the member with "
                 "the class index."
             )
         label = int(text)
         if not 0 <= label < num_classes:
             raise InputError(
-                f"{shard}, sample {key}: label {label} is outside 0..{num_classes - 1}, for there are {num_classes} "
+                f"{place(found)}: label {label} is outside 0..{num_classes - 1}, for there are {num_classes} "
                 "class names; give the list that belongs to these shards with --classnames."
             )
         group = {} if group_key is None else {"group": (_member(sample, group_key) or "").strip()}
-        yield {"key": key, "shard": shard, "image": image, "label": label, **group}
+        yield {**found, "image": image, "label": label, **group}
 
 
 def prompted(samples: Iterable[Sample], num_templates: int, *seed: object) -> Iterator[Sample]:
@@ -143,15 +187,31 @@ def _member(sample: Sample, key: str) -> str | None:
         return text
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return str(content[name_in_json]) if isinstance(content, dict) and name_in_json in content else None
 
 
-def _reason(error: BaseException) -> str:
+def place(sample: Sample) -> str:
+    """Where a sample is, for a message."""
+    return printable(f"{sample['shard']}, sample {sample['key']}")
+
+
+def reason(error: BaseException) -> str:
+    """What is wrong, for a message: short, and in one line whatever a broken file made of it."""
     known = getattr(error, "strerror", None)  # an OSError's first argument is a number
-    text = str(known or (error.args[0] if error.args else ""))
-    return f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
+    if found := re.search(r"exit (-?\d+) \(read\)", str(error)):  # webdataset's, of a `pipe:`
+        return f"the command ended with status {found[1]}"
+    text = re.sub(r" <_io\.\w+ object at \w+>", "", str(known or (error.args[0] if error.args else error)))
+    return printable(
+        f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
+    )
+
+
+def open_image(raw: bytes) -> Image.Image:
+    """The image in a file's bytes, not yet decoded. Formats that other programs would be started for are none."""
+    Image.init()
+    return Image.open(io.BytesIO(raw), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def decoded(
@@ -164,12 +224,14 @@ def decoded(
     """
     for sample in samples:
         try:
-            image: Image.Image = Image.open(io.BytesIO(sample["image"]))
+            image = open_image(sample["image"])
             if jpeg_draft and image.format == "JPEG":
                 image.draft("RGB", (jpeg_draft, jpeg_draft))
+            if image.mode.startswith("I"):  # 16 bits of grey, of which `convert` would make white
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
             image = image.convert("RGB")
         except Exception as error:  # noqa: BLE001 (PIL raises nearly anything on a broken file)
-            skip(f"{sample['shard']}, sample {sample['key']}: {_reason(error)}")
+            skip(f"{place(sample)}: {reason(error)}")
             continue
         yield {**sample, "image": _transformed(preprocess, image, sample.get("seed"))}
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.rows import from_folder, from_table, image_ending, unreadable
-from flyp_plugin.sources import IMAGE_KEY, expand_sources, find_beside, is_url, read_text, write_atomically
+from flyp_plugin.sources import IMAGE_KEY, expand_sources, find_beside, is_remote, read_text, write_atomically
 
 if TYPE_CHECKING:  # prompts and samples import torch: the functions that need them import them
     from flyp_plugin.prompts import ClassPrompts
@@ -110,7 +110,7 @@ def subset(
     sizes = _shard_sizes(len(left), shard_size)
 
     def chosen() -> Iterator[dict[str, Any]]:
-        for sample in read_samples(tqdm(shards, desc="copying", unit="shard", disable=None), _log.warning):
+        for sample in read_samples(tqdm(shards, desc="copying", unit="shard", disable=None), _warn):
             identity = (sample["__url__"], sample["__key__"])
             if identity in left and any(name in sample for name in image_key.split(";")):
                 left.remove(identity)
@@ -151,8 +151,8 @@ def few_shot_keys(
         raise InputError(f"{shots} shots give no set; ask for 1 or more.")
     classes = defaultdict(list)
     seen = set()
-    read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _log.warning)
-    for sample in labelled(read, len(classnames) or 2**63, _log.warning, image_key, label_key):
+    read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
+    for sample in labelled(read, len(classnames) or 2**63, _warn, image_key, label_key):
         identity = (sample["shard"], sample["key"])
         if identity in seen:
             raise InputError(f"{identity[0]} has two samples with the key {identity[1]}; give each its own.")
@@ -172,11 +172,15 @@ def few_shot_keys(
     return chosen
 
 
+def _warn(what: str, lost: int = 1) -> None:
+    _log.warning(what)
+
+
 def local_shards(source: str, split: str) -> list[str]:
     """Paths of the tars of `source`, '::' between several; `flyp shards` reads local files only."""
     shards = list(chain.from_iterable(expand_sources(source, split)))
     for shard in shards:
-        if is_url(shard) or shard.startswith("pipe:"):
+        if is_remote(shard):
             raise InputError(f"{shard} is not a local file; download the set first.")
     return shards
 

@@ -1,19 +1,23 @@
 """From what a user types for a set of shards to tar URLs, the text files beside them and sample counts.
 
-Reads names, small text files and tar headers; the samples themselves are data.py's.
+Reads names, small text files and tar headers; the samples themselves are samples.py's.
 """
 
 import json
 import logging
 import os
+import random
 import re
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
+from itertools import groupby
 from pathlib import Path
+from typing import IO
 
 import braceexpand
 from tqdm import tqdm
@@ -22,7 +26,12 @@ from flyp_plugin.errors import InputError
 
 IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as open_clip has it
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)  # what reading a broken one raises
-TIMEOUT = 30  # seconds for a small text file over http
+TIMEOUT = 30  # seconds without an answer, over http
+RETRIES, BACKOFF = 6, 1.0  # tries again after 1, 2, 4, ... 32 seconds, at most: a minute in all
+TEXT_RETRIES = 4  # for a text file, which a person may be waiting for
+MOST_TEXT, MOST_MEMBER = 100 << 20, 1 << 30  # bytes of a text file and of a tar's member
+MOST_SHARDS = 1_000_000  # that nshards.txt may ask for
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # a server's answers that may be others soon
 _log = logging.getLogger(__name__)
 
 
@@ -30,33 +39,66 @@ def is_url(source: str) -> bool:
     return "://" in source
 
 
+def is_remote(shard: str) -> bool:
+    return is_url(shard) or shard.startswith("pipe:")
+
+
+def waits(retries: int) -> Iterator[float]:
+    """Seconds to wait before each further try: exponential backoff, with jitter for the sake of the server."""
+    for attempt in range(retries):
+        yield BACKOFF * 2**attempt * random.SystemRandom().uniform(0.5, 1)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what failed over a network may work a little later: not a wrong address, a 404, a member that is twice."""
+    code, reason = (getattr(error, name, None) for name in ("code", "reason"))
+    if code is not None:
+        return code in PASSING
+    return not isinstance(reason, str) and not isinstance(error, ValueError)
+
+
 def read_text(path: str) -> str | None:
-    """A text file's content, local or http(s); None where there is none.
+    """A text file's content, local or http(s); None where there is none. A server is asked again for some seconds.
 
     Raises:
-        InputError: it is there but is not UTF-8, or the server does not answer.
+        InputError: it is there but is not UTF-8, or larger than text is, or the server does not answer.
     """
+    for wait in [*waits(TEXT_RETRIES if is_url(path) else 0), None]:
+        try:
+            with opened(path) as stream:
+                raw = stream.read(MOST_TEXT + 1)
+                left = getattr(stream, "length", None)  # of what the server announced
+                if left and len(raw) <= MOST_TEXT:
+                    raise IncompleteRead(raw, left)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: no address at all
+            code = getattr(error, "code", None)
+            if code in (403, 404, 410):
+                return None
+            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            if wait is None or not may_pass(error):
+                what = (
+                    f": the server answers {code} {reason}." if code else f" ({reason}); check the address."
+                )
+                raise InputError(f"{path} could not be read{what}") from None
+            _log.warning(f"{path} could not be read ({code or reason}); trying again.")
+            time.sleep(wait)
+    if len(raw) > MOST_TEXT:
+        raise InputError(
+            f"{path} is larger than {MOST_TEXT >> 20} MiB, so it is not the text file it should be."
+        )
     try:
-        if is_url(path):
-            with urllib.request.urlopen(path, timeout=TIMEOUT) as stream:
-                raw = stream.read()
-        else:
-            raw = Path(path).read_bytes()
         return raw.decode("utf-8-sig")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise InputError(f"{path}, line {line}, is not UTF-8; save the file as UTF-8 text.") from None
-    except urllib.error.HTTPError as error:
-        if error.code in (403, 404, 410):
-            return None
-        raise InputError(
-            f"{path} could not be read: the server answers {error.code} {error.reason}."
-        ) from None
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: no address at all
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise InputError(f"{path} could not be read ({reason}); check the address.") from None
+
+
+def opened(path: str) -> IO[bytes]:
+    """The bytes of a local file or of an address, which the user typed or which is beside what the user typed."""
+    return urllib.request.urlopen(path, timeout=TIMEOUT) if is_url(path) else open(path, "rb")  # noqa: S310
 
 
 def expand_sources(sources: str, split: str) -> list[list[str]]:
@@ -93,7 +135,7 @@ def _expand_pattern(source: str) -> list[str]:
         raise InputError(
             f"the braces in '{source}' do not pair ({error}); write {{0..9}} or {{a,b}}."
         ) from None
-    missing = [s for s in shards if not is_url(s) and not s.startswith("pipe:") and not os.path.isfile(s)]
+    missing = [s for s in shards if not is_remote(s) and not os.path.isfile(s)]
     if missing:
         more = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
         raise InputError(f"there is no shard {missing[0]}{more}; check the path or the range in '{source}'.")
@@ -116,7 +158,8 @@ def _expand_folder(source: str, split: str) -> list[str]:
                     f"{folder}/nshards.txt says {stated.strip()!r} shards but the folder has {len(tars)}; "
                     "write the set again, or mend nshards.txt."
                 )
-            return [str(tar) for tar in tars]
+            # joined, for str(Path("./pipe:x.tar")) would be a command
+            return [os.path.join(folder if str(folder) != "." else "./", tar.name) for tar in tars]
     raise InputError(
         f"neither {source} nor {source}/{split} holds .tar files; `flyp shards write` makes shards."
     )
@@ -126,7 +169,7 @@ def _expand_url(source: str, split: str) -> list[str]:
     for folder in (source, f"{source}/{split}"):
         stated = read_text(_on_hub(f"{folder}/nshards.txt", "raw"))
         if stated is not None:
-            if not stated.strip().isdigit() or int(stated) < 1:
+            if not re.fullmatch(r"\s*0*[1-9][0-9]{0,6}\s*", stated) or int(stated) > MOST_SHARDS:
                 raise InputError(
                     f"{folder}/nshards.txt holds {stated.strip()[:40]!r}, not a number of shards."
                 )
@@ -195,34 +238,62 @@ def _by_folder(shards: Sequence[str]) -> dict[str | None, list[str]]:
 
 
 def _read_sizes(folder: str, names: Sequence[str]) -> int | None:
+    sizes = read_sizes(folder)
+    if sizes is not None:
+        return sum(sizes[name] for name in names) if all(name in sizes for name in names) else None
+    text = read_text(_on_hub(f"{folder}/__len__", "raw"))
+    # __len__ is the whole folder's, and says nothing of a part of it
+    if text is None or (
+        not is_url(folder) and any(p.name not in names for p in Path(folder).glob("[!.]*.tar"))
+    ):
+        return None
+    if not re.fullmatch(r"\s*[0-9]{1,18}\s*", text):
+        raise _no_counts(f"{folder}/__len__")
+    return int(text)
+
+
+def read_sizes(folder: str) -> dict[str, int] | None:
+    """The number of samples by tar as sizes.json in `folder`, local or not, has it; None where there is none.
+
+    Raises:
+        InputError: it holds something else.
+    """
     text = read_text(_on_hub(f"{folder}/sizes.json", "raw"))
+    if text is None:
+        return None
     try:
-        if text is not None:
-            sizes = json.loads(text)
-            return sum(int(sizes[name]) for name in names) if all(name in sizes for name in names) else None
-        text = read_text(_on_hub(f"{folder}/__len__", "raw"))
-        # __len__ is the whole folder's, and says nothing of a part of it
-        others = not is_url(folder) and any(p.name not in names for p in Path(folder).glob("[!.]*.tar"))
-        return None if text is None or others else int(text)
-    except (ValueError, TypeError):
-        raise InputError(
-            f"{folder}/{'sizes.json' if text and '{' in text else '__len__'} does not hold sample counts; "
-            "delete it, and the shards are counted."
-        ) from None
+        sizes = {name: int(size) for name, size in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        sizes = {"": -1}
+    if any(size < 0 for size in sizes.values()):
+        raise _no_counts(f"{folder}/sizes.json")
+    return sizes
+
+
+def stated_sizes(shards: Sequence[str]) -> dict[str, int]:
+    """The number of samples of those of the tars for which sizes.json beside them states it."""
+    sizes = {folder: folder and read_sizes(folder) for folder in _by_folder(shards)}
+    by_shard = {s: (sizes.get(os.path.dirname(s) or ".") or {}).get(os.path.basename(s)) for s in shards}
+    return {shard: size for shard, size in by_shard.items() if size is not None}
+
+
+def _no_counts(path: str) -> InputError:
+    return InputError(f"{path} does not hold sample counts; delete it, and the shards are counted.")
 
 
 def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
     sizes, whole = {}, True
     for name in tqdm(dict.fromkeys(names), desc=f"counting {folder}", unit="shard", disable=None, delay=3):
         path = os.path.join(folder, name)
-        keys: set[str] = set()
+        found = 0
         try:
-            keys.update(_keys(path, image_key))  # keeps those before an error
+            for _ in _with_image(path, image_key):
+                found += 1  # keeps those before an error
         except TAR_ERRORS as error:
             whole = False
             reason = str(error).partition(":")[0]  # tarfile goes on with a line for each compression
-            _log.warning(f"{path} cannot be read to its end as a tar ({reason}); {len(keys)} samples count.")
-        sizes[name] = len(keys)
+            _log.warning(f"{path} cannot be read to its end as a tar ({reason}); {found} samples count.")
+        sizes[name] = found
     counted = sum(sizes[name] for name in names)
     remembered = Path(folder, "sizes.json")
     if whole and counted and not remembered.exists():  # nothing at all: the image key may be wrong
@@ -235,19 +306,41 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
     return counted
 
 
+class Header(tarfile.TarInfo):
+    """A member's header. What is wrong with it is an error here: tarfile takes it for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            kind = type(error).__name__
+            if kind == "EOFHeaderError":  # the mark at the end
+                raise
+            end = kind == "EmptyHeaderError"
+            raise tarfile.ReadError("it has no end mark, so it is cut short" if end else str(error)) from None
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size > MOST_MEMBER:
+            raise tarfile.ReadError(f"{header.name[:80]} in it claims to have {header.size} bytes")
+        return header
+
+
 def count_shard(path: str, image_key: str = IMAGE_KEY) -> int:
     """Number of samples with an image in one local tar, from its headers."""
-    return len(set(_keys(path, image_key)))
+    return sum(1 for _ in _with_image(path, image_key))
 
 
-def _keys(path: str, image_key: str) -> Iterator[str]:
-    """Keys of the samples that have an image; as in webdataset, a key ends at the first dot of the file's name."""
+def _with_image(path: str, image_key: str) -> Iterator[str]:
+    """Keys of the samples that have an image: as in webdataset, members in a row with one name up to its first dot."""
     endings = image_key.split(";")
-    with tarfile.open(path) as tar:
-        for member in tar:
-            folder, _, name = member.name.rpartition("/")
-            key, _, ending = name.partition(".")
-            if member.isreg() and key and ending.lower() in endings:
+    with tarfile.open(path, tarinfo=Header) as tar:
+        names = (member.name.rpartition("/") for member in tar if member.isreg())
+        split = ((folder, *name.partition(".")) for folder, _, name in names)
+        for (folder, key), members in groupby(split, lambda name: name[:2]):
+            if key and any(ending.lower() in endings for *_, ending in members):
                 yield f"{folder}/{key}"
 
 

@@ -143,7 +143,9 @@ class FlypRun:
     def _fit(self, model: Any, preprocess: Callable) -> None:
         args, head = self.args, getattr(model, HEAD)
         images = EvalSet("features", self.shards, self.prompts, args.train_data)
-        dataset = loader_from_args(images, preprocess, args)  # the evaluation's, without augmentation
+        dataset = loader_from_args(
+            images, preprocess, args, args.max_lost
+        )  # the evaluation's, without augmentation
         features, labels = image_features(model, with_progress(dataset, "features"), args.precision)
         c = args.lp_c or LP_C
         head.weight.data.copy_(fit_head(features, labels, len(head.weight), c))
@@ -164,9 +166,8 @@ class FlypRun:
             jpeg_draft=self.image_size if args.jpeg_draft else 0,
             with_labels=bool(self.changes),
             as_dict=as_dict,
-            **{
-                name: getattr(args, name) for name in ("seed", "rank", "world_size", "image_key", "label_key")
-            },
+            **{name: getattr(args, name) for name in ("seed", "rank", "world_size")},
+            **{name: getattr(args, name) for name in ("image_key", "label_key", "retries", "max_lost")},
         )
         if args.rank == 0:
             self._say(dataset)
@@ -250,11 +251,20 @@ def _flags(values: dict[str, str], world_size: int = 1) -> list[str]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    least = {"batch_size": 1, "epochs": 1, "accum_freq": 1, "train_num_samples": 1, "workers": 0}
+    least = {
+        "batch_size": 1,
+        "epochs": 1,
+        "accum_freq": 1,
+        "train_num_samples": 1,
+        "workers": 0,
+        "retries": 0,
+    }
     for name, number in {**least, "eval_frequency": 0}.items():
         value = getattr(args, name)
         if value is not None and value < number:
             raise InputError(f"{' '.join(as_words({name: value}))} is too few; give {number} or more.")
+    if not 0 <= args.max_lost <= 1:
+        raise InputError(f"--max-lost {args.max_lost:g} is not a share; give a number from 0 to 1.")
 
 
 def _shards(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:

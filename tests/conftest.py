@@ -2,6 +2,7 @@
 
 import pytest
 
+from flyp_plugin import sources
 from tests import digits as digits_module
 
 
@@ -9,3 +10,9 @@ from tests import digits as digits_module
 def digits(tmp_path_factory):
     """A data folder: train/ (1,000 images, 8 shards), test/ (797), class names, templates, digits-vit.json."""
     return digits_module.write(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    """What fails over a network is tried again at once."""
+    monkeypatch.setattr(sources, "BACKOFF", 0.001)

@@ -3,7 +3,7 @@
 import io
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,9 +40,14 @@ def number_of(image: Image.Image) -> int:
 
 
 def tar(members: Mapping[str, bytes]) -> bytes:
+    return tar_of(members.items())
+
+
+def tar_of(members: Iterable[tuple[str, bytes]]) -> bytes:
+    """A tar of (name, content) pairs; a name may be there twice."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as file:
-        for name, content in members.items():
+        for name, content in members:
             header = tarfile.TarInfo(name)
             header.size = len(content)
             file.addfile(header, io.BytesIO(content))

@@ -5,6 +5,7 @@ import io
 import math
 import multiprocessing
 import random
+import re
 import tarfile
 import threading
 import weakref
@@ -224,24 +225,20 @@ def broken(shards, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_and_tars_are_skipped_counted_and_reported(dataset, broken, workers, caplog):
-    data = dataset(batch_size=20, shards=broken, num_samples=62, num_workers=workers)
+    data = dataset(batch_size=20, shards=broken, num_samples=62, num_workers=workers, max_lost=1)
     assert [len(images) for images, _ in data] in ([20, 20, 20, 2], [20, 20, 20, 1])
     assert "skipped 5 unreadable images or tars, the first: " in caplog.text
     caplog.clear()
-    list(dataset(batch_size=20, shards=broken[:2], num_samples=60))
+    list(dataset(batch_size=20, shards=broken[:2], num_samples=60, max_lost=0.05))
     assert "epoch 0: skipped 3 unreadable images or tars" in caplog.text
     assert "bad.tar, sample b" in caplog.text
 
 
 def test_skipped_images_make_the_last_batch_smaller_but_ranks_stay_equal(dataset, broken, shards):
-    assert [len(images) for images, _ in dataset(batch_size=20, shards=broken[:2], num_samples=60)] == [
-        20,
-        20,
-        17,
-    ]
-    ranks = [
-        dataset(batch_size=20, shards=broken[:2], num_samples=60, rank=r, world_size=2) for r in range(2)
-    ]
+    settings = {"batch_size": 20, "shards": broken[:2], "num_samples": 60, "max_lost": 0.1}
+    assert [len(images) for images, _ in dataset(**settings)] == [20, 20, 17]
+    settings["max_lost"] = 0.5  # the rank that has the small shard reads it several times
+    ranks = [dataset(**settings, rank=r, world_size=2) for r in range(2)]
     assert [[len(images) for images, _ in data] for data in ranks] == [[20, 10]] * 2
 
 
@@ -264,9 +261,36 @@ def test_a_bad_label_stops_with_a_plain_sentence(dataset, shards, tmp_path, work
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_readable_ends_in_an_error(dataset, broken, tmp_path, workers):
     write_tar(tmp_path / "none.tar", [(f"{i}.{ext}", b"1") for i in range(5) for ext in ("png", "cls")])
-    data = dataset(shards=[str(tmp_path / "none.tar"), broken[3]], num_samples=5, num_workers=workers)
+    data = {"shards": [str(tmp_path / "none.tar"), broken[3]], "num_samples": 5, "num_workers": workers}
     with pytest.raises(InputError, match="not one sample of .* can be used; the first problem is"):
-        list(data)
+        list(dataset(**data, max_lost=9))
+    with pytest.raises(
+        InputError, match="epoch 0: .* of 5 samples are lost, more than --max-lost 0.01 allows"
+    ):
+        list(dataset(**data))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_ends_where_more_is_lost_than_may_be(dataset, broken, workers, caplog):
+    """3 of 60: 5 %."""
+    settings = {"shards": broken[:2], "num_samples": 60, "num_workers": workers}
+    assert sum(len(images) for images, _ in dataset(**settings, max_lost=0.05)) == 57
+    with pytest.raises(InputError) as error:
+        list(dataset(**settings, max_lost=0.049))
+    said = r"epoch 0: 3 of 60 samples are lost, more than --max-lost 0.049 allows, the first: .*bad.tar, sample b"
+    assert re.match(said, str(error.value))
+
+
+def test_classes_without_an_image_are_named_once_by_who_has_seen_all(dataset, shards, caplog):
+    more = ClassPrompts([*PROMPTS.classnames, "unicorn"], PROMPTS.templates)
+    sentence = "1 of 5 classes have no image: unicorn. Is the list that of these shards"
+    whole = dataset(prompts=more, num_workers=1)
+    for number in (1, 1):
+        list(whole)
+        assert caplog.text.count(sentence) == number
+    for part in ({"num_samples": 20}, {"rank": 0, "world_size": 2}, {"shard_weights": [1.0] * len(shards)}):
+        list(dataset(prompts=more, **part))
+    assert caplog.text.count(sentence) == 1
 
 
 class _Server(SimpleHTTPRequestHandler):
@@ -296,12 +320,12 @@ def server(shards):
 
 def test_shards_over_http_and_what_breaks_there(dataset, server, caplog):
     urls = [f"{server}/0.tar", f"{server}/missing.tar", f"{server}/broken.tar"]
-    data = dataset(shards=urls, batch_size=100, num_samples=80, num_workers=1)
+    data = dataset(shards=urls, batch_size=100, num_samples=80, num_workers=1, max_lost=1)
     images = [number for images, _ in data for number in numbers(images)]
     assert set(range(50)) <= set(images)
     assert "unreadable images or tars" in caplog.text
     with pytest.raises(InputError, match="not one sample of"):
-        list(dataset(shards=[f"{server}/missing.tar"], num_samples=10))
+        list(dataset(shards=[f"{server}/missing.tar"], num_samples=10, max_lost=1))
 
 
 def test_pipes_are_read(dataset, shards):
@@ -451,7 +475,7 @@ def test_an_epoch_has_the_announced_batches_however_much_is_skipped(tmp_path, di
         tars.write(tmp_path / f"{i}.tar", tars.samples(range(8 * i, 8 * i + 8), **bad)) for i in range(4)
     ]
     for rank in range(world_size):
-        one = digits_of(shards, 5, num_workers=workers, rank=rank, world_size=world_size)
+        one = digits_of(shards, 5, num_workers=workers, rank=rank, world_size=world_size, max_lost=1)
         batches = list(one)
         assert len(batches) == len(one) == math.ceil(32 / world_size / 5)
         assert world_size == 1 or [len(images) for images, _ in batches] == [5, 5, 5, 1]

@@ -28,14 +28,14 @@ WHOLE = tars.tar(tars.samples(range(4)))
 
 def sample(key: str = "k", **members) -> dict:
     """A sample as read_samples gives it."""
-    told = {"__broken__": False, "__short__": False}
-    return {"__key__": key, "__url__": "0.tar", **told, **members}
+    return {"__key__": key, "__url__": "0.tar", "__broken__": False, **members}
 
 
 def read(*shards: str, **kwargs):
     """(keys, labels, what was skipped) of shards, through read_samples and labelled."""
     skipped: list[str] = []
-    found = list(labelled(read_samples(shards, skipped.append), 10, skipped.append, **kwargs))
+    read = read_samples(shards, lambda what, lost: skipped.append(what), retries=1)
+    found = list(labelled(read, 10, skipped.append, **kwargs))
     return [s["key"] for s in found], [s["label"] for s in found], skipped
 
 
@@ -80,11 +80,43 @@ def test_a_tar_that_breaks_in_a_label_is_counted_once(tmp_path):
     assert (keys, len(skipped)) == (["s0000", "s0001"], 1)
 
 
-@pytest.mark.parametrize("end", [10 * BLOCK, 10 * BLOCK + 77])
-def test_a_tar_that_ends_between_image_and_label_is_no_wrong_label(tmp_path, end):
+@pytest.mark.parametrize("end", [8 * BLOCK, 10 * BLOCK, 10 * BLOCK + 77])
+def test_a_tar_that_ends_between_two_members_is_no_wrong_label(tmp_path, end):
     """tarfile takes such an end for a good one."""
     shard = tars.write(tmp_path / "0.tar", WHOLE[:end])
-    assert read(shard) == (["s0000", "s0001"], [0, 1], [f"{shard} ends in the middle of sample s0002"])
+    keys, labels, (skipped,) = read(shard)
+    assert (keys, labels) == (["s0000", "s0001"], [0, 1])
+    how = "truncated header" if end % BLOCK else "it has no end mark, so it is cut short"
+    assert skipped == f"{shard}: ReadError: {how}"
+
+
+def test_what_is_lost_with_a_broken_tar_is_what_it_should_hold_less_what_was_read(tmp_path):
+    shard, lost = tars.write(tmp_path / "0.tar", WHOLE[: 9 * BLOCK]), []
+    read = read_samples([shard], lambda what, number: lost.append(number), samples_in=lambda shard: 4)
+    assert [(sample["__key__"], sample["__broken__"]) for sample in read] == [
+        ("s0000", False),
+        ("s0001", True),
+    ]
+    assert lost == [3]  # at most: the one that the break follows is taken for incomplete
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_a_remote_tar_that_breaks_is_read_on_from_there(tmp_path, retries, caplog):
+    """The command gives two samples more at each try."""
+    shard = tars.write(tmp_path / "0.tar", WHOLE)
+    count = tmp_path / "count"
+    command = f"pipe:echo >> {count}; head -c $((`wc -l < {count}` * {4 * BLOCK} + 90)) {shard}"
+    skipped: list[str] = []
+    read = read_samples([command], lambda what, lost: skipped.append(what), retries)
+    assert [s["__key__"] for s in read] == [f"s{i:04d}" for i in range(retries + 1)]
+    assert len(count.read_text()) == retries + 1
+    assert len(skipped) == 1 and caplog.text.count("trying again in") == retries
+
+
+def test_a_local_tar_and_an_address_that_is_not_there_are_not_read_again(tmp_path, caplog):
+    with tars.served({}) as (url, asked):
+        assert read(str(tmp_path / "gone.tar"), f"{url}/gone.tar")[2][1].endswith("HTTP Error 404: Not Found")
+        assert asked == ["/gone.tar"] and "again" not in caplog.text
 
 
 def test_the_order_of_members_makes_no_difference_where_a_tar_ends(tmp_path):
@@ -312,10 +344,10 @@ def test_skipped_counts_and_keeps_the_first(caplog):
     assert not caplog.records
     skipped("a.tar: broken")
     skipped.report("epoch 1")
-    skipped.add(Skipped(2, "b"))
+    skipped.add(Skipped(2, 9, "b"))
     taken = skipped.taken()
     taken.report("epoch 2")
-    assert (skipped, taken) == (Skipped(), Skipped(3, "a.tar: broken"))
+    assert (skipped, taken) == (Skipped(), Skipped(3, 10, "a.tar: broken"))
     assert [record.getMessage() for record in caplog.records] == [
         "epoch 1: skipped 1 unreadable image or tar, the first: a.tar: broken",
         "epoch 2: skipped 3 unreadable images or tars, the first: a.tar: broken",
