@@ -126,17 +126,20 @@ def run(plan: "FlypRun") -> int:
     """
     main, args = _module("main"), plan.args
     rank, ranks = world()
+    named = bool(args.name)
     if ranks > 1:  # one that waits for the others would run no handler, and torchrun wait for it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with ExitStack() as stack:
         stack.enter_context(_logging_put_back())
         seams = stack.enter_context(_installed(_Seams(plan, stack)))
         try:
-            if rank == 0 and args.name:
+            if rank == 0 and named:
                 seams.lock()
                 check_run_folder(args)
                 _clear_up(Path(args.logs, args.name))
             if main.main([]) == -1:  # its parser's answer is the plan's
+                if not named:  # its clock has made up the name of a run that is there
+                    check_run_folder(args)
                 return 1
         except InputError as error:
             _log.debug(error, exc_info=True)  # shown by --debug
