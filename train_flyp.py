@@ -1,6 +1,8 @@
 """Fine-tune a CLIP model with FLYP by open_clip's training script; see `python train_flyp.py --help`."""
 
-from flyp_plugin.train import main
+import sys
+
+from flyp_plugin.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

@@ -251,12 +251,22 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0][:150]
+        cause: BaseException | None = error
+        while cause and not getattr(cause, "strerror", None):  # torch.save raises another error on top of it
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(error).strip().split("\n")[0][:150]
         raise InputError(
             f"{path} could not be written ({reason}); what was there before is untouched."
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def save(content: object, path: str | os.PathLike) -> None:
+    """torch.save, whole or not at all; see `replacing`."""
+    # into a stream, which can say why it fails
+    with replacing(path) as part, open(part, "wb") as stream:
+        torch.save(content, stream)
 
 
 @contextmanager

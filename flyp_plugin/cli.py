@@ -290,9 +290,9 @@ def call(argv: Sequence[str]) -> int | None:
     return args.function(args)
 
 
-def main() -> None:
-    """Entry point of the console script; leaves the process."""
-    run(lambda: call(sys.argv[1:]))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script and of train_flyp.py; leaves the process."""
+    run(lambda: call(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from typing import Any
 from tqdm import tqdm
 
 from flyp_plugin import openclip
-from flyp_plugin.errors import InputError
+from flyp_plugin.errors import InputError, Terminated
+from flyp_plugin.jobs import alone, begin
 from flyp_plugin.metrics import evaluate, table
 from flyp_plugin.sources import write_atomically
 
@@ -64,42 +65,25 @@ def demo_command(args: argparse.Namespace) -> None:
         raise InputError(f"the demo needs {', '.join(missing)}: pip install 'flyp-plugin[demo]'")
     openclip.world()  # needs open_clip's training script, and says so
     root = Path(args.demo_dir)
-    _begin(root, {"pretrain_epochs": args.pretrain_epochs, "epochs": args.epochs})
-    if not (root / "photos").exists():
-        _log.info(
-            f"== Draw scikit-learn's digits in {len(LOOKS)} looks: {root}/photos and, captioned, {root}/captions"
-        )
-        _draw(root)
-    for title, done, line in _steps(root, args.pretrain_epochs, args.epochs):
-        command = shlex.split(line)
-        if done.exists():
-            _log.info(f"== {title}: {done} is there")
-        else:
-            to = f" > {shlex.quote(str(done))}" if "--json" in command else ""
-            _log.info(f"== {title}\n   {shlex.join(command)}{to}")
-            if "--epochs" in command:
-                _log.info(f"   (what it says is in {root}/last-training.log)")
-            _run(command, root / "last-training.log", done)
+    begin(root, {"pretrain_epochs": args.pretrain_epochs, "epochs": args.epochs}, "--demo-dir")
+    with alone(root) as lock:
+        if not (root / "photos").exists():
+            _log.info(
+                f"== Draw scikit-learn's digits in {len(LOOKS)} looks: {root}/photos and, captioned, {root}/captions"
+            )
+            _draw(root)
+        for title, done, line in _steps(root, args.pretrain_epochs, args.epochs):
+            command = shlex.split(line)
+            if done.exists():
+                _log.info(f"== {title}: {done} is there")
+            else:
+                to = f" > {shlex.quote(str(done))}" if "--json" in command else ""
+                _log.info(f"== {title}\n   {shlex.join(command)}{to}")
+                if "--epochs" in command:
+                    _log.info(f"   (what it says is in {root}/last-training.log)")
+                _run(command, root / "last-training.log", done, lock)
     _log.info(f"== Done\n{_table(root)}\n\n{_read_back(root)}")
     _log.info(f"The plot is {root}/wiseft/frontier.png, all figures are in {root}/wiseft/wiseft.json.")
-
-
-def _begin(root: Path, settings: dict[str, int]) -> None:
-    """Make the folder, or find that it is an earlier demo's with the same settings."""
-    record = root / "demo.json"
-    if record.exists():
-        if record.read_text() != json.dumps(settings):
-            raise InputError(f"{root} holds a demo of other epochs; delete it, or give another --demo-dir.")
-        return
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if any(root.iterdir()):
-            raise InputError(f"{root} is there and is not a demo's; delete it, or give another --demo-dir.")
-        write_atomically(record, json.dumps(settings))
-    except OSError as error:
-        raise InputError(
-            f"{root} cannot be written to ({error.strerror}); give another --demo-dir."
-        ) from None
 
 
 def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str, Path, str]]:
@@ -147,11 +131,11 @@ def _test_result(root: Path, name: str) -> Path:
     return root / f"test-{name.replace(' ', '')}.json"
 
 
-def _run(command: Sequence[str], log: Path, done: Path) -> None:
-    """Run a step. Of a training, which says much, the output goes to `log` and the epochs to a bar."""
+def _run(command: Sequence[str], log: Path, done: Path, lock: int) -> None:
+    """Run a step, which keeps `lock` open. Of a training, which says much, the output goes to `log`, epochs to a bar."""
     python = {"flyp": [sys.executable, "-m", "flyp_plugin.cli"], "python": [sys.executable]}[command[0]]
     part = done.with_name(done.name + ".part")
-    with subprocess.Popen([*python, *command[1:]], **_output(command, part)) as process:
+    with subprocess.Popen([*python, *command[1:]], pass_fds=[lock], **_output(command, part)) as process:
         try:
             if process.stdout:
                 total = int(command[command.index("--epochs") + 1])
@@ -160,8 +144,8 @@ def _run(command: Sequence[str], log: Path, done: Path) -> None:
                         file.write(line)
                         bar.update("Start epoch " in line)
             status = process.wait()
-        except KeyboardInterrupt:
-            _interrupted(process)
+        except KeyboardInterrupt as stop:
+            _interrupted(process, stop)
             raise
     if status == 0 and part.exists():
         os.replace(part, done)
@@ -171,15 +155,17 @@ def _run(command: Sequence[str], log: Path, done: Path) -> None:
         raise InputError("\n".join([f"this step ended with status {status}; see above.", *lines]))
 
 
-def _interrupted(process: subprocess.Popen) -> None:
-    """Wait for a step that Ctrl-C has reached too; one that has said so itself is not repeated."""
+def _interrupted(process: subprocess.Popen, stop: KeyboardInterrupt) -> None:
+    """End a step, or wait for it where Ctrl-C has reached it too; one that has said so itself is not repeated."""
+    if isinstance(stop, Terminated):
+        process.terminate()
     try:
         status = process.wait(timeout=10)
     except subprocess.TimeoutExpired:
         process.terminate()
         process.wait()  # which Popen leaves out after Ctrl-C
     else:
-        if status == 130 and not process.stdout:
+        if status in (130, 143) and not process.stdout:
             raise SystemExit(status)
 
 

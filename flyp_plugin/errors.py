@@ -1,10 +1,14 @@
 """Mistakes that a user can mend, and how the command line tells of them. Not for bugs: those keep their traceback."""
 
+import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
+# Of an OSError: the disk, a quota or a file's limit is reached
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # C0, C1, line separators and what turns the direction of text: a terminal or a log would obey them
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -18,21 +22,59 @@ def printable(text: str) -> str:
     return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come. What tidies up after Ctrl-C does so after this, too."""
+
+
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command and leave the process: an InputError is one line and status 1, Ctrl-C one line and 130."""
+    """Run a command and leave the process: an InputError is one line and status 1, Ctrl-C one line and 130.
+
+    SIGTERM is one line too, and 143.
+    """
+    _raise_on_sigterm()
     try:
         status = main() or 0
         sys.stdout.flush()
-    except InputError as error:
-        status = _say(f"Error: {error}", 1)
-    except KeyboardInterrupt:
-        status = _say("Interrupted.", 130)
-    except BrokenPipeError:  # `flyp ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
+    except SystemExit:
+        raise
+    except BaseException as error:
+        told = _told(error)
+        if told is None:
+            raise
+        line, status = told
+        if line:
+            print(line, file=sys.stderr)
+        else:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to tidy up: one more ends the process
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(status)
 
 
-def _say(line: str, status: int) -> int:
-    print(line, file=sys.stderr)
-    return status
+def _raise_on_sigterm() -> None:
+    pid = os.getpid()
+
+    def handler(number: int, frame: object) -> None:
+        if os.getpid() == pid:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a forked process ends as if there were no handler
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, handler)
+
+
+def _told(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit status for what is no bug."""
+    cause: BaseException | None = error
+    while cause:  # a signal may have others on top of it, such as that of a DataLoader whose workers it has ended
+        if isinstance(cause, KeyboardInterrupt):
+            return ("Terminated.", 143) if isinstance(cause, Terminated) else ("Interrupted.", 130)
+        cause = cause.__context__
+    if isinstance(error, InputError):
+        return f"Error: {error}", 1
+    if isinstance(error, BrokenPipeError):  # `flyp ... | head`
+        return "", 141
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        where = error.filename or "a file"
+        return f"Error: {where} could not be written ({error.strerror}); make room, and try again.", 1
+    return None

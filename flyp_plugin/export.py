@@ -61,7 +61,7 @@ def export_command(args: argparse.Namespace) -> None:
         config["quick_gelu"] = True
     tokenizer = load_tokenizer(args.model)
     if args.format == "open_clip":
-        with replacing_folder(out) as folder:
+        with replacing_folder(out, args.force) as folder:
             save_open_clip(model, config, tokenizer, folder)
         call = f"open_clip.create_model_and_transforms('local-dir:{out}')"
         if not hasattr(open_clip.factory, "parse_model_name"):
@@ -75,7 +75,7 @@ def export_command(args: argparse.Namespace) -> None:
             )
         classifier = ImageClassifier.from_model(model, tokenizer, prompts)
         twin, timm_config = timm_twin(classifier, config)
-        with replacing_folder(out) as folder:
+        with replacing_folder(out, args.force) as folder:
             weights = {key: tensor.contiguous() for key, tensor in twin.state_dict().items()}
             save_file(weights, folder / "model.safetensors")
             (folder / "config.json").write_text(json.dumps(timm_config, indent=1) + "\n", encoding="utf-8")
@@ -214,14 +214,15 @@ def _no_twin(what: str) -> InputError:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Like `replacing`, for a folder."""
+def replacing_folder(path: Path, force: bool) -> Iterator[Path]:
+    """Like `replacing`, for a folder; without `force` InputError where another export has made it meanwhile."""
     with replacing(path) as part:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         old = part.with_suffix(".old")
         try:
             yield part
+            refuse_existing(path, force)
             if path.exists():
                 os.replace(path, old)
         except BaseException:

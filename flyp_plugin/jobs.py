@@ -3,12 +3,12 @@
 import fcntl
 import json
 import logging
+import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 
@@ -19,6 +19,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.sources import write_atomically
 
 DONE = "finished.json"  # in the folder of each command that has ended well
+LOCK = ".lock"  # in a folder that is written to
 _log = logging.getLogger(__name__)
 
 
@@ -101,54 +102,78 @@ def in_turn(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
     Raises:
         InputError: another one does.
     """
-    before = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # so that `kill` ends the run that is on, too
-    try:
-        with (
-            alone(folder) as lock,
-            logging_redirect_tqdm(),
-            tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
-        ):
-            yield Jobs(left, lock, bar)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with (
+        alone(folder) as lock,
+        logging_redirect_tqdm(),
+        tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
+    ):
+        yield Jobs(left, lock, bar)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[int]:
-    """Hold a lock on a folder. Commands hold it too, so that one that outlives its killed parent is noticed.
+def alone(folder: Path, inherited: bool = True) -> Iterator[int]:
+    """Hold a lock on a folder, which is made where there is none and deleted where nothing is put into it.
+
+    Args:
+        inherited: commands that are given the file descriptor hold the lock too, so that one that outlives its killed
+            parent is noticed. Else this process alone does, and none that it forks.
 
     Raises:
-        InputError: it is held already.
+        InputError: it is held already, or the folder cannot be written to.
     """
-    with open(folder / ".lock", "w") as lock:
+    new, path = not folder.exists(), folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written to ({error.strerror}); choose another folder."
+        ) from None
+    with open(path, "a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            (fcntl.flock if inherited else fcntl.lockf)(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = not os.path.samestat(os.fstat(lock.fileno()), os.stat(path))  # who held it deletes it
+        except (BlockingIOError, FileNotFoundError):
+            held = True
+        except OSError as error:
+            held = False
+            _log.warning(f"{folder} cannot be locked ({error.strerror}); let nothing else write to it.")
+        if held:
             raise InputError(
                 f"another process, or a run that one left behind, is writing to {folder}; wait for it or end it."
-            ) from None
-        yield lock.fileno()
+            )
+        try:
+            yield lock.fileno()
+        finally:
+            path.unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # there is something in it
+                    folder.rmdir()
 
 
-def begin(folder: Path, settings: Mapping[str, object]) -> None:
+def begin(folder: Path, settings: Mapping[str, object], flag: str = "--out") -> None:
     """Make a folder for the results of `settings`, or find that it is that already.
 
+    Args:
+        flag: the one that names the folder.
+
     Raises:
-        InputError: it holds the results of others, or something else.
+        InputError: it holds the results of others, or something else, or is being written to.
     """
     record = folder / "settings.json"
-    if record.exists():
-        before = json.loads(record.read_text())
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise InputError(
-                    f"{folder} was begun with {name} {before.get(name)!r} and not {value!r}; give another --out, or "
-                    "the same settings to go on with it."
-                )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there and holds something else; give another --out.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps(settings, indent=1) + "\n")
+    if not record.exists():
+        # hidden files are what one that was killed at this point leaves
+        if folder.exists() and not (
+            folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
+        ):
+            raise InputError(f"{folder} is there and holds something else; give another {flag}.")
+        with alone(folder):
+            if not record.exists():
+                write_atomically(record, json.dumps(settings, indent=1) + "\n")
+    before = json.loads(record.read_text())
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{folder} was begun with {name} {before.get(name)!r} and not {value!r}; give another {flag}, or the "
+                "same settings to go on with it."
+            )

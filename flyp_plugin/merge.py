@@ -27,6 +27,7 @@ from flyp_plugin.checkpoints import (
     read_state_dict,
     refuse_existing,
     replacing,
+    save,
     sha256,
     weights_file,
 )
@@ -34,6 +35,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import loader_from_args, parse_eval_sets
 from flyp_plugin.flags import as_words
 from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
+from flyp_plugin.jobs import alone
 from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
 from flyp_plugin.wiseft import average, check_same, choose, interpolate, sweep
@@ -61,20 +63,22 @@ def wiseft_command(args: argparse.Namespace) -> None:
     finetuned = {key: tensor.to(model.logit_scale.device) for key, tensor in finetuned.items()}
     results: Results = {alpha: {} for alpha in alphas}
     chosen = alphas[0]
-    if sets:
-        tokenizer, preprocess = load_tokenizer(args.model), val_preprocess(model)
-        loader = partial(loader_from_args, preprocess=preprocess, args=args)
-        results = sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
-        chosen = choose(results, sets[0].name)
-    for alpha in alphas if args.save_all else [chosen]:
-        merged = interpolate(pretrained, finetuned, alpha)
-        with replacing(out / merged_name(alpha)) as part:
-            torch.save({key: tensor.cpu().contiguous() for key, tensor in merged.items()}, part)
-    text = json.dumps(_record(args, paths, results, chosen, sets[0].name if sets else None), indent=1)
-    with replacing(out / "wiseft.json") as part:
-        part.write_text(text + "\n", encoding="utf-8")
-    if len(alphas) > 1:
-        draw_frontier(results, chosen, out / "frontier.png", args.per_set)
+    with alone(out):
+        _check_outputs(out, alphas, bool(sets), args.force)  # another sweep may just have ended
+        if sets:
+            tokenizer, preprocess = load_tokenizer(args.model), val_preprocess(model)
+            loader = partial(loader_from_args, preprocess=preprocess, args=args)
+            results = sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
+            chosen = choose(results, sets[0].name)
+        for alpha in alphas if args.save_all else [chosen]:
+            merged = interpolate(pretrained, finetuned, alpha)
+            weights = {key: tensor.cpu().contiguous() for key, tensor in merged.items()}
+            save(weights, out / merged_name(alpha))
+        text = json.dumps(_record(args, paths, results, chosen, sets[0].name if sets else None), indent=1)
+        with replacing(out / "wiseft.json") as part:
+            part.write_text(text + "\n", encoding="utf-8")
+        if len(alphas) > 1:
+            draw_frontier(results, chosen, out / "frontier.png", args.per_set)
     if args.json:
         sys.stdout.write(text + "\n")
     elif sets:

@@ -37,7 +37,7 @@ class Monitor:
         self.loaders: dict[str, LabelledDataset] = {}
         self.history: dict[int, dict[str, Any]] = {}
         results = Path(args.checkpoint_path, "results.jsonl")
-        if args.resume and results.exists():
+        if args.rank == 0 and args.resume and results.exists():
             rows = [json.loads(line) for line in results.read_text().splitlines()]
             self.history = {row["epoch"]: row for row in rows if f"{sets[0].name}/top1" in row}
 

@@ -7,16 +7,21 @@
     main.evaluate, train.zero_shot_eval  our metrics, on every rank, logged by open_clip
     main.train_one_epoch                 before its first call, the evaluation of the starting weights; and a linear probe
     main.create_loss                     the loss of an objective other than plain FLYP; else this is not touched
+    torch.save                           a checkpoint is there whole or not at all
 The loop, the loss of plain FLYP, the optimizer, checkpoints and logs are open_clip's, unchanged.
 """
 
 import inspect
+import json
 import logging
+import os
 import random
+import signal
+import sys
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +31,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from flyp_plugin.checkpoints import save
 from flyp_plugin.data import ClassPromptDataset
-from flyp_plugin.errors import InputError
+from flyp_plugin.errors import NO_ROOM, InputError
+from flyp_plugin.jobs import alone
 from flyp_plugin.learned import HEAD
 from flyp_plugin.samples import sample_seed
+from flyp_plugin.sources import write_atomically
 
 if TYPE_CHECKING:
     from flyp_plugin.train import FlypRun
@@ -75,38 +83,74 @@ def world() -> tuple[int, int]:
 
 
 def check_run_folder(args: Namespace) -> None:
-    """Look at the run's folder before open_clip does.
-
-    A checkpoint that a killed run left half-written, and that --resume latest would take, gets another name.
-
-    Raises:
-        InputError: a run of this name is there and is not to be resumed.
-    """
+    """InputError where a run of this name is there and is not to be resumed, which open_clip says less well."""
     if not args.name:  # open_clip makes up a new one
         return
     folder = Path(args.logs, args.name)
-    if args.resume != "latest":
-        if (folder / "out.log").exists():
-            raise InputError(
-                f"there is a run in {folder}; choose another --name, or go on with it by --resume latest."
-            )
-        return
+    if args.resume != "latest" and (folder / "out.log").exists():
+        raise InputError(
+            f"there is a run in {folder}; choose another --name, or go on with it by --resume latest."
+        )
+
+
+def _clear_up(folder: Path) -> None:
+    """What a killed run left half-written goes, a checkpoint, which --resume latest would take, under another name."""
+    for path in folder.glob("checkpoints/.*.part"):  # those of checkpoints.replacing
+        path.unlink()
     for path in sorted(folder.glob("checkpoints/**/*.pt")):
         if not zipfile.is_zipfile(path):  # torch writes a zip file, whose directory comes last
             aside = path.rename(path.with_suffix(".pt.incomplete"))
             _log.warning(f"{path} is incomplete and is left out: it is now {aside}.")
 
 
+def _forget_after(epoch: int, results: Path) -> None:
+    """Take out of results.jsonl what a run that resumes after `epoch` will write again, and a line that was cut off.
+
+    open_clip evaluates before it saves; and a run without a checkpoint starts with the evaluation of epoch 0.
+    """
+    kept = []
+    lines = results.read_text().splitlines(keepends=True) if epoch and results.exists() else []
+    for line in lines:
+        with suppress(ValueError):
+            if json.loads(line).get("epoch", 0) <= epoch:
+                kept.append(line)
+    if results.exists():
+        write_atomically(results, "".join(kept))
+
+
 def run(plan: "FlypRun") -> int:
-    """open_clip_train.main.main, unchanged, on the plan's data; returns the exit status."""
-    main = _module("main")
-    with _logging_put_back(), _installed(_Seams(plan)):
+    """open_clip_train.main.main, unchanged, on the plan's data; returns the exit status.
+
+    Raises:
+        InputError: another process writes to the run's folder, the disk is full, or what the plan finds.
+    """
+    main, args = _module("main"), plan.args
+    rank, ranks = world()
+    named = bool(args.name)
+    if ranks > 1:  # one that waits for the others would run no handler, and torchrun wait for it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with ExitStack() as stack:
+        stack.enter_context(_logging_put_back())
+        seams = stack.enter_context(_installed(_Seams(plan, stack)))
         try:
+            if rank == 0 and named:
+                seams.lock()
+                check_run_folder(args)
+                _clear_up(Path(args.logs, args.name))
             if main.main([]) == -1:  # its parser's answer is the plan's
+                if not named:  # its clock has made up the name of a run that is there
+                    check_run_folder(args)
                 return 1
         except InputError as error:
             _log.debug(error, exc_info=True)  # shown by --debug
             raise
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise InputError(
+                f"{Path(args.logs, args.name)} cannot be written to ({error.strerror}); make room, and go on with "
+                f"--name {args.name} --resume latest."
+            ) from error
         plan.finish()
     return 0
 
@@ -122,17 +166,18 @@ def _logging_put_back() -> Iterator[None]:
     finally:
         for handler in set(root.handlers) - set(handlers):
             root.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):  # no room for what it still holds
+                handler.close()
         for logger in (root, *known.values()):
             if isinstance(logger, logging.Logger):
                 logger.setLevel(levels.get(logger, logging.NOTSET))
 
 
 @contextmanager
-def _installed(seams: "_Seams") -> Iterator[None]:
+def _installed(seams: "_Seams") -> Iterator["_Seams"]:
     args, replaced = seams.plan.args, []
 
-    def replace(module: ModuleType, name: str, value: object) -> None:
+    def replace(module: Any, name: str, value: object) -> None:
         replaced.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
@@ -155,10 +200,39 @@ def _installed(seams: "_Seams") -> Iterator[None]:
             replace(_module("main"), "create_loss", lambda args: seams.plan.create_loss())
         if args.device.startswith("cpu") or not torch.cuda.is_available():
             replace(torch.nn.parallel, "DistributedDataParallel", _CpuDistributed)
-        yield
+        replace(torch, "save", _saved_whole(torch.save))
+        replace(logging.FileHandler, "handleError", _lines_are_lost())
+        yield seams
     finally:
         for module, name, original in reversed(replaced):
             setattr(module, name, original)
+
+
+def _saved_whole(original: Callable) -> Callable:
+    """torch.save that leaves no part of a file behind, wherever it is stopped."""
+
+    def torch_save(content: object, file: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(file, (str, os.PathLike)):
+            save(content, file)
+        else:
+            original(content, file, *args, **kwargs)
+
+    return torch_save
+
+
+def _lines_are_lost() -> Callable:
+    """For a log that cannot be written to: say so once and train on, in place of a traceback a line."""
+    said = False
+
+    def handle_error(handler: logging.FileHandler, record: logging.LogRecord) -> None:
+        nonlocal said
+        if not said:
+            said = True
+            error = sys.exc_info()[1]
+            reason = getattr(error, "strerror", None) or error
+            _log.warning(f"{handler.baseFilename} cannot be written to ({reason}): it will lack lines.")
+
+    return handle_error
 
 
 class _CpuDistributed(torch.nn.parallel.DistributedDataParallel):
@@ -171,8 +245,8 @@ class _CpuDistributed(torch.nn.parallel.DistributedDataParallel):
 class _Seams:
     """The functions that stand in for open_clip_train's during one call of its main()."""
 
-    def __init__(self, plan: "FlypRun"):
-        self.plan = plan
+    def __init__(self, plan: "FlypRun", stack: ExitStack):
+        self.plan, self.stack, self.locked = plan, stack, False
         self.original: dict[str, Callable] = {}
         self.model: Any = None
         self.preprocess_val: Any = None
@@ -180,10 +254,21 @@ class _Seams:
         self.metrics: dict[str, float] = {}  # of the evaluation that open_clip is about to log
         self.started = False
 
+    def lock(self) -> None:
+        """Let no other process write to the run's folder; called on rank 0, where the run has a name."""
+        if not self.locked:
+            args = self.plan.args
+            self.stack.enter_context(alone(Path(args.logs, args.name), inherited=False))
+            self.locked = True
+
     def parse_args(self, argv: list[str]) -> Namespace:
         return self.plan.args
 
     def create_model_and_transforms(self, name: str, pretrained: str | None = None, **kwargs: Any) -> tuple:
+        if (
+            self.plan.args.rank == 0
+        ):  # a name that open_clip has made up, of what may be started twice in a second
+            self.lock()
         try:
             created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
         except Exception as error:
@@ -202,6 +287,8 @@ class _Seams:
     def get_data(
         self, args: Namespace, preprocess: tuple, epoch: int = 0, tokenizer: Any = None, **kwargs: Any
     ) -> dict:
+        if args.rank == 0:
+            _forget_after(epoch, Path(args.checkpoint_path, "results.jsonl"))
         original = self.original["get_data"]
         as_dict = "naflex_data_config" in inspect.signature(original).parameters  # open_clip 4
         others = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})

@@ -317,7 +317,7 @@ def _steps(args: argparse.Namespace, num_samples: int, world_size: int) -> int:
 
 
 def main() -> None:
-    """Entry point of train_flyp.py; leaves the process."""
+    """Entry point of `python -m flyp_plugin.train`; leaves the process."""
     run(lambda: train(sys.argv[1:]))
 
 

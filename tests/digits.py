@@ -32,19 +32,21 @@ def write(root: Path, pixels: int = 16) -> Path:
     (root / "classnames.txt").write_text("\n".join(NAMES) + "\n")
     (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
     (root / "digits-vit.json").write_text(json.dumps(MODEL, indent=1))
-    data = load_digits()
     with tempfile.TemporaryDirectory() as folder:
-        for i, (image, label) in enumerate(zip(data.images, data.target)):
-            path = Path(
-                folder,
-                "train" if i < 1000 else "test",
-                NAMES[label],
-                f"{i}.{'png' if pixels == 16 else 'jpg'}",
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((image * 15.9).astype("uint8")).resize((pixels, pixels)).save(path)
+        photos(Path(folder), pixels)
         for split in ("train", "test"):
             shards.write(str(Path(folder, split)), str(root / split), shard_size=125)
+    return root
+
+
+def photos(root: Path, pixels: int = 16) -> Path:
+    """The images alone, in root/SPLIT/CLASS."""
+    data = load_digits()
+    for i, (image, label) in enumerate(zip(data.images, data.target)):
+        name = f"{i}.{'png' if pixels == 16 else 'jpg'}"
+        path = root / ("train" if i < 1000 else "test") / NAMES[label] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15.9).astype("uint8")).resize((pixels, pixels)).save(path)
     return root
 
 

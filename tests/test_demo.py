@@ -77,10 +77,12 @@ def test_a_second_start_runs_what_is_missing_alone(finished):
 
 
 def test_another_demos_or_somebody_elses_folder_is_left_alone(finished, tmp_path):
-    with pytest.raises(InputError, match="holds a demo of other epochs; delete it"):
-        cli.call(["demo", "--demo-dir", str(finished[0] / "flyp-demo"), "--epochs", "2"])
+    with pytest.raises(InputError, match="was begun with epochs 1 and not 2; give another --demo-dir"):
+        cli.call(
+            ["demo", "--demo-dir", str(finished[0] / "flyp-demo"), "--pretrain-epochs", "1", "--epochs", "2"]
+        )
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="is not a demo's; delete it, or give another --demo-dir"):
+    with pytest.raises(InputError, match="holds something else; give another --demo-dir"):
         cli.call(["demo", "--demo-dir", str(tmp_path)])
     with pytest.raises(InputError, match="cannot be written to"):
         cli.call(["demo", "--demo-dir", str(tmp_path / "thesis.tex" / "demo")])

@@ -1,0 +1,173 @@
+"""What becomes of two of one command that write to one place: the second is refused in a sentence, the first unharmed.
+
+    python -m tests.faults.concurrency
+
+Both are started at once, unless it says otherwise: which of them is the first is left to chance. A case has survived if
+one ends with status 0 and with what it gives when it runs alone, and the other with status 1 and a last line
+"Error: ..." that names the place.
+"""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import open_clip
+import torch
+
+from tests import digits
+from tests.faults.disk import FLYP, files
+from tests.faults.kills import EPOCHS, PYTHON, Row, difference, flags, start, table
+
+DEMO = ("--pretrain-epochs", "1", "--epochs", "1")
+
+
+def same_second(argv: list[str]) -> None:
+    """Train at a time at which others do: open_clip makes the name of a run out of it."""
+    import open_clip_train.main
+
+    from flyp_plugin import cli, errors
+
+    class Clock:
+        @staticmethod
+        def now() -> datetime:
+            return datetime(2026, 1, 1)
+
+    open_clip_train.main.datetime = Clock
+    errors.run(lambda: cli.call(["train", *argv]))
+
+
+def together(commands: Sequence[Sequence[str]], logs: Path, place: str) -> str:
+    """Start them at once; what is wrong, or ''."""
+    processes = [start(command, logs / f"{number}.said") for number, command in enumerate(commands)]
+    statuses = [process.wait() for process in processes]
+    said = [(logs / f"{number}.said").read_text() for number in range(len(commands))]
+    return verdict(statuses, said, place)
+
+
+def verdict(statuses: Sequence[int], said: Sequence[str], place: str) -> str:
+    """What is wrong with how two or more end of which one may write to `place`, or ''."""
+    if sorted(statuses) != [0] + [1] * (len(statuses) - 1):
+        return f"statuses {statuses}: {[text[-1500:] for text in said]}"
+    for status, text in zip(statuses, said):
+        last = text.splitlines()[-1]
+        if status and (not last.startswith("Error: ") or place not in last or "Traceback" in text):
+            return f"it says {text[-1500:]!r}"
+    return ""
+
+
+def resumed_while_on(data: Path, whole: Path, folder: Path) -> str:
+    """A second start with --resume latest, while the first trains."""
+    command = [*FLYP, "train", *flags(data, folder), "--resume", "latest"]
+    first = start(command, folder.parent / f"{folder.name}.first")
+    while first.poll() is None and not (folder / "checkpoints/epoch_1.pt").exists():
+        time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)  # so that it cannot be over when the second has begun
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    first.send_signal(signal.SIGCONT)
+    said = [(folder.parent / f"{folder.name}.first").read_text(), second.stderr]
+    return verdict([first.wait(), second.returncode], said, str(folder)) or difference(folder, whole)
+
+
+def main(root: Path, times: int) -> bool:
+    data, logs, photos = (
+        digits.write(root / "digits"),
+        root / "logs",
+        digits.photos(root / "photos") / "train",
+    )
+    # a job in the background ignores Ctrl-C, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    whole, pretrained = logs / "whole", root / "start.pt"
+    alone = root / "alone"
+    model = ["--model", "digits-vit", "--model-config", str(data / "digits-vit.json"), "--device", "cpu"]
+    open_clip.add_model_config(data / "digits-vit.json")
+    torch.save(open_clip.create_model("digits-vit").state_dict(), pretrained)
+    finetuned = whole / f"checkpoints/epoch_{EPOCHS}.pt"
+    one_set = ["--eval-data", f"test={data}/test/{{0..1}}.tar"]
+    sweep = ["--pretrained", str(pretrained), "--finetuned", str(finetuned), *one_set, "--alphas", "0,1"]
+    few = ["--lr", "1e-3", "--seeds", "0", "--epochs", "1", "--train-num-samples", "100", "--workers", "0"]
+    compared = [
+        "--pretrained",
+        str(pretrained),
+        "--train-data",
+        str(data),
+        *one_set,
+        "--methods",
+        "flyp",
+        *few,
+    ]
+
+    def command(what: str, out: Path) -> list[str]:
+        return [*FLYP, *{
+            "shards write": ["shards", "write", str(photos), str(out / "train"), "--workers", "2"],
+            "shards subset": ["shards", "subset", str(data), str(out / "train"), "--shots", "50"],
+            "wiseft --out": ["wiseft", *model, *sweep, "--workers", "0", "--out", str(out)],
+            "wiseft --out --force": ["wiseft", *model, *sweep, "--workers", "0", "--out", str(out), "--force"],
+            "export --out": ["export", str(finetuned), *model, "--data", str(data), "--format", "timm", "--out", str(out)],
+            "compare --out": ["compare", *model, *compared, "--out", str(out)],
+            "demo": ["demo", "--demo-dir", str(out), *DEMO],
+        }[what]]  # fmt: skip
+
+    assert start([*FLYP, "train", *flags(data, whole)], logs / "whole.said").wait() == 0
+
+    def training(folder: Path) -> str:
+        return together(
+            [[*FLYP, "train", *flags(data, folder)]] * 2, folder.parent / f"{folder.name}.both", str(folder)
+        ) or difference(folder, whole)
+
+    def unnamed(folder: Path) -> str:
+        words = [*PYTHON, "tests.faults.concurrency", "--same-second", *flags(data, folder)[:-2]]
+        words[words.index("--logs") + 1] = str(folder)
+        what = together([words] * 2, folder.parent / f"{folder.name}.both", str(folder))
+        (made,) = folder.iterdir()
+        return what or difference(made, whole)
+
+    def other(what: str) -> Callable[[Path], str]:
+        def case(out: Path) -> str:
+            lone = alone / what
+            if not lone.exists():
+                assert start(command(what, lone), alone / f"{what}.said").wait() == 0
+            wrong = together([command(what, out)] * 2, out.with_name(f"{out.name}.both"), str(out))
+            ours, theirs = files(out), files(lone)
+            if what in ("compare --out", "demo"):  # open_clip's loader shuffles by the clock
+                ours, theirs = ({Path(name).name for name in some} for some in (ours, theirs))
+            return wrong or ("" if ours == theirs else f"{sorted(ours)} differ from {sorted(theirs)}")
+
+        return case
+
+    cases: dict[str, Callable[[Path], str]] = {
+        "two new runs with one --name": training,
+        "--resume latest of a run that is on": lambda folder: resumed_while_on(data, whole, folder),
+        "two runs without a --name, in one second": unnamed,
+    }
+    names = (
+        "shards write",
+        "shards subset",
+        "wiseft --out",
+        "wiseft --out --force",
+        "export --out",
+        "compare --out",
+        "demo",
+    )
+    cases |= {f"two of flyp {what}": other(what) for what in names}
+    rows: list[Row] = []
+    for fault, case in cases.items():
+        often = times if "demo" not in fault and "compare" not in fault else 1
+        folders = [root / "cases" / f"{len(rows)}_{number}" for number in range(often)]
+        wrong = [case(folder) for folder in folders]
+        for what in filter(None, wrong):
+            print(f"{fault}: {what}", file=sys.stderr, flush=True)
+        seen = "one is refused with the place, the other is as if alone"
+        rows.append((fault, len(wrong), wrong.count(""), seen))
+    return table(rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--same-second"]:
+        same_second(sys.argv[2:])
+    with tempfile.TemporaryDirectory(prefix="flyp-both-") as folder:
+        sys.exit(not main(Path(folder), 3))

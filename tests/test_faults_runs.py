@@ -1,0 +1,138 @@
+"""Short forms of tests/faults/kills.py, disk.py and concurrency.py: killed runs, full disks, two runs in one place."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from flyp_plugin import cli, openclip
+from flyp_plugin.errors import InputError
+from flyp_plugin.export import replacing_folder
+from flyp_plugin.jobs import LOCK, alone, begin
+from flyp_plugin.train import train
+from tests.faults import kills
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """What a job in the background ignores, its children would too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("logs") / "whole"
+    assert train(kills.flags(digits, folder)) == 0
+    return folder
+
+
+@contextmanager
+def no_larger_files(than):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (than, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_to_the_same_weights(digits, whole, tmp_path):
+    assert kills.killed(digits, whole, tmp_path / "run", fault="save 2 0.5") == ""
+
+
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_is_one_line_and_no_process_is_left(digits, tmp_path, number, group):
+    assert kills.signalled(digits, tmp_path / "run", number, group, "Start epoch 0")[0] == ""
+
+
+def test_checkpoints_that_are_cut_off_are_set_aside(whole, tmp_path):
+    assert kills.cut_checkpoints(whole, tmp_path, 40, random.Random(0)) == 40
+
+
+def test_rows_after_the_checkpoint_are_forgotten(tmp_path):
+    results = tmp_path / "results.jsonl"
+    lines = [json.dumps({"a/top1": 0.5, "epoch": epoch}) + "\n" for epoch in range(4)]
+    for epoch, kept in ((2, 3), (3, 4), (0, 0)):
+        results.write_text("".join([*lines, '{"a/top1": 0.']))
+        openclip._forget_after(epoch, results)
+        assert results.read_text() == "".join(lines[:kept])
+    openclip._forget_after(1, tmp_path / "none.jsonl")
+    assert os.listdir(tmp_path) == [results.name]
+
+
+def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(digits, whole, tmp_path, caplog):
+    folder = tmp_path / "run"
+    for limit in (0, 8192):  # nothing at all; neither all of out.log nor a checkpoint
+        with (
+            no_larger_files(limit),
+            pytest.raises(InputError, match=f"{folder}.* written .*File too large") as error,
+        ):
+            # 0 workers: what they share is limited, too
+            train([*kills.flags(digits, folder), "--resume", "latest", "--workers", "0"])
+        assert "\n" not in str(error.value)
+    lost = [r.getMessage() for r in caplog.records if "it will lack lines" in r.getMessage()]
+    assert len(lost) == 2 and f"{folder}/out.log cannot be written to (File too large)" in lost[1]
+    assert not list(folder.glob("checkpoints/*.pt*"))
+    assert train([*kills.flags(digits, folder), "--resume", "latest"]) == 0
+    assert kills.difference(folder, whole) == ""
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """Another process that trains the run `tmp_path/run`, as far as its lock is concerned."""
+    program = "import sys, pathlib; from flyp_plugin.jobs import alone\n"
+    program += "with alone(pathlib.Path(sys.argv[1]), inherited=False): print('held', flush=True); input()"
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_of_a_name_is_refused_until_the_first_is_gone(digits, tmp_path, other_process):
+    folder = tmp_path / "run"
+    for more in ([], ["--resume", "latest"]):
+        with pytest.raises(
+            InputError, match=f"another process.* is writing to {folder}; wait for it or end it"
+        ):
+            train([*kills.flags(digits, folder), *more])
+    assert os.listdir(folder) == [LOCK]
+    other_process.kill()
+    other_process.wait()
+    with alone(folder, inherited=False):
+        assert os.listdir(folder) == [LOCK]
+    assert os.listdir(folder) == []
+
+
+def test_a_folder_that_is_written_to_is_refused_and_one_that_stays_empty_goes(tmp_path):
+    out = tmp_path / "new" / "out"
+    busy = pytest.raises(InputError, match="another process, or a run that one left behind, is writing to")
+    with alone(out), busy, alone(out):
+        pass
+    assert not out.exists()
+    begin(out, {"a": 1})
+    begin(out, {"a": 1})
+    with pytest.raises(InputError, match="was begun with a 1 and not 2; give another --demo-dir"):
+        begin(out, {"a": 2}, "--demo-dir")
+    with alone(out), pytest.raises(InputError, match="is writing to"):
+        (out / "settings.json").write_text(json.dumps({"pretrain_epochs": 20, "epochs": 10}))
+        cli.call(["demo", "--demo-dir", str(out)])
+    assert os.listdir(out) == ["settings.json"]
+
+
+def test_of_two_exports_to_one_folder_the_later_is_refused(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="is there already"), replacing_folder(out, force=False) as part:
+        (part / "second").touch()
+        out.mkdir()
+        (out / "first").touch()
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["first"]
