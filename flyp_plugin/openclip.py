@@ -13,6 +13,7 @@ The loop, the loss of plain FLYP, the optimizer, checkpoints and logs are open_c
 import inspect
 import logging
 import random
+import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -107,8 +108,28 @@ def run(plan: "FlypRun") -> int:
         except InputError as error:
             _log.debug(error, exc_info=True)  # shown by --debug
             raise
+        except RuntimeError as error:
+            if not _between_ranks(error):
+                raise
+            _log.debug(error, exc_info=True)
+            raise _alone(plan.args, error) from None
         plan.finish()
     return 0
+
+
+def _between_ranks(error: RuntimeError) -> bool:
+    """Whether it came out of a collective: gloo's errors have no type of their own."""
+    return isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error)
+
+
+def _alone(args: Namespace, error: RuntimeError) -> InputError:
+    """What a rank says that is left by the others, whose own error is the one to mend."""
+    reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0][:200]
+    again = f"--name {args.name} --resume latest" if args.name else "the same command"
+    return InputError(
+        f"rank {world()[0]} has lost another rank ({reason}), which has ended or cannot be reached; look for that "
+        f"one's own error, mend it, and go on with {again}."
+    )
 
 
 @contextmanager
