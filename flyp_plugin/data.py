@@ -213,7 +213,9 @@ class ClassPromptDataset(IterableDataset):
     Yields:
         images float (B, 3, H, W) and tokens int64 (B, L), as a tuple or as {"image", "text"}. An epoch is
         ceil(N / batch_size) batches, the last one smaller. Every rank makes the same number of batches of the same
-        sizes; a rank with fewer samples starts them again.
+        sizes, ceil(N / ranks) samples in all, out of whole shards that are dealt anew each epoch: a rank whose shards
+        hold more leaves the rest out, one whose shards hold fewer starts them again. With shards of one size, a
+        multiple of the ranks in number, every sample is seen once; else small shards are seen more often.
 
     Args:
         shards: a data folder, its split folder, a brace pattern, `pipe:` or http(s) source, several joined by `::`,
@@ -399,7 +401,7 @@ class LabelledDataset(IterableDataset):
         for batch in _received(self._loader, skipped):
             empty = False
             yield batch
-        if empty and (self._alone or skipped.number):
+        if empty and self._alone:  # of several ranks one may have nothing but a broken shard; all together count
             raise _nothing(self.shards, skipped)
         skipped.report(self.shards[0])
 
