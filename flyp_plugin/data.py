@@ -401,7 +401,9 @@ class LabelledDataset(IterableDataset):
         for batch in _received(self._loader, skipped):
             empty = False
             yield batch
-        if empty and self._alone:  # of several ranks one may have nothing but a broken shard; all together count
+        if (
+            empty and self._alone
+        ):  # of several ranks one may have nothing but a broken shard; all together count
             raise _nothing(self.shards, skipped)
         skipped.report(self.shards[0])
 

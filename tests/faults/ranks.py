@@ -121,7 +121,7 @@ class Ranks:
             for i, own in enumerate(envs)
         ]
 
-    def ended(self, within: float = 600) -> list[int | None]:
+    def ended(self, within: float = 300) -> list[int | None]:
         """The exit statuses; None of one that had to be killed after so many seconds."""
         end = time.monotonic() + within
         statuses: list[int | None] = []
@@ -194,20 +194,21 @@ def evaluation_rows(root: Path, ranks: Sequence[int]) -> Iterator[Row]:
             alone = alone or rows[0]
             same = [rows[0] == alone, all(rows[1][f"val/{name}"] == value for name, value in single.items())]
             seen = (
-                f"epoch 0 {'as' if same[0] else 'NOT as'} on one rank, epoch 1 {'as' if same[1] else 'NOT as'} `flyp "
+                f"epoch 0 {'as' if same[0] else 'NOT as'} on one rank, epoch 10 {'as' if same[1] else 'NOT as'} `flyp "
                 f"eval` of the checkpoint ({', '.join(sorted(single))}); top-1 {rows[1]['val/top1']:.4f}"
             )
             yield Row(f"evaluation on {n} ranks ({how}), {model}: results.jsonl", 2, sum(same), seen)
 
 
 def scored(data: Path, logs: Path, ranks: int, how: str, model: str) -> tuple[list[dict], dict[str, Any]]:
-    """(the lines of results.jsonl, `flyp eval` of the checkpoint in one process) of an epoch on so many ranks."""
+    """(the lines of results.jsonl, `flyp eval` of the checkpoint in one process) of ten epochs on so many ranks."""
     name = f"{ranks}-ranks"
-    more = ["--epochs", 1, "--batch-size", 15, "--eval-data", f"val={data}", "--group-key", "hand"]
+    more = ["--epochs", 10, "--batch-size", 24 // ranks, "--lr", "3e-3", "--warmup", 5, "--eval-frequency", 0]
+    more += ["--eval-data", f"val={data}", "--group-key", "hand"]
     trained(ranks, words(data, logs, name, *more, model=model), logs / f"said-{ranks}", how)
     checkpoints = logs / name / "checkpoints"
     rows = [json.loads(line) for line in (checkpoints / "results.jsonl").read_text().splitlines()]
-    command = [sys.executable, "-m", "flyp_plugin.cli", "eval", str(checkpoints / "epoch_1.pt"), "--json"]
+    command = [sys.executable, "-m", "flyp_plugin.cli", "eval", str(checkpoints / "epoch_10.pt"), "--json"]
     command += ["--model", model, "--model-config", f"{data}/{model}.json", "--device", "cpu"]
     command += ["--eval-data", f"val={data}", "--group-key", "hand"]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
@@ -316,21 +317,23 @@ def one_step(data: Path, logs: Path, objective: str, ranks: int) -> list[str]:
     size = sum(EVEN) // ranks // accum
     more = ["--epochs", 1, "--batch-size", size, "--wd", 0, "--eps", 1, "--beta1", 0.9, "--lr", 1]
     more += ["--warmup", 0, *OBJECTIVES[objective]]
-    return words(data, logs, f"{objective} {ranks}".replace(" ", "_"), *more)
+    return words(data, logs, re.sub(r"\W+", "_", f"step {objective} {ranks}"), *more)
 
 
-def steps(argvs: Sequence[Sequence[str]], out: Path) -> None:
+def steps(argvs: Sequence[Sequence[str]], out: Path, ports: Sequence[int] = ()) -> None:
     """Train each in turn, in this process as one rank; the losses of each go to out/RANK.json, a list a run."""
     losses: list[list[float]] = []
 
     def hook(module: torch.nn.Module, inputs: object, output: Any) -> None:
         if isinstance(module, LOSSES):
-            losses[-1].append(float(sum(output.values()) if isinstance(output, dict) else output))
+            total = sum(output.values()) if isinstance(output, dict) else output
+            losses[-1].append(total.item())
 
     handle = torch.nn.modules.module.register_module_forward_hook(hook)
     try:
-        for argv in argvs:
+        for i, argv in enumerate(argvs):
             losses.append([])
+            os.environ.update({"MASTER_PORT": str(ports[i])} if ports else {})
             assert train(argv) == 0
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -377,7 +380,7 @@ def apart(
     }
 
 
-LIMITS = {"loss": 1e-5, "gradient": 1e-3, "weights": 1e-3}
+LIMITS = {"loss": 1e-6, "gradient": 1e-4, "weights": 1e-4}
 
 
 def differences(
@@ -394,9 +397,10 @@ def differences(
     steps(plans[1], root / "losses-1")
     for n in sorted(set(ranks) - {1}):
         plan, out = root / f"plan-{n}.json", root / f"losses-{n}"
-        plan.write_text(json.dumps(plans[n]))
+        ports = [_free_port() for _ in objectives]  # the store of the one before may still listen on its own
+        plan.write_text(json.dumps([plans[n], ports]))
         started = Ranks(n, [__file__, "--steps", plan, out], root / f"said-{n}")
-        assert started.ended() == [0] * n, started.said()[-3000:]
+        assert started.ended() == [0] * n, [started.said(rank)[-1000:] for rank in range(n)]
         for i, objective in enumerate(objectives):
             ones = step_of(plans[1][i], root / "losses-1", i, 1), step_of(plans[n][i], out, i, n)
             yield objective, n, apart(*ones, start)
@@ -529,14 +533,9 @@ def death_rows(root: Path, ranks: Sequence[int]) -> Iterator[Row]:
     def killed(n: int, victim: int, where: str, number: int, how: str = "hand", by: str = "SIGKILL") -> Row:
         name = f"{where}-{n}-{victim}-{how}-{by}"
         given = ["--doomed", victim, where, number, by, 20, *words(data, logs, name, *more)]
-        own = "" if by == "SIGKILL" else None
         death = Death(name, n, victim, how, __file__, *given)
-        stopped = [] if by == "SIGKILL" else [victim]
-        death(
-            logs / f"said-{name}",
-            (lambda started: _ends_stopped(started, victim)) if stopped else lambda started: None,
-        )
-        del own
+        wait = (lambda started: None) if by == "SIGKILL" else (lambda started: _ends_stopped(started, victim))
+        death(logs / f"said-{name}", wait)
         wrong = [*death.wrong, *filter(None, [resumed(n, name)])]
         what = f"rank {victim} of {n} gets {by} in {where}, started by {how}"
         return Row(what, 1, int(not wrong), "; ".join(wrong) or _seen(death, "resumed to the same weights"))
@@ -614,7 +613,8 @@ def main() -> int:
         rank, where, number, how, timeout, *argv = sys.argv[2:]
         doomed(int(rank), where, int(number), signal.Signals[how], int(timeout), argv)
     if sys.argv[1:2] == ["--steps"]:
-        steps(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
+        argvs, ports = json.loads(Path(sys.argv[2]).read_text())
+        steps(argvs, Path(sys.argv[3]), ports)
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
