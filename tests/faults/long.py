@@ -29,7 +29,7 @@ from PIL import Image
 
 from flyp_plugin import ClassPromptDataset, ClassPrompts
 from flyp_plugin.data import LabelledDataset
-from tests import digits
+from tests import digits, tars
 from tests.bench.scale import write
 from tests.faults.processes import Held, Row, held, table
 
@@ -71,18 +71,15 @@ def million(folder: Path, samples: int, distinct: int, each: int) -> Iterator[tu
 
 def epochs(folder: Path, number: int, at: Sequence[int]) -> Iterator[tuple[str, Held, float]]:
     """(where, what is held, epochs a second since the last) at those epochs of two data sets with workers each."""
-    write(folder, 2_000)
-    shards = [str(folder / f"{i}.tar") for i in range(2)]
-    train = ClassPromptDataset(
-        shards, pixels, tokens, 20, prompts=prompts(), num_samples=64, num_workers=WORKERS
-    )
-    test = LabelledDataset(shards, pixels, 500, num_classes=10, num_workers=WORKERS)
+    shards = tars.shards(folder, 64, 2)
+    train = ClassPromptDataset(shards, pixels, tokens, 20, prompts=prompts(), num_workers=WORKERS)
+    test = LabelledDataset(shards, pixels, 20, num_classes=10, num_workers=WORKERS)
     since, last = time.perf_counter(), 0
     for epoch in range(1, number + 1):
         if epoch == at[0]:
             gc.collect()  # as above
         assert sum(len(images) for images, _ in train) == 64
-        assert sum(len(batch["labels"]) for batch in test) == 2_000
+        assert sum(len(batch["labels"]) for batch in test) == 64
         if epoch in at:
             yield f"epoch {epoch}", held(os.getpid()), (epoch - last) / (time.perf_counter() - since)
             since, last = time.perf_counter(), epoch
@@ -168,7 +165,7 @@ def main() -> int:
             lambda folder: million(folder, args.samples, tenth, tenth),
         ),
         "epochs": (
-            f"{n} epochs of 64 images in training and 2,000 in evaluation, {WORKERS} workers each",
+            f"{n} epochs of 64 images through ClassPromptDataset and LabelledDataset, {WORKERS} workers each",
             lambda folder: epochs(folder, n, at),
         ),
         "train": (f"{n} epochs of train_flyp.py on 64 digits", lambda folder: train(folder, n, before_end)),

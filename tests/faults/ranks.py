@@ -12,6 +12,7 @@ the others end, and whether --resume latest then gives the weights of a run that
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from datetime import timedelta
 from itertools import count, pairwise
 from pathlib import Path
@@ -36,6 +38,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from flyp_plugin import ClassPromptDataset, ClassPrompts
+from flyp_plugin.cli import call as flyp
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import run
 from flyp_plugin.metrics import Tally
@@ -43,11 +46,11 @@ from flyp_plugin.objectives import ClassLoss, PairLoss
 from flyp_plugin.train import train
 from tests import digits, tars
 from tests.faults.long import tokens
-from tests.faults.processes import Row, gone, table
+from tests.faults.processes import Row, family, gone, table
 
 REPO = Path(__file__).parents[2]
 UNEVEN = (1, 17, 40, 3, 64)
-EVEN = (10,) * 12  # whole shards for each of 1, 2, 3 and 4 ranks
+EVEN, EIGHT = (10,) * 12, (10,) * 8  # 12: the same number for each of 1, 2, 3 and 4 ranks
 LOSSES = (open_clip.ClipLoss, open_clip.loss.SigLipLoss, ClassLoss, PairLoss)
 MARK = "FLYP_RANKS_OF"  # in the environment of all that is started here
 RESNET = {
@@ -121,18 +124,20 @@ class Ranks:
             for i, own in enumerate(envs)
         ]
 
-    def ended(self, within: float = 300) -> list[int | None]:
-        """The exit statuses; None of one that had to be killed after so many seconds."""
-        end = time.monotonic() + within
-        statuses: list[int | None] = []
+    def ended(self, within: float = 600) -> list[int | None]:
+        """The exit statuses; None of one that had to be killed after so many seconds.
+
+        `seconds` is then the time from the first one's end to the last one's.
+        """
+        start, ends = time.monotonic(), {}
+        while len(ends) < len(self.processes) and time.monotonic() < start + within:
+            ends |= {p: time.monotonic() for p in self.processes if p not in ends and p.poll() is not None}
+            time.sleep(0.05)
+        self.seconds = max(ends.values()) - min(ends.values()) if ends else within
         for process in self.processes:
-            try:
-                statuses.append(process.wait(max(0, end - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                statuses.append(None)
-        return statuses
+            process.kill()
+            process.wait()
+        return [process.returncode if process in ends else None for process in self.processes]
 
     def said(self, number: int = 0) -> str:
         return (self.folder / f"err.{number}").read_text(errors="replace")
@@ -207,15 +212,21 @@ def scored(data: Path, logs: Path, ranks: int, how: str, model: str) -> tuple[li
     more += ["--eval-data", f"val={data}", "--group-key", "hand"]
     trained(ranks, words(data, logs, name, *more, model=model), logs / f"said-{ranks}", how)
     checkpoints = logs / name / "checkpoints"
-    rows = [json.loads(line) for line in (checkpoints / "results.jsonl").read_text().splitlines()]
-    command = [sys.executable, "-m", "flyp_plugin.cli", "eval", str(checkpoints / "epoch_10.pt"), "--json"]
-    command += ["--model", model, "--model-config", f"{data}/{model}.json", "--device", "cpu"]
-    command += ["--eval-data", f"val={data}", "--group-key", "hand"]
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    single = json.loads(subprocess.run(command, capture_output=True, check=True, env=env).stdout)
-    figures = single["results"]["val"]
-    figures.pop("worst_group")  # a name, which is in no log of metrics
-    return rows, figures
+    return results(checkpoints), figures(checkpoints / "epoch_10.pt", data, model)
+
+
+def results(checkpoints: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (checkpoints / "results.jsonl").read_text().splitlines()]
+
+
+def figures(checkpoint: Path, data: Path, model: str) -> dict[str, Any]:
+    """What `flyp eval` says of a checkpoint, in this process."""
+    command = ["eval", str(checkpoint), "--json", "--model", model, "--model-config", f"{data}/{model}.json"]
+    with redirect_stdout(io.StringIO()) as out:
+        flyp([*command, "--device", "cpu", "--eval-data", f"val={data}", "--group-key", "hand"])
+    found = json.loads(out.getvalue())["results"]["val"]
+    found.pop("worst_group")  # a name, which is in no log of metrics
+    return found
 
 
 # Coverage
@@ -266,10 +277,10 @@ def coverage(shards: Sequence[str], sizes: Sequence[int], ranks: int, epochs: in
 
 
 def coverage_rows(root: Path, ranks: Sequence[int], epochs: int) -> Iterator[Row]:
-    for name, sizes in {"uneven": UNEVEN, "even": EVEN}.items():
+    for name, sizes in (("uneven", UNEVEN), ("equal", EVEN), ("equal", EIGHT)):
         bounds = [0, *(sum(sizes[: i + 1]) for i in range(len(sizes)))]
         shards = [
-            tars.write(root / name / f"{i}.tar", tars.samples(range(first, last)))
+            tars.write(root / str(len(sizes)) / f"{i}.tar", tars.samples(range(first, last)))
             for i, (first, last) in enumerate(pairwise(bounds))
         ]
         for n in ranks:
@@ -384,9 +395,15 @@ LIMITS = {"loss": 1e-6, "gradient": 1e-4, "weights": 1e-4}
 
 
 def differences(
-    root: Path, ranks: Sequence[int], objectives: Sequence[str]
+    root: Path,
+    ranks: Sequence[int],
+    objectives: Sequence[str],
+    more: Mapping[int, Sequence[Sequence[str]]] = {},
 ) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """(objective, ranks, how far they are from one process), all objectives by one start of the processes."""
+    """(objective, ranks, how far they are from one process), all objectives by one start of the processes.
+
+    `more` are flags of other runs that so many ranks are to do while they are there.
+    """
     data = root / "even"
     if not data.exists():
         write(data, EVEN)
@@ -397,8 +414,9 @@ def differences(
     steps(plans[1], root / "losses-1")
     for n in sorted(set(ranks) - {1}):
         plan, out = root / f"plan-{n}.json", root / f"losses-{n}"
-        ports = [_free_port() for _ in objectives]  # the store of the one before may still listen on its own
-        plan.write_text(json.dumps([plans[n], ports]))
+        argvs = [*plans[n], *more.get(n, ())]
+        ports = [_free_port() for _ in argvs]  # the store of the one before may still listen on its own
+        plan.write_text(json.dumps([argvs, ports]))
         started = Ranks(n, [__file__, "--steps", plan, out], root / f"said-{n}")
         assert started.ended() == [0] * n, [started.said(rank)[-1000:] for rank in range(n)]
         for i, objective in enumerate(objectives):
@@ -461,9 +479,8 @@ class Death:
     def __call__(self, folder: Path, before: Callable[[Ranks], None] = lambda ranks: None) -> None:
         started = Ranks(self.ranks, self.command, folder, self.how)
         before(started)
-        since = time.monotonic()
-        statuses = started.ended(150)
-        self.seconds = time.monotonic() - since
+        statuses = started.ended(300)
+        self.seconds = started.seconds
         if not started.none_left():
             self.wrong.append("a process was left")
         if None in statuses:
@@ -502,9 +519,7 @@ def killed_from_outside(log: Path, epoch: int) -> Callable[[Ranks], None]:
     """SIGKILL of one rank of torchrun's two once its log says that an epoch has begun."""
 
     def kill(ranks: Ranks) -> None:
-        from tests.faults.processes import family  # its children are the ranks
-
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while time.monotonic() < end and not (log.exists() and f"Train Epoch: {epoch}" in log.read_text()):
             time.sleep(0.05)
         ranks_of = [pid for pid in family(ranks.processes[0].pid)[1:] if _environment(pid).get("RANK") == "1"]
@@ -540,15 +555,15 @@ def death_rows(root: Path, ranks: Sequence[int]) -> Iterator[Row]:
         what = f"rank {victim} of {n} gets {by} in {where}, started by {how}"
         return Row(what, 1, int(not wrong), "; ".join(wrong) or _seen(death, "resumed to the same weights"))
 
-    for n in [n for n in ranks if n > 1][:2]:
-        yield killed(n, n - 1, "training", 12)
-        yield killed(n, 0, "training", 12)
+    for n in [n for n in ranks if n in (2, 3)]:
+        yield killed(n, n - 1, "training", 6)  # of 12 steps, or 9
+        yield killed(n, 0, "training", 6)
         yield killed(n, n - 1, "evaluation", 4)
-        yield killed(n, 0, "evaluation", 9)
+        yield killed(n, 0, "evaluation", 9 if n == 2 else 2)
         yield killed(n, 0, "checkpoint", 2)
-    yield killed(2, 1, "training", 12, "slurm")
-    yield killed(2, 1, "training", 12, "torchrun")
-    yield killed(2, 1, "training", 12, by="SIGSTOP")
+    yield killed(2, 1, "training", 6, "slurm")
+    yield killed(2, 1, "training", 6, "torchrun")
+    yield killed(2, 1, "training", 6, by="SIGSTOP")
     yield killed(2, 1, "start", 1)
     yield killed(2, 0, "start", 1)
 
@@ -564,7 +579,7 @@ def death_rows(root: Path, ranks: Sequence[int]) -> Iterator[Row]:
     )
     for split in ("train", "test"):
         for how in ("hand", "torchrun"):
-            death = bad_label(root, split, how)
+            death = bad_label(root, data, split, how)
             what = f"a label of the {split} set is wrong, in a shard of one of 2 ranks, started by {how}"
             yield Row(what, 1, int(not death.wrong), "; ".join(death.wrong) or _seen(death, "its sentence"))
     taken = logs / "taken"
@@ -583,16 +598,16 @@ def _ends_stopped(started: Ranks, victim: int) -> None:
     for i, process in enumerate(started.processes):
         if i != victim:
             try:
-                process.wait(150)
+                process.wait(300)
             except subprocess.TimeoutExpired:
                 break
     started.processes[victim].kill()
 
 
-def bad_label(root: Path, split: str, how: str) -> Death:
+def bad_label(root: Path, good: Path, split: str, how: str) -> Death:
     """Two ranks, and a label that there is no class for in the last of the shards, so with one of them."""
     data = root / f"bad-{split}-{how}"
-    shutil.copytree(root / "deadly", data)
+    shutil.copytree(good, data)
     last, offset = len(UNEVEN) - 1, 1000 * (split == "test") + sum(UNEVEN[:-1])
     numbers = range(offset, offset + UNEVEN[-1])
     tars.write(data / split / f"{last}.tar", tars.samples(numbers, **{f"s{offset + 5:04d}_cls": b"12"}))
@@ -604,8 +619,9 @@ def bad_label(root: Path, split: str, how: str) -> Death:
 
 
 def _seen(death: Death, more: str) -> str:
-    others = "torchrun names the rank" if death.how == "torchrun" else "one line each of the others, status 1"
-    return f"{others}, all ended after {death.seconds:.0f} s, none left; {more}"
+    if death.how == "torchrun":
+        return f"torchrun ends the others and names the rank, none left; {more}"
+    return f"one line each of the others, status 1, within {death.seconds:.0f} s of the first end, none left; {more}"
 
 
 def main() -> int:
