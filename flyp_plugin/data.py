@@ -221,7 +221,9 @@ class ClassPromptDataset(IterableDataset):
     Yields:
         images float (B, 3, H, W) and tokens int64 (B, L), as a tuple or as {"image", "text"}. An epoch is
         ceil(N / batch_size) batches, the last one smaller. Every rank makes the same number of batches of the same
-        sizes; a rank with fewer samples starts them again.
+        sizes, ceil(N / ranks) samples in all, out of whole shards that are dealt anew each epoch: a rank whose shards
+        hold more leaves the rest out, one whose shards hold fewer starts them again. With shards of one size, a
+        multiple of the ranks in number, every sample is seen once; else small shards are seen more often.
 
     Args:
         shards: a data folder, its split folder, a brace pattern, `pipe:` or http(s) source, several joined by `::`,
@@ -444,7 +446,7 @@ class LabelledDataset(IterableDataset):
         for batch in _received(self._loader, skipped):
             given += len(batch["labels"])
             yield batch
-        if not given and (self._alone or skipped.number):
+        if not given and self._alone:  # of several ranks one may have nothing but a broken shard
             raise _nothing(self.shards, skipped)
         _check_lost(skipped, given + skipped.lost, self._max_lost, self.shards[0])
         skipped.report(self.shards[0])

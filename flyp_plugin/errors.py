@@ -66,7 +66,9 @@ def _raise_on_sigterm() -> None:
 def _told(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit status for what is no bug."""
     cause: BaseException | None = error
-    while cause:  # a signal may have others on top of it, such as that of a DataLoader whose workers it has ended
+    while (
+        cause
+    ):  # a signal may have others on top of it, such as that of a DataLoader whose workers it has ended
         if isinstance(cause, KeyboardInterrupt):
             return ("Terminated.", 143) if isinstance(cause, Terminated) else ("Interrupted.", 130)
         cause = cause.__context__

@@ -49,6 +49,7 @@ class Monitor:
         if epoch not in (0, self.args.epochs) and (frequency == 0 or epoch % frequency):
             return {}
         row: dict[str, Any] = {}
+        self._share_buffers(model)
         for eval_set in self.sets:
             make = ImageClassifier.from_model if epoch else ImageClassifier.from_prompts  # 0: zero-shot
             classifier = make(model, tokenizer, eval_set.prompts, self.args.precision)
@@ -94,6 +95,11 @@ class Monitor:
             command = ["flyp", *wiseft_command(args, folder / f"epoch_{saved[0]}.pt", out)]
             lines.append(f"Next, merge it with the pretrained weights:\n  {shlex.join(command)}")
         return lines
+
+    def _share_buffers(self, model: torch.nn.Module) -> None:
+        """Rank 0's, which the checkpoint will hold: batch norm's statistics are of each rank's own images."""
+        for buffer in model.buffers() if self.args.world_size > 1 else ():
+            dist.broadcast(buffer, 0)
 
     def _over_ranks(self, tally: Tally) -> Metrics:
         if self.args.world_size > 1:

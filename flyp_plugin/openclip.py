@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import sys
 import zipfile
@@ -151,8 +152,28 @@ def run(plan: "FlypRun") -> int:
                 f"{Path(args.logs, args.name)} cannot be written to ({error.strerror}); make room, and go on with "
                 f"--name {args.name} --resume latest."
             ) from error
+        except RuntimeError as error:
+            if not _between_ranks(error):
+                raise
+            _log.debug(error, exc_info=True)
+            raise _alone(args, error) from None
         plan.finish()
     return 0
+
+
+def _between_ranks(error: RuntimeError) -> bool:
+    """Whether it came out of a collective: gloo's errors have no type of their own."""
+    return isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error)
+
+
+def _alone(args: Namespace, error: RuntimeError) -> InputError:
+    """What a rank says that is left by the others, whose own error is the one to mend."""
+    reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0][:200]
+    again = f"--name {args.name} --resume latest" if args.name else "the same command"
+    return InputError(
+        f"rank {world()[0]} has lost another rank ({reason}), which has ended or cannot be reached; look for that "
+        f"one's own error, mend it, and go on with {again}."
+    )
 
 
 @contextmanager
