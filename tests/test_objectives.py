@@ -7,10 +7,10 @@ import open_clip
 import pytest
 import timm
 import torch
+from open_clip_train import main as open_clip_main
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy, normalize
 
-from open_clip_train import main as open_clip_main
 from flyp_plugin import ClassPromptDataset, ClassPrompts, ImageClassifier, flags, objectives, openclip
 from flyp_plugin.cli import call as flyp
 from flyp_plugin.data import LabelledDataset

@@ -69,7 +69,7 @@ def tried(python: Path) -> tuple[dict[str, str], int, int, str]:
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-300:]
     numbers = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", last)}
     failed = numbers.get("failed", 0) + numbers.get("error", 0) + (not numbers)
-    first = re.search(r"^(?:FAILED|ERROR) tests/\S+?::(.*)", done.stdout, re.M)
+    first = re.search(r"^(?:FAILED|ERROR) tests/\S+?::(.*)", done.stdout, re.MULTILINE)
     what = first[1] if first else "" if numbers else last
     if numbers.get("skipped"):
         what = what or f"{numbers['skipped']} skipped, of what that open_clip cannot do"
