@@ -35,8 +35,6 @@ MATRIX = [
     ("3.11", ["torch==2.14.1", "open_clip_torch==2.32.0", "webdataset==0.2.86"]),
     ("3.12", ["torch==2.14.1", "open_clip_torch==2.28.0", "webdataset==1.0.2"]),
     ("3.13", ["torch==2.6.0", DEVELOPMENT, "webdataset==0.2.86", "timm==1.0.17"]),
-    ("3.12", ["torch==2.6.0", "open_clip_torch==3.3.0", "webdataset==0.2.86", "numpy<2"]),
-    ("3.11", ["torch==2.4.0", "open_clip_torch==2.32.0", "webdataset==1.0.2", "timm==1.0.17"]),
     ("3.10", ["torch==2.4.0", "open_clip_torch==2.28.0", "webdataset==0.2.86", "timm==1.0.17", "numpy<2"]),
     ("3.10", ["torch==2.1.0", "open_clip_torch==3.3.0", "webdataset==0.2.86", "timm==1.0.17", "numpy<2"]),
 ]
