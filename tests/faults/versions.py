@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--pins", nargs="+", default=[])
     args = parser.parse_args()
     chosen = [(args.python, args.pins)] if args.python else MATRIX
-    if args.only:
+    if args.only is not None:
         chosen = [MATRIX[i] for i in args.only]
     rows, bad, torch_before = [], 0, ""
     with tempfile.TemporaryDirectory(dir=args.work) as work:
