@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,22 @@ StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: a torch.nn.Module whose attributes torch's own types would not allow
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of images; flags have image_ before it
 _SCHEMA = r"(hf-hub|local-dir):"  # names that are places
+
+
+def _allow_numbers_of_numpy() -> None:
+    """Let torch.load, open_clip's too, read them: the learning rate in a checkpoint of open_clip before 2.30 is one."""
+    if not hasattr(torch.serialization, "add_safe_globals"):  # torch before 2.4
+        return
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2
+
+        def scalar(dtype: np.dtype, data: bytes) -> float:
+            return np.frombuffer(data, dtype)[0].item()
+
+        scalar.__module__, scalar.__qualname__ = module, "scalar"
+        torch.serialization.add_safe_globals([scalar, np.dtype, type(np.dtype("float64"))])
+
+
+_allow_numbers_of_numpy()
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -68,7 +85,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 def _load_pickle(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
         if "mmap can only be used" not in str(error):  # files from before torch 1.6
             raise

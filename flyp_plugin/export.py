@@ -79,7 +79,7 @@ def export_command(args: argparse.Namespace) -> None:
             weights = {key: tensor.contiguous() for key, tensor in twin.state_dict().items()}
             save_file(weights, folder / "model.safetensors")
             (folder / "config.json").write_text(json.dumps(timm_config, indent=1) + "\n", encoding="utf-8")
-        call = f"timm.create_model('local-dir:{out}', pretrained=True)"
+        call = f"timm (1.0.26 or newer), timm.create_model('local-dir:{out}', pretrained=True)"
     _log.info(f"Wrote {out}/: {', '.join(sorted(os.listdir(out)))}. Read it with {call}.")
 
 

@@ -49,9 +49,15 @@ PLAIN_MAIN = (
     "from open_clip_train.main import main; main(sys.argv[1:])"
 )
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
-# what is replaced, and in which module of open_clip_train
-_PLACES = dict.fromkeys(["parse_args", "create_model_and_transforms", "get_data", "evaluate"], "main")
-_PLACES |= {"train_one_epoch": "main", "zero_shot_eval": "train"}
+# what is replaced: in which module of open_clip_train, and how that is called from here (arguments, keywords)
+_PLACES: dict[str, tuple[str, int, str]] = {
+    "parse_args": ("main", 1, ""),
+    "create_model_and_transforms": ("main", 2, ""),
+    "get_data": ("main", 2, "epoch tokenizer"),
+    "evaluate": ("main", 4, "tb_writer tokenizer"),
+    "zero_shot_eval": ("train", 4, ""),
+    "train_one_epoch": ("main", 0, ""),  # as main() calls it: see _check_loop
+}
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +67,7 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("open_clip_train"):
             raise InputError(
-                f"open_clip_torch {version('open_clip_torch')} has no open_clip_train; FLYP needs {SUPPORTED}: "
+                f"open_clip_torch {version('open_clip_torch')} has no {error.name}; FLYP needs {SUPPORTED}: "
                 "pip install -U 'flyp-plugin[train]'"
             ) from None
         raise InputError(
@@ -69,17 +75,37 @@ def _module(name: str) -> ModuleType:
         ) from None
 
 
+def _unfit(what: str) -> InputError:
+    return InputError(
+        f"open_clip_torch {version('open_clip_torch')} {what}; FLYP is made for {SUPPORTED}: install one of these."
+    )
+
+
+def _of(module: str, name: str) -> Any:
+    found = getattr(_module(module), name, None)
+    if found is None:
+        raise _unfit(f"has no open_clip_train.{module}.{name}")
+    return found
+
+
+def _bind(function: Callable, who: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by the names that the function gives them, without calling it."""
+    try:
+        return inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise _unfit(f"{who} with other arguments ({error})") from None
+
+
 def parse_args(argv: Sequence[str]) -> Namespace:
     """open_clip's own parser; on a wrong flag it leaves the process, as it does there."""
-    return _module("params").parse_args(list(argv))
+    return _of("params", "parse_args")(list(argv))
 
 
 def world() -> tuple[int, int]:
     """(rank, number of ranks) that open_clip will find, from the environment that torchrun or Slurm has set."""
-    distributed = _module("distributed")
-    if not distributed.is_using_distributed():
+    if not _of("distributed", "is_using_distributed")():
         return 0, 1
-    _, rank, size = distributed.world_info_from_env()
+    _, rank, size = _of("distributed", "world_info_from_env")()
     return rank, size
 
 
@@ -123,9 +149,10 @@ def run(plan: "FlypRun") -> int:
     """open_clip_train.main.main, unchanged, on the plan's data; returns the exit status.
 
     Raises:
-        InputError: another process writes to the run's folder, the disk is full, or what the plan finds.
+        InputError: another process writes to the run's folder, the disk is full, another rank has ended, open_clip has
+            changed, or what the plan finds.
     """
-    main, args = _module("main"), plan.args
+    main, args = _of("main", "main"), plan.args
     rank, ranks = world()
     named = bool(args.name)
     if ranks > 1:  # one that waits for the others would run no handler, and torchrun wait for it
@@ -138,10 +165,11 @@ def run(plan: "FlypRun") -> int:
                 seams.lock()
                 check_run_folder(args)
                 _clear_up(Path(args.logs, args.name))
-            if main.main([]) == -1:  # its parser's answer is the plan's
+            if main([]) == -1:  # its parser's answer is the plan's
                 if not named:  # its clock has made up the name of a run that is there
                     check_run_folder(args)
                 return 1
+            seams.check_that_all_were_used()
         except InputError as error:
             _log.debug(error, exc_info=True)  # shown by --debug
             raise
@@ -203,15 +231,15 @@ def _installed(seams: "_Seams") -> Iterator["_Seams"]:
         setattr(module, name, value)
 
     try:
-        for name, module_name in _PLACES.items():
-            module = _module(module_name)
-            if not hasattr(module, name):
-                raise InputError(
-                    f"open_clip_torch {version('open_clip_torch')} has no open_clip_train.{module_name}.{name}; FLYP "
-                    f"is made for {SUPPORTED}."
-                )
-            seams.original[name] = getattr(module, name)
-            replace(module, name, getattr(seams, name))
+        _bind(_of("data", "DataInfo"), "has open_clip_train.data.DataInfo", dataloader=None)
+        for name, (module, number, words) in _PLACES.items():
+            original = seams.original[name] = _of(module, name)
+            if number:
+                who = f"has open_clip_train.{module}.{name}"
+                _bind(original, who, *[None] * number, **dict.fromkeys(words.split()))
+            else:
+                _check_loop(original)
+            replace(_module(module), name, _met(getattr(seams, name)))
         if seams.plan.changes:
             if not hasattr(_module("main"), "create_loss"):  # open_clip 4 has tasks in its place
                 raise InputError(
@@ -225,8 +253,24 @@ def _installed(seams: "_Seams") -> Iterator["_Seams"]:
         replace(logging.FileHandler, "handleError", _lines_are_lost())
         yield seams
     finally:
-        for module, name, original in reversed(replaced):
-            setattr(module, name, original)
+        for place, name, original in reversed(replaced):
+            setattr(place, name, original)
+
+
+def _met(seam: Callable) -> Callable:
+    """The seam, which says so where open_clip calls it otherwise than it is made for."""
+
+    def met(*args: Any, **kwargs: Any) -> Any:
+        _bind(seam, f"calls {seam.__name__}", *args, **kwargs)
+        return seam(*args, **kwargs)
+
+    return met
+
+
+def _check_loop(train_one_epoch: Callable) -> None:
+    names = inspect.signature(train_one_epoch).parameters.keys()
+    if not any(wanted <= names for wanted in ({"state", "data", "args"}, {"model", "epoch", "data", "args"})):
+        raise _unfit(f"has open_clip_train.main.train_one_epoch with other arguments ({', '.join(names)})")
 
 
 def _saved_whole(original: Callable) -> Callable:
@@ -273,7 +317,9 @@ class _Seams:
         self.preprocess_val: Any = None
         self.tokenizer: Any = None
         self.metrics: dict[str, float] = {}  # of the evaluation that open_clip is about to log
+        self.train: Any = None  # open_clip's DataInfo of our data
         self.started = False
+        self.scored = 0  # the epoch that was evaluated last
 
     def lock(self) -> None:
         """Let no other process write to the run's folder; called on rank 0, where the run has a name."""
@@ -300,6 +346,8 @@ class _Seams:
             raise InputError(
                 f"open_clip could not make {name} with --pretrained {pretrained!r} ({reason}); {mend}."
             ) from error
+        if not (isinstance(created, tuple) and len(created) == 3 and isinstance(created[0], torch.nn.Module)):
+            raise _unfit("makes something other than a model and its two transforms")
         if self.model is None:  # a second one is the teacher of --distill-model
             self.model = created[0]
             self.plan.on_model(created[0])
@@ -308,15 +356,21 @@ class _Seams:
     def get_data(
         self, args: Namespace, preprocess: tuple, epoch: int = 0, tokenizer: Any = None, **kwargs: Any
     ) -> dict:
+        if args is not self.plan.args:
+            raise _unfit("takes its arguments from elsewhere than open_clip_train.main.parse_args")
+        if not (isinstance(preprocess, tuple) and len(preprocess) == 2):
+            raise _unfit("calls get_data with something other than two transforms")
         if args.rank == 0:
             _forget_after(epoch, Path(args.checkpoint_path, "results.jsonl"))
         original = self.original["get_data"]
         as_dict = "naflex_data_config" in inspect.signature(original).parameters  # open_clip 4
         others = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
         data = original(others, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
+        if not isinstance(data, dict):
+            raise _unfit(f"has open_clip_train.main.get_data return a {type(data).__name__}")
         self.preprocess_val, self.tokenizer = preprocess[1], tokenizer
         dataset = self.plan.train_data(preprocess[0], tokenizer, as_dict)
-        data["train"] = _data_info(dataset, args)
+        data["train"] = self.train = _data_info(dataset, args, self)
         if self.plan.evaluates:  # main() evaluates where this key is; zero_shot_eval below answers
             data.setdefault("imagenet-val", None)
         return data
@@ -324,7 +378,11 @@ class _Seams:
     def evaluate(self, model: Any, data: dict, epoch: int, args: Namespace, **kwargs: Any) -> dict:
         if self.plan.evaluates:
             self.metrics = self.plan.evaluate(self.model, self.preprocess_val, self.tokenizer, epoch)
-        return self.original["evaluate"](model, data, epoch, args, **kwargs)
+        self.scored = epoch
+        logged = self.original["evaluate"](model, data, epoch, args, **kwargs)
+        if args.rank == 0 and not self.metrics.keys() <= logged.keys():
+            raise _unfit("does not log what open_clip_train.train.zero_shot_eval returns")
+        return logged
 
     def zero_shot_eval(self, model: Any, data: dict, epoch: int, args: Namespace, **kwargs: Any) -> dict:
         real = {name: info for name, info in data.items() if info is not None}
@@ -333,11 +391,16 @@ class _Seams:
         return {**self.original["zero_shot_eval"](model, real, epoch, args, **kwargs), **self.metrics}
 
     def train_one_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(self.original["train_one_epoch"]).bind(*args, **kwargs).arguments
+        given = _bind(self.original["train_one_epoch"], "calls train_one_epoch", *args, **kwargs)
         state = given.get("state")  # open_clip 4: one object for model, optimizer and epoch
-        epoch = state.epoch if state else given["epoch"]
+        if state:
+            given |= {"model": getattr(state, "task", None), "epoch": getattr(state, "epoch", None)}
+        epoch, model, train = given["epoch"], given["model"], given["data"].get("train")
+        if epoch is None or model is None or self.model is None or train is not self.train:
+            raise _unfit("calls train_one_epoch with other things than the model, the data and the epoch")
+        if self.started and self.plan.evaluates and self.scored != epoch:
+            raise _unfit(f"did not call open_clip_train.main.evaluate after epoch {epoch}")
         if not self.started and self.plan.evaluates and epoch == 0:
-            model = state.task if state else given["model"]
             more = {"tb_writer": given.get("tb_writer"), "tokenizer": self.tokenizer}
             self.evaluate(model, given["data"], 0, given["args"], **more)
         self.started = True
@@ -345,17 +408,26 @@ class _Seams:
             return None
         return self.original["train_one_epoch"](*args, **kwargs)
 
+    def check_that_all_were_used(self) -> None:
+        """main() has ended: not without a call of the functions that stand in here."""
+        if self.train is None:
+            raise _unfit("trains on what does not come from open_clip_train.main.get_data")
+        if self.started and self.plan.evaluates and self.scored != self.plan.args.epochs:
+            raise _unfit("did not call open_clip_train.main.evaluate after the last epoch")
 
-def _data_info(dataset: ClassPromptDataset, args: Namespace) -> Any:
+
+def _data_info(dataset: ClassPromptDataset, args: Namespace, seams: _Seams) -> Any:
     """open_clip's DataInfo, whose set_epoch it calls at the start of each epoch.
 
     Everything random is seeded there too: open_clip does not restore random states when it resumes, and a resumed
     run is to equal an uninterrupted one.
     """
 
-    info = _module("data").DataInfo(dataloader=dataset)
+    info = _of("data", "DataInfo")(dataloader=dataset)
 
     def set_epoch(epoch: int) -> None:
+        if not seams.started:
+            raise _unfit("trains by other means than open_clip_train.main.train_one_epoch")
         dataset.set_epoch(epoch)
         seed = sample_seed(args.seed, epoch, args.rank)
         torch.manual_seed(seed % 2**63)
