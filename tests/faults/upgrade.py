@@ -20,6 +20,7 @@ from pathlib import Path
 import open_clip
 import torch
 
+from flyp_plugin.checkpoints import read_state_dict
 from tests import digits
 
 REPO = Path(__file__).parents[2]
@@ -56,13 +57,9 @@ def train(place: Place, data: Path, logs: Path, name: str, *flags: object) -> Pa
     return logs / name
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "epoch_2.pt", weights_only=True)["state_dict"]
-
-
 def difference(one: Path, other: Path) -> str:
     """`equal`, or the largest difference of a weight."""
-    a, b = weights(one), weights(other)
+    a, b = (read_state_dict(folder / "checkpoints" / "epoch_2.pt") for folder in (one, other))
     if a.keys() != b.keys():
         return f"other tensors: {sorted(a.keys() ^ b.keys())[:3]}"
     most = max((a[key].double() - b[key].double()).abs().max().item() for key in a)
