@@ -46,7 +46,7 @@ def no_larger_files(than):
 
 
 def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_to_the_same_weights(digits, whole, tmp_path):
-    assert kills.killed(digits, whole, tmp_path / "run", fault="save 2 0.5") == ""
+    assert kills.killed(digits, whole, tmp_path / "run", fault="save 2 0.5") == ("", 1)
 
 
 @pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])

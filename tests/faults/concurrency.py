@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def resumed_while_on(data: Path, whole: Path, folder: Path) -> str:
     return verdict([first.wait(), second.returncode], said, str(folder)) or difference(folder, whole)
 
 
-def main(root: Path, times: int) -> bool:
+def rows(root: Path, times: int) -> Iterator[Row]:
     data, logs, photos = (
         digits.write(root / "digits"),
         root / "logs",
@@ -154,20 +154,17 @@ def main(root: Path, times: int) -> bool:
         "demo",
     )
     cases |= {f"two of flyp {what}": other(what) for what in names}
-    rows: list[Row] = []
-    for fault, case in cases.items():
+    for number, (fault, case) in enumerate(cases.items()):
         often = times if "demo" not in fault and "compare" not in fault else 1
-        folders = [root / "cases" / f"{len(rows)}_{number}" for number in range(often)]
-        wrong = [case(folder) for folder in folders]
+        wrong = [case(root / "cases" / f"{number}_{again}") for again in range(often)]
         for what in filter(None, wrong):
             print(f"{fault}: {what}", file=sys.stderr, flush=True)
         seen = "one is refused with the place, the other is as if alone"
-        rows.append((fault, len(wrong), wrong.count(""), seen))
-    return table(rows)
+        yield fault, len(wrong), wrong.count(""), seen
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--same-second"]:
         same_second(sys.argv[2:])
     with tempfile.TemporaryDirectory(prefix="flyp-both-") as folder:
-        sys.exit(not main(Path(folder), 3))
+        sys.exit(not table(rows(Path(folder), 2)))
