@@ -33,6 +33,7 @@ def run(main: Callable[[], int | None]) -> None:
     except SystemExit:
         raise
     except BaseException as error:
+        _raise_no_more()
         told = _told(error)
         if told is None:
             raise
@@ -59,6 +60,12 @@ def _raise_on_sigterm() -> None:
         os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGTERM, handler)
+
+
+def _raise_no_more() -> None:
+    """From here on one more signal ends the process at once, and a DataLoader's worker that has ended is no news."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _told(error: BaseException) -> tuple[str, int] | None:

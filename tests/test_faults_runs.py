@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -52,6 +53,25 @@ def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_to_the_same_weights(
 @pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_is_one_line_and_no_process_is_left(digits, tmp_path, number, group):
     assert kills.signalled(digits, tmp_path / "run", number, group, "Start epoch 0")[0] == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_that_write_shards_ends_them(tmp_path, number):
+    said, long = tmp_path / "said", ["sh", "-c", "echo started; sleep 60"]
+    items = [
+        long,
+        long,
+        ["echo", "started"],
+    ]  # the third process waits for more, with the lock of what it waits for
+    program = "import subprocess\nfrom flyp_plugin import errors, shards\n"
+    program += f"errors.run(lambda: shards.in_processes(subprocess.call, {items}, 3, ''))"
+    process = kills.start([sys.executable, "-c", program], said)
+    while process.poll() is None and said.read_text().count("started") < 3:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 128 + number and kills.left(process.pid) == []
+    line = {signal.SIGTERM: "Terminated.", signal.SIGINT: "Interrupted."}[number]
+    assert said.read_text().splitlines()[3:] == [line]
 
 
 def test_checkpoints_that_are_cut_off_are_set_aside(whole, tmp_path):
