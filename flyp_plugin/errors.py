@@ -42,11 +42,7 @@ def run(main: Callable[[], int | None]) -> None:
             print(line, file=sys.stderr)
         else:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # nothing is left to tidy up: one more ends the process at once
-        signal.signal(number, signal.SIG_DFL)
+    _raise_no_more()
     sys.exit(status)
 
 
