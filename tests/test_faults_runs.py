@@ -57,14 +57,11 @@ def test_a_signal_is_one_line_and_no_process_is_left(digits, tmp_path, number, g
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_that_write_shards_ends_them(tmp_path, number):
-    said, long = tmp_path / "said", ["sh", "-c", "echo started; sleep 60"]
-    items = [
-        long,
-        long,
-        ["echo", "started"],
-    ]  # the third process waits for more, with the lock of what it waits for
-    program = "import subprocess\nfrom flyp_plugin import errors, shards\n"
-    program += f"errors.run(lambda: shards.in_processes(subprocess.call, {items}, 3, ''))"
+    said, short = tmp_path / "said", "print('started', flush=True)"
+    long = f"{short}; import time; time.sleep(60)"
+    # the third process then waits for more, with the lock of what it waits for
+    program = "from flyp_plugin import errors, shards\n"
+    program += f"errors.run(lambda: shards.in_processes(exec, {[long, long, short]}, 3, ''))"
     process = kills.start([sys.executable, "-c", program], said)
     while process.poll() is None and said.read_text().count("started") < 3:
         time.sleep(0.05)

@@ -1,6 +1,6 @@
 """What becomes of two of one command that write to one place: the second is refused in a sentence, the first unharmed.
 
-    python -m tests.faults.concurrency
+    python -m tests.faults.concurrency [FAULT]
 
 Both are started at once, unless it says otherwise: which of them is the first is left to chance. A case has survived if
 one ends with status 0 and with what it gives when it runs alone, and the other with status 1 and a last line
@@ -73,7 +73,7 @@ def resumed_while_on(data: Path, whole: Path, folder: Path) -> str:
     return verdict([first.wait(), second.returncode], said, str(folder)) or difference(folder, whole)
 
 
-def rows(root: Path, times: int) -> Iterator[Row]:
+def rows(root: Path, times: int, only: str) -> Iterator[Row]:
     data, logs, photos = (
         digits.write(root / "digits"),
         root / "logs",
@@ -155,6 +155,8 @@ def rows(root: Path, times: int) -> Iterator[Row]:
     )
     cases |= {f"two of flyp {what}": other(what) for what in names}
     for number, (fault, case) in enumerate(cases.items()):
+        if only not in fault:
+            continue
         often = times if "demo" not in fault and "compare" not in fault else 1
         wrong = [case(root / "cases" / f"{number}_{again}") for again in range(often)]
         for what in filter(None, wrong):
@@ -167,4 +169,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--same-second"]:
         same_second(sys.argv[2:])
     with tempfile.TemporaryDirectory(prefix="flyp-both-") as folder:
-        sys.exit(not table(rows(Path(folder), 2)))
+        sys.exit(not table(rows(Path(folder), 2, *sys.argv[1:] or [""])))
