@@ -4,13 +4,18 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 NO_ROOM = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
 )  # of an OSError: the disk, a quota or a file's limit is reached
+
+
+_swallowed: list[KeyboardInterrupt] = []  # signals that could not be raised where they came
 
 
 class InputError(ValueError):
@@ -34,7 +39,7 @@ def run(main: Callable[[], int | None]) -> None:
         raise
     except BaseException as error:
         _raise_no_more()
-        told = _told(error)
+        told = _told(_swallowed[0] if _swallowed else error)
         if told is None:
             raise
         line, status = told
@@ -55,7 +60,25 @@ def _raise_on_sigterm() -> None:
         signal.signal(number, signal.SIG_DFL)  # a forked process ends as if there were no handler
         os.kill(os.getpid(), number)
 
+    def again(unraisable: Any) -> None:
+        """A signal that came where nothing can be raised, as in what runs after a fork, comes once more."""
+        error = unraisable.exc_value
+        if os.getpid() != pid or not isinstance(error, KeyboardInterrupt):
+            return sys.__unraisablehook__(unraisable)
+        _swallowed.append(error)
+        timer = threading.Timer(
+            0.1, _resend, [signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT]
+        )
+        timer.daemon = True
+        timer.start()
+
     signal.signal(signal.SIGTERM, handler)
+    sys.unraisablehook = again
+
+
+def _resend(number: int) -> None:
+    if signal.getsignal(number) != signal.SIG_DFL:
+        os.kill(os.getpid(), number)
 
 
 def _raise_no_more() -> None:

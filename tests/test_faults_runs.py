@@ -71,6 +71,23 @@ def test_a_signal_to_all_processes_that_write_shards_ends_them(tmp_path, number)
     assert said.read_text().splitlines()[3:] == [line]
 
 
+def test_a_signal_that_comes_where_nothing_can_be_raised_is_not_lost():
+    program = """
+import os, signal, time
+from flyp_plugin import errors
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+def main():
+    Deleted()
+    time.sleep(60)
+errors.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (143, "Terminated.\n")
+
+
 def test_checkpoints_that_are_cut_off_are_set_aside(whole, tmp_path):
     assert kills.cut_checkpoints(whole, tmp_path, 40, random.Random(0)) == 40
 
