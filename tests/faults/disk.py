@@ -155,7 +155,17 @@ def rows(root: Path, jobs: int) -> Iterator[Row]:
             "--out",
             str(folder),
         ]
-        return [*FLYP, *words, "--eval-data", f"test={data}/test/0.tar", "--alphas", "0,1", "--workers", "0"]
+        return [
+            *FLYP,
+            *words,
+            "--eval-data",
+            f"test={data}/test/0.tar",
+            "--alphas",
+            "0,1",
+            "--workers",
+            "0",
+            "--force",
+        ]
 
     def export(form: str) -> Callable[[Path], list[str]]:
         words = [*FLYP, "export", str(finetuned), *model, "--format", form, "--data", str(data), "--out"]
