@@ -5,12 +5,16 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 # Of an OSError: the disk, a quota or a file's limit is reached
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # C0, C1, line separators and what turns the direction of text: a terminal or a log would obey them
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+_swallowed: list[KeyboardInterrupt] = []  # signals that could not be raised where they came
 
 
 class InputError(ValueError):
@@ -38,7 +42,8 @@ def run(main: Callable[[], int | None]) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        told = _told(error)
+        _raise_no_more()
+        told = _told(_swallowed[0] if _swallowed else error)
         if told is None:
             raise
         line, status = told
@@ -46,8 +51,7 @@ def run(main: Callable[[], int | None]) -> None:
             print(line, file=sys.stderr)
         else:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to tidy up: one more ends the process
-        signal.signal(number, signal.SIG_DFL)
+    _raise_no_more()
     sys.exit(status)
 
 
@@ -60,15 +64,36 @@ def _raise_on_sigterm() -> None:
         signal.signal(number, signal.SIG_DFL)  # a forked process ends as if there were no handler
         os.kill(os.getpid(), number)
 
+    def again(unraisable: Any) -> None:
+        """A signal that came where nothing can be raised, as in what runs after a fork, comes once more."""
+        error = unraisable.exc_value
+        if os.getpid() != pid or not isinstance(error, KeyboardInterrupt):
+            return sys.__unraisablehook__(unraisable)
+        _swallowed.append(error)
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        timer = threading.Timer(0.1, _resend, [number])
+        timer.daemon = True
+        timer.start()
+
     signal.signal(signal.SIGTERM, handler)
+    sys.unraisablehook = again
+
+
+def _resend(number: int) -> None:
+    if signal.getsignal(number) != signal.SIG_DFL:
+        os.kill(os.getpid(), number)
+
+
+def _raise_no_more() -> None:
+    """From here on one more signal ends the process at once, and a DataLoader's worker that has ended is no news."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _told(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit status for what is no bug."""
     cause: BaseException | None = error
-    while (
-        cause
-    ):  # a signal may have others on top of it, such as that of a DataLoader whose workers it has ended
+    while cause:  # a signal may have others on top of it, as of a DataLoader whose workers it has ended
         if isinstance(cause, KeyboardInterrupt):
             return ("Terminated.", 143) if isinstance(cause, Terminated) else ("Interrupted.", 130)
         cause = cause.__context__

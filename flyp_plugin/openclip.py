@@ -166,7 +166,7 @@ def run(plan: "FlypRun") -> int:
                 check_run_folder(args)
                 _clear_up(Path(args.logs, args.name))
             if main([]) == -1:  # its parser's answer is the plan's
-                if not named:  # its clock has made up the name of a run that is there
+                if not named and not args.remote_sync:  # the name that its clock has made up is taken
                     check_run_folder(args)
                 return 1
             seams.check_that_all_were_used()

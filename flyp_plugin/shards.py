@@ -14,9 +14,11 @@ import signal
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
-from multiprocessing import Pool
+from multiprocessing import active_children
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -311,13 +313,21 @@ def _put(path: Path, lines: Sequence[str]) -> None:
 
 
 def in_processes(function: Callable, items: Sequence, workers: int, what: str) -> list:
-    """function(item) of each shard's item, in `workers` processes, which Ctrl-C ends."""
-    with ExitStack() as stack:
-        run: Callable = map
-        if min(workers, len(items)) > 1:
-            pool = Pool(min(workers, len(items)), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-            run = stack.enter_context(pool).imap
-        return list(tqdm(run(function, items), total=len(items), desc=what, unit="shard", disable=None))
+    """function(item) of each shard's item, in `workers` processes, which an error, Ctrl-C or SIGTERM ends."""
+    workers, others = min(workers, len(items)), set(active_children())
+    bar = partial(tqdm, total=len(items), desc=what, unit="shard", disable=None)
+    if workers < 2:
+        return list(bar(map(function, items)))
+    # not a Pool, which waits for ever once a signal to all has ended a worker that held its lock
+    with ProcessPoolExecutor(
+        workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
+        try:
+            return list(bar(pool.map(function, items)))
+        except BaseException:
+            for worker in set(active_children()) - others:
+                worker.terminate()
+            raise
 
 
 def write_command(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -46,12 +47,45 @@ def no_larger_files(than):
 
 
 def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_to_the_same_weights(digits, whole, tmp_path):
-    assert kills.killed(digits, whole, tmp_path / "run", fault="save 2 0.5") == ""
+    assert kills.killed(digits, whole, tmp_path / "run", fault="save 2 0.5") == ("", 1)
 
 
 @pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_is_one_line_and_no_process_is_left(digits, tmp_path, number, group):
     assert kills.signalled(digits, tmp_path / "run", number, group, "Start epoch 0")[0] == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_that_write_shards_ends_them(tmp_path, number):
+    said, short = tmp_path / "said", "print('started', flush=True)"
+    long = f"{short}; import time; time.sleep(60)"
+    # the third process then waits for more, with the lock of what it waits for
+    program = "from flyp_plugin import errors, shards\n"
+    program += f"errors.run(lambda: shards.in_processes(exec, {[long, long, short]}, 3, ''))"
+    process = kills.start([sys.executable, "-c", program], said)
+    while process.poll() is None and said.read_text().count("started") < 3:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 128 + number and kills.left(process.pid) == []
+    line = {signal.SIGTERM: "Terminated.", signal.SIGINT: "Interrupted."}[number]
+    assert said.read_text().splitlines()[3:] == [line]
+
+
+def test_a_signal_that_comes_where_nothing_can_be_raised_is_not_lost():
+    program = """
+import os, signal, time
+from flyp_plugin import errors
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+def main():
+    Deleted()
+    time.sleep(60)
+errors.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (143, "Terminated.\n")
 
 
 def test_checkpoints_that_are_cut_off_are_set_aside(whole, tmp_path):

@@ -100,7 +100,7 @@ def case(size: int, but: int, command: Callable[[Path], list[str]], good: Callab
         good: what is wrong with the outcome there.
     """
     with disk(size) as small:
-        subprocess.run(command(small.path / "old"), check=True, capture_output=True)
+        subprocess.run(command(small.path / "old"), check=True, stderr=subprocess.DEVNULL)
         before = files(small.path)
         small.fill(but)
         words = command(small.path / "new")
@@ -117,7 +117,7 @@ def case(size: int, but: int, command: Callable[[Path], list[str]], good: Callab
         return good(small.path) if status == 0 else f"status {status} with room: {said[-2000:]!r}"
 
 
-def main(root: Path, jobs: int) -> bool:
+def rows(root: Path, jobs: int) -> Iterator[Row]:
     data, logs, photos = (
         digits.write(root / "digits"),
         root / "logs",
@@ -155,7 +155,17 @@ def main(root: Path, jobs: int) -> bool:
             "--out",
             str(folder),
         ]
-        return [*FLYP, *words, "--eval-data", f"test={data}/test/0.tar", "--alphas", "0,1", "--workers", "0"]
+        return [
+            *FLYP,
+            *words,
+            "--eval-data",
+            f"test={data}/test/0.tar",
+            "--alphas",
+            "0,1",
+            "--workers",
+            "0",
+            "--force",
+        ]
 
     def export(form: str) -> Callable[[Path], list[str]]:
         words = [*FLYP, "export", str(finetuned), *model, "--format", form, "--data", str(data), "--out"]
@@ -198,8 +208,8 @@ def main(root: Path, jobs: int) -> bool:
 
     few = 4 * KIB
     cases = {
-        "shards write": [(2 * MIB, but, write, same_files) for but in (0, few, 60 * KIB, 300 * KIB)],
-        "shards subset": [(2 * MIB, but, subset, same_files) for but in (0, few, 60 * KIB, 200 * KIB)],
+        "shards write": [(8 * MIB, but, write, same_files) for but in (0, few, 60 * KIB, 300 * KIB)],
+        "shards subset": [(8 * MIB, but, subset, same_files) for but in (0, few, 60 * KIB, 200 * KIB)],
         "training: its folder, out.log, params.txt, results.jsonl": [
             (4 * checkpoint, but * few, training, same_run) for but in range(6)
         ],
@@ -222,17 +232,15 @@ def main(root: Path, jobs: int) -> bool:
     seen = (
         "one sentence with the place and the reason, all other files untouched; with room, the same outcome"
     )
-    rows: list[Row] = []
     with ThreadPoolExecutor(jobs) as pool:
         for fault, tried in cases.items():
             wrong = list(pool.map(lambda one: case(*one), tried))
             for (_, but, *_), what in zip(tried, wrong):
                 if what:
                     print(f"{fault}, {but} bytes: {what}", file=sys.stderr, flush=True)
-            rows.append((f"disk full: {fault}", len(wrong), wrong.count(""), seen))
-    return table(rows)
+            yield f"disk full: {fault}", len(wrong), wrong.count(""), seen
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="flyp-disk-") as folder:
-        sys.exit(not main(Path(folder), 2))
+        sys.exit(not table(rows(Path(folder), 2)))

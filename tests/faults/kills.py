@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -178,15 +178,18 @@ def _equal(a: object, b: object) -> bool:
 
 def killed(
     data: Path, whole: Path, folder: Path, *more: str, fault: str = "", moments: Sequence[float] = ()
-) -> str:
-    """Kill a run by `fault`, then at each of the moments, resuming it at once each time; what is wrong, or ''."""
+) -> tuple[str, int]:
+    """Kill a run by `fault`, then at each of the moments, resuming it at once; what is wrong, or '', and how many kills.
+
+    A moment that comes after the run's end is no kill.
+    """
     groups, log = [], folder.parent / f"{folder.name}.said"
     resume = ["--resume", "latest", *more]
     if fault:
         process = train(data, folder, *resume, fault=fault)
         groups.append(process.pid)
         if process.wait() != -signal.SIGKILL:
-            return f"not killed by {fault!r}"
+            return f"not killed by {fault!r}", 0
     for moment in (*moments, float("inf")):
         process = train(data, folder, *resume)
         groups.append(process.pid)
@@ -194,12 +197,12 @@ def killed(
             break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    status = process.wait()
+    status, kills = process.wait(), len(groups) - 1
     if status:
-        return f"status {status}: {log.read_text().splitlines()[-1]}"
+        return f"status {status}: {log.read_text().splitlines()[-1]}", kills
     if remaining := [pid for group in groups for pid in left(group)]:
-        return f"processes left: {remaining}"
-    return difference(folder, whole)
+        return f"processes left: {remaining}", kills
+    return difference(folder, whole), kills
 
 
 def signalled(
@@ -208,10 +211,12 @@ def signalled(
     """Send a training a signal; what is wrong, or '', and how many seconds later all its processes are gone."""
     process = train(data, folder)
     log = folder.parent / f"{folder.name}.said"
-    if not come_to(process, moment, log):
-        return "it had ended before", 0
-    while not handles_sigterm(process):
+    reached = come_to(process, moment, log)
+    while process.poll() is None and not handles_sigterm(process):
         time.sleep(0.005)
+    if process.poll() is not None:
+        earlier = 0.7 * moment if reached and not isinstance(moment, str) else 0
+        return signalled(data, folder.with_name(f"{folder.name}_"), number, group, earlier)
     sent = time.monotonic()
     (os.killpg if group else os.kill)(process.pid, number)
     status = process.wait()
@@ -247,11 +252,12 @@ def cut_checkpoints(whole: Path, folder: Path, times: int, rng: random.Random) -
 
 def table(rows: Iterable[Row]) -> bool:
     """Print what came out; whether all survived."""
-    rows = list(rows)
-    print("| fault | times | survived | what is seen |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |")
-    return all(times == survived for _, times, survived, _ in rows)
+    print("| fault | times | survived | what is seen |\n|---|---|---|---|", flush=True)
+    fine = True
+    for fault, times, survived, seen in rows:
+        print(f"| {fault} | {times} | {survived} | {seen} |", flush=True)
+        fine &= times == survived
+    return fine
 
 
 def _counted(fault: str, wrong: Sequence[str], seen: str) -> Row:
@@ -260,7 +266,7 @@ def _counted(fault: str, wrong: Sequence[str], seen: str) -> Row:
     return fault, len(wrong), wrong.count(""), seen
 
 
-def main(root: Path, times: int, jobs: int, seed: int) -> bool:
+def rows(root: Path, times: int, jobs: int, seed: int) -> Iterator[Row]:
     # a job in the background ignores Ctrl-C, and so would what it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
     data, logs, rng = digits.write(root / "digits"), root / "logs", random.Random(seed)
@@ -285,35 +291,32 @@ def main(root: Path, times: int, jobs: int, seed: int) -> bool:
             ][number % 5]
         )
     plans = [(*kind, moments(rng.randrange(1, 3) if kind[1] else rng.randrange(1, 4))) for kind in kinds]
-    rows = []
     with ThreadPoolExecutor(jobs) as pool:
 
-        def one(number: int) -> str:
+        def one(number: int) -> tuple[str, int]:
             _, fault, more, at = plans[number]
             return killed(data, whole, logs / f"killed{number}", *more, fault=fault, moments=at)
 
-        wrong = list(pool.map(one, range(times)))
+        outcomes = list(pool.map(one, range(times)))
         same = "weights, optimizer state and results.jsonl of the uninterrupted run, no process left"
         for kind in dict.fromkeys(kind for kind, *_ in kinds):
-            of_kind = [what for what, (name, *_) in zip(wrong, kinds) if name == kind]
-            kills = sum(len(plan[3]) + bool(plan[1]) for plan in plans if plan[0] == kind)
-            rows.append(_counted(f"SIGKILL {kind}", of_kind, f"up to {kills} kills in all; {same}"))
+            wrong, kills = zip(*(outcome for outcome, (name, *_) in zip(outcomes, kinds) if name == kind))
+            yield _counted(f"SIGKILL {kind}", wrong, f"{sum(kills)} kills in all; {same}")
         for number in (signal.SIGTERM, signal.SIGINT):
             for group in (False, True):
                 few = max(1, times // 4)
                 folders = [logs / f"{number.name}{group}{i}" for i in range(few)]
                 sent = [
                     pool.submit(signalled, data, folder, number, group, moment)
-                    for folder, moment in zip(folders, moments(few, 0.9))
+                    for folder, moment in zip(folders, moments(few, 0.8))
                 ]
                 results = [future.result() for future in sent]
                 slowest = max(took for _, took in results)
                 to = "to the whole group" if group else "to the main process"
                 seen = f"one line, status {128 + number}, all gone after {slowest:.1f} s at most"
-                rows.append(_counted(f"{number.name} {to}", [what for what, _ in results], seen))
+                yield _counted(f"{number.name} {to}", [what for what, _ in results], seen)
     cut = cut_checkpoints(whole, logs / "cut", 10 * times, rng)
-    rows.append(("a checkpoint cut off by others", 10 * times, cut, "set aside and named"))
-    return table(rows)
+    yield "a checkpoint that others cut off", 10 * times, cut, "set aside and named"
 
 
 if __name__ == "__main__":
@@ -327,4 +330,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="flyp-kills-") as folder:
-        sys.exit(not main(Path(folder), args.times, args.jobs, args.seed))
+        sys.exit(not table(rows(Path(folder), args.times, args.jobs, args.seed)))
