@@ -462,6 +462,7 @@ def doomed(
     run(lambda: train(argv))
 
 
+SAME = "resumed to the same weights"
 SENTENCE = (
     r"Error: rank \d has lost another rank \(.+\), which has ended or cannot be reached; .*--resume latest\."
 )
@@ -551,16 +552,11 @@ def death_rows(root: Path, ranks: Sequence[int]) -> Iterator[Row]:
         death = Death(name, n, victim, how, __file__, *given)
         wait = (lambda started: None) if by == "SIGKILL" else (lambda started: _ends_stopped(started, victim))
         death(logs / f"said-{name}", wait)
-        wrong = [*death.wrong, *filter(None, [resumed(n, name)])]
+        begun = how == "hand" and where != "start"
+        wrong = [*death.wrong, *filter(None, [resumed(n, name) if begun else ""])]
         what = f"rank {victim} of {n} gets {by} in {where}, started by {how}"
-        return Row(what, 1, int(not wrong), "; ".join(wrong) or _seen(death, "resumed to the same weights"))
+        return Row(what, 1, int(not wrong), "; ".join(wrong) or _seen(death, SAME if begun else ""))
 
-    for n in [n for n in ranks if n in (2, 3)]:
-        yield killed(n, n - 1, "training", 6)  # of 12 steps, or 9
-        yield killed(n, 0, "training", 6)
-        yield killed(n, n - 1, "evaluation", 4)
-        yield killed(n, 0, "evaluation", 9 if n == 2 else 2)
-        yield killed(n, 0, "checkpoint", 2)
     yield killed(2, 1, "training", 6, "slurm")
     yield killed(2, 1, "training", 6, "torchrun")
     yield killed(2, 1, "training", 6, by="SIGSTOP")
@@ -575,7 +571,7 @@ def death_rows(root: Path, ranks: Sequence[int]) -> Iterator[Row]:
         "rank 1 of 2 gets SIGKILL from outside, started by torchrun",
         1,
         int(not wrong),
-        "; ".join(wrong) or _seen(death, "resumed to the same weights"),
+        "; ".join(wrong) or _seen(death, SAME),
     )
     for split in ("train", "test"):
         for how in ("hand", "torchrun"):
@@ -591,6 +587,12 @@ def death_rows(root: Path, ranks: Sequence[int]) -> Iterator[Row]:
     death(logs / "said-taken")
     what = "rank 0 of 2 refuses the --name, started by hand"
     yield Row(what, 1, int(not death.wrong), "; ".join(death.wrong) or _seen(death, "its sentence"))
+    for n in [n for n in ranks if n in (2, 3)]:
+        yield killed(n, n - 1, "training", 6)  # of 12 steps, or 9
+        yield killed(n, 0, "training", 6)
+        yield killed(n, n - 1, "evaluation", 4)
+        yield killed(n, 0, "evaluation", 9 if n == 2 else 2)
+        yield killed(n, 0, "checkpoint", 2)
 
 
 def _ends_stopped(started: Ranks, victim: int) -> None:
@@ -620,8 +622,12 @@ def bad_label(root: Path, good: Path, split: str, how: str) -> Death:
 
 def _seen(death: Death, more: str) -> str:
     if death.how == "torchrun":
-        return f"torchrun ends the others and names the rank, none left; {more}"
-    return f"one line each of the others, status 1, within {death.seconds:.0f} s of the first end, none left; {more}"
+        seen = "torchrun ends the others and names the rank, none left"
+    else:
+        seen = (
+            f"one line each of the others, status 1, within {death.seconds:.0f} s of the first end, none left"
+        )
+    return f"{seen}; {more}" if more else seen
 
 
 def main() -> int:
