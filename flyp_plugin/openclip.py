@@ -332,9 +332,9 @@ class _Seams:
         return self.plan.args
 
     def create_model_and_transforms(self, name: str, pretrained: str | None = None, **kwargs: Any) -> tuple:
-        if (
-            self.plan.args.rank == 0
-        ):  # a name that open_clip has made up, of what may be started twice in a second
+        if not hasattr(self.plan.args, "rank"):  # which main() adds
+            raise _unfit("takes its arguments from elsewhere than open_clip_train.main.parse_args")
+        if self.plan.args.rank == 0:  # a run without a name has one by now, which may be that of another
             self.lock()
         try:
             created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
@@ -356,8 +356,6 @@ class _Seams:
     def get_data(
         self, args: Namespace, preprocess: tuple, epoch: int = 0, tokenizer: Any = None, **kwargs: Any
     ) -> dict:
-        if args is not self.plan.args:
-            raise _unfit("takes its arguments from elsewhere than open_clip_train.main.parse_args")
         if not (isinstance(preprocess, tuple) and len(preprocess) == 2):
             raise _unfit("calls get_data with something other than two transforms")
         if args.rank == 0:

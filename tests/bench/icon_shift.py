@@ -210,7 +210,7 @@ def main() -> None:
     many.add_argument("questions", nargs="*", default=list(QUESTIONS), help=text)
     many.add_argument("--pretrained", metavar="PATH", help="other weights than pretrain's")
     many.add_argument("--results", type=Path, metavar="FOLDER", help="(default: compareN in --out)")
-    for name, default in (("seeds", "0:5"), ("lr", "3e-4,1e-3,3e-3"), ("lp-c", "10,100,1000")):
+    for name, default in (("seeds", "0:5"), ("lr", "3e-4,1e-3,3e-3"), ("lp-c", "1,10,100")):
         many.add_argument(f"--{name}", default=default, help="(default: %(default)s)")
     for step in (data, one, many):
         step.add_argument(

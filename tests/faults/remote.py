@@ -55,9 +55,9 @@ def stalling(request: BaseHTTPRequestHandler, content: bytes, drawn: float) -> N
     request.send_response(200)
     request.send_header("Content-Length", str(len(content)))
     request.end_headers()
-    request.wfile.write(content if drawn < 0.8 else content[: len(content) // 2])
+    request.wfile.write(content if drawn > 0.2 else content[: len(content) // 2])
     request.wfile.flush()
-    time.sleep(0 if drawn < 0.8 else 4)
+    time.sleep(0 if drawn > 0.2 else 4)
 
 
 def dead(request: BaseHTTPRequestHandler, content: bytes, drawn: float) -> None:
