@@ -4,6 +4,7 @@ The way of a sample through shard, label, shuffle, prompt and transform is `_Tra
 is in samples.py. Where shards are is sources.py's, what a prompt is prompts.py's.
 """
 
+import gc
 import logging
 import math
 import random
@@ -136,6 +137,11 @@ class _Workers(IterableDataset):
         yield None, skip.taken()
 
 
+def _leave_shared(worker: int) -> None:
+    """A garbage collection in a worker touches all objects, and so would copy all memory that it shares by the fork."""
+    gc.freeze()
+
+
 def _loader(stream: Callable, num_workers: int) -> DataLoader:
     return DataLoader(
         _Workers(stream),
@@ -143,6 +149,7 @@ def _loader(stream: Callable, num_workers: int) -> DataLoader:
         collate_fn=as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_shared,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it would draw from the generator that the model's dropout uses
     )

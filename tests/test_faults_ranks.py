@@ -1,10 +1,13 @@
 """Several ranks and long runs: the short forms of tests/faults/ranks.py and tests/faults/long.py."""
 
+import gc
 from collections import Counter
 from itertools import pairwise
 
 import pytest
+import torch
 
+from flyp_plugin.data import LabelledDataset
 from flyp_plugin.train import train
 from tests import tars
 from tests.faults import long, ranks
@@ -70,6 +73,15 @@ def test_samples_by_the_thousand_and_epochs_leave_nothing_behind(tmp_path):
     assert row.survived, row.seen
     row = long.judged("epochs", long.epochs(tmp_path / "epochs", 30, (5, 20, 30)))
     assert row.survived, row.seen
+
+
+def frozen(image):
+    return torch.tensor([gc.get_freeze_count()])
+
+
+def test_garbage_collection_in_a_worker_does_not_copy_what_it_shares_with_the_process(tmp_path):
+    (batch,) = LabelledDataset(tars.shards(tmp_path, 4, 1), frozen, 4, num_classes=10, num_workers=1)
+    assert batch["images"].min() > len(gc.get_objects()) // 2
 
 
 def test_a_collective_that_breaks_is_told_from_a_bug(root, monkeypatch):

@@ -6,8 +6,8 @@ million: 100,000 generated samples (8-pixel PNGs in shards of 1,000), ten times 
 workers and a transform that does next to nothing; measured each 100,000. epochs: 64 images, two workers, 200 times through
 ClassPromptDataset and LabelledDataset. train: 200 epochs of train_flyp.py on 64 digits, each scored on 125.
 
-Memory is that of the process and its workers together, as PSS (pages that they share counted once) and as RSS (counted
-for each). It is flat where no later measurement of either differs by more than 5 % from the first one: that at 100,000
+Memory is that of the process and its workers together: their own, which is PSS without mapped files (pages that they
+share counted once), and RSS (with files, counted for each). It is flat where no later measurement of either differs by more than 5 % from the first one: that at 100,000
 samples, or at epoch 10. Descriptors, in sum, are to differ by no more than 10 (a tensor on its way from a worker is one);
 shared-memory files and the workers' process numbers are to be the same. Speed, as a ratio of the last to the first, is no
 part of the verdict.
@@ -118,14 +118,14 @@ def judged(fault: str, points: Iterator[tuple[str, Held, float]]) -> Row:
     for where, now, rate in points:
         found.append((where, now, rate))
         print(
-            f"{fault}, {where}: PSS {now.pss:.1f} MiB, RSS {now.rss:.1f} MiB, {now.descriptors} descriptors, "
+            f"{fault}, {where}: own memory {now.own:.1f} MiB, RSS {now.rss:.1f} MiB, {now.descriptors} descriptors, "
             f"{now.shared} files in /dev/shm, {len(now.pids)} workers, {rate:.1f} a second",
             flush=True,
         )
     start = found[0][1]
     far = {
         name: max(abs(getattr(now, name) / getattr(start, name) - 1) for _, now, _ in found)
-        for name in ("pss", "rss")
+        for name in ("own", "rss")
     }
     descriptors = [sum(now.descriptors) for _, now, _ in found]
     wrong = [
@@ -140,8 +140,8 @@ def judged(fault: str, points: Iterator[tuple[str, Held, float]]) -> Row:
     ]
     last = found[-1][1]
     seen = (
-        f"{found[0][0]} to {found[-1][0]}: PSS {start.pss:.0f} to {last.pss:.0f} MiB (at most "
-        f"{100 * far['pss']:.1f} % off), RSS {start.rss:.0f} to {last.rss:.0f} MiB ({100 * far['rss']:.1f} %), "
+        f"{found[0][0]} to {found[-1][0]}: own memory {start.own:.0f} to {last.own:.0f} MiB (at most "
+        f"{100 * far['own']:.1f} % off), RSS {start.rss:.0f} to {last.rss:.0f} MiB ({100 * far['rss']:.1f} %), "
         f"descriptors {descriptors[0]} to {descriptors[-1]}, files in /dev/shm {start.shared} to {last.shared}, workers "
         f"{len(start.pids)} to {len(last.pids)}, speed x {found[-1][2] / found[0][2]:.2f}"
     )

@@ -68,13 +68,15 @@ class Held:
     """What a process and its descendants hold.
 
     Attributes:
-        pss, rss: MiB of all of them; PSS divides shared pages among those that share them, RSS counts them for each.
+        own: MiB of all of them, PSS without mapped files: a page that they share is counted once. Those of files are
+            shared with all that runs the same libraries on the machine, so that PSS in all changes with these.
+        rss: MiB of all of them, mapped files too; a page that they share is counted for each.
         descriptors: open file descriptors, of the process and of each descendant.
         shared: files of theirs in /dev/shm.
         pids: the descendants.
     """
 
-    pss: float
+    own: float
     rss: float
     descriptors: tuple[int, ...]
     shared: int
@@ -86,7 +88,7 @@ def held(pid: int) -> Held:
     sizes = [_rollup(one) for one in pids]
     files = [path.name.split("_") for path in Path("/dev/shm").iterdir()]
     return Held(
-        sum(size["Pss"] for size in sizes) / 1024,
+        sum(size["Pss_Anon"] + size["Pss_Shmem"] for size in sizes) / 1024,
         sum(size["Rss"] for size in sizes) / 1024,
         tuple(len(os.listdir(f"/proc/{one}/fd")) for one in pids),
         sum(any(str(one) in parts for one in pids) for parts in files),  # torch_PID_..., psm_...
