@@ -209,7 +209,7 @@ def evaluation_rows(root: Path, ranks: Sequence[int]) -> Iterator[Row]:
 def scored(data: Path, logs: Path, ranks: int, how: str, model: str) -> tuple[list[dict], dict[str, Any]]:
     """(the lines of results.jsonl, `flyp eval` of the checkpoint in one process) of ten epochs on so many ranks."""
     name = f"{ranks}-ranks"
-    more = ["--epochs", 10, "--batch-size", 24 // ranks, "--lr", "3e-3", "--warmup", 5, "--eval-frequency", 0]
+    more = ["--epochs", 10, "--batch-size", 24 // ranks, "--lr", "1e-3", "--warmup", 5, "--eval-frequency", 0]
     more += ["--eval-data", f"val={data}", "--group-key", "hand"]
     trained(ranks, words(data, logs, name, *more, model=model), logs / f"said-{ranks}", how)
     checkpoints = logs / name / "checkpoints"
