@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -137,9 +138,15 @@ class _Workers(IterableDataset):
         yield None, skip.taken()
 
 
-def _leave_shared(worker: int) -> None:
-    """A garbage collection in a worker touches all objects, and so would copy all memory that it shares by the fork."""
-    gc.freeze()
+def _begin_worker(worker: int) -> None:
+    """Leave alone what is the main process's: its memory, and its end."""
+    gc.freeze()  # a garbage collection touches all objects, and would copy all memory that is shared by the fork
+
+    def unless_the_main_process_has_ended(kind: type[BaseException], *rest: Any) -> None:
+        if not issubclass(kind, ConnectionError):  # in the thread that hands over tensors
+            sys.__excepthook__(kind, *rest)
+
+    sys.excepthook = unless_the_main_process_has_ended
 
 
 def _loader(stream: Callable, num_workers: int) -> DataLoader:
@@ -149,7 +156,7 @@ def _loader(stream: Callable, num_workers: int) -> DataLoader:
         collate_fn=as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_shared,
+        worker_init_fn=_begin_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it would draw from the generator that the model's dropout uses
     )

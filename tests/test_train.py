@@ -439,7 +439,7 @@ def bad(digits, tmp_path):
         ),
         (
             ["--train-data", "{bad}/images.tar", *["--classnames", "{digits}/classnames.txt"]],
-            r"not one sample of",
+            r"epoch 0: 9 of 9 samples are lost, more than --max-lost 0\.01 allows",
         ),
         (["--classnames", "{bad}/empty.txt"], r"empty\.txt is empty"),
         (["--classnames", "{bad}/none.txt"], r"there is no file .*none\.txt"),

@@ -224,7 +224,7 @@ def signalled(
     said = log.read_text()
     line = {signal.SIGTERM: "Terminated.", signal.SIGINT: "Interrupted."}[number]
     if status != 128 + number:
-        return f"status {status}", took
+        return f"status {status}, and says {said[-800:]!r}", took
     if remaining:
         return f"processes left: {remaining}", took
     clean = said.splitlines()[-1] == line and said.count(line) == 1 and "Traceback" not in said
