@@ -35,8 +35,8 @@ def run(main: Callable[[], int | None]) -> None:
 
     SIGTERM is one line too, and 143.
     """
-    _raise_on_sigterm()
     try:
+        _raise_on_sigterm()
         status = main() or 0
         sys.stdout.flush()
     except SystemExit:
