@@ -2,8 +2,8 @@
 
     npm pack @iconify/json && tar xzf iconify-json-*.tgz && pip install resvg-py      # for package/ see icons.py
     python tests/bench/icon_shift.py data --icons package     # 2 minutes; all is in ~/.cache/flyp-icons
-    python tests/bench/icon_shift.py pretrain                 # 8 epochs, by estimate 25 minutes on two free cores
-    python tests/bench/icon_shift.py compare main             # by estimate 35 minutes with --seeds 0:3
+    python tests/bench/icon_shift.py pretrain                 # 8 epochs: 70 minutes on two busy cores
+    python tests/bench/icon_shift.py compare main             # an hour with --seeds 0:3, on the same cores
     python tests/bench/icon_shift.py compare                  # and the further questions (QUESTIONS)
 
 Each goes on where it was interrupted and skips what is finished; `compare main --seeds 0:1` can be given more seeds later.
