@@ -322,8 +322,11 @@ def in_processes(function: Callable, items: Sequence, workers: int, what: str) -
     with ProcessPoolExecutor(
         workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
     ) as pool:
+        futures = [
+            pool.submit(function, item) for item in items
+        ]  # not `map`, which cancels what may be running
         try:
-            return list(bar(pool.map(function, items)))
+            return [future.result() for future in bar(futures)]
         except BaseException:
             for worker in set(active_children()) - others:
                 worker.terminate()
