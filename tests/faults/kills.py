@@ -46,11 +46,12 @@ def flags(data: Path, folder: Path) -> list[str]:
 
 
 def start(command: Sequence[str], log: Path) -> subprocess.Popen:
-    """A process group of its own, whose output goes to `log`."""
+    """A process group of its own, whose output goes to `log`. One thread: several may add up in another order."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=one
         )
 
 
