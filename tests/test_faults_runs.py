@@ -46,7 +46,9 @@ def no_larger_files(than):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_to_the_same_weights(digits, whole, tmp_path):
+def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_to_the_same_weights(digits, tmp_path):
+    whole = tmp_path / "whole"
+    kills.unharmed(digits, whole)  # by itself and on one thread, as those that are killed
     assert kills.killed(digits, whole, tmp_path / "run", fault="save 2 0.5") == ("", 1)
 
 
