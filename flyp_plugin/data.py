@@ -46,7 +46,7 @@ class _Reader:
     rank: int
     world_size: int
     retries: int
-    samples_in: Callable[[str], int] = lambda shard: 1  # about how many a shard should hold
+    samples_in: Callable[[str], int]  # about how many a shard should hold
 
     def labelled(self, shards: Sequence[str], skip: Skipped, group: str | None = None) -> Iterator[Sample]:
         samples = read_samples(shards, skip, self.retries, self.samples_in)
@@ -64,9 +64,7 @@ class _TrainStream:
     jpeg_draft: int
     with_labels: bool
     clock: torch.Tensor  # int64 (epoch, repeat) in shared memory, set by the main process before each pass
-    occurs: (
-        torch.Tensor
-    )  # bool (classes,) in shared memory, set by the workers: the classes that there are images of
+    occurs: torch.Tensor  # bool (classes,) in shared memory, set by the workers: which have images
 
     def __call__(self, worker: int, num_workers: int, skip: Skipped) -> Iterator[Batch]:
         epoch, repeat = self.clock.tolist()
@@ -362,9 +360,8 @@ class ClassPromptDataset(IterableDataset):
                     raise _nothing(self.shards, skipped)
                 yield chain([first], parts)
 
-        may_lack = (
-            (lambda: max(skipped.lost, skipped.number)) if self.world_size == 1 else lambda: 0
-        )  # ranks need equal batches
+        alone = self.world_size == 1  # several ranks need equal batches
+        may_lack = (lambda: max(skipped.lost, skipped.number)) if alone else lambda: 0
         for images, texts in rebatch(passes(), self.batch_size, self._samples, may_lack):
             yield {"image": images, "text": texts} if self.as_dict else (images, texts)
         skipped.report(f"epoch {epoch}")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -210,8 +211,13 @@ def reason(error: BaseException) -> str:
 
 def open_image(raw: bytes) -> Image.Image:
     """The image in a file's bytes, not yet decoded. Formats that other programs would be started for are none."""
+    return Image.open(io.BytesIO(raw), formats=_formats())
+
+
+@cache
+def _formats() -> list[str]:
     Image.init()
-    return Image.open(io.BytesIO(raw), formats=[name for name in FORMATS if name in Image.OPEN])
+    return [name for name in FORMATS if name in Image.OPEN]  # Pillow may be without AVIF
 
 
 def decoded(

@@ -143,9 +143,8 @@ class FlypRun:
     def _fit(self, model: Any, preprocess: Callable) -> None:
         args, head = self.args, getattr(model, HEAD)
         images = EvalSet("features", self.shards, self.prompts, args.train_data)
-        dataset = loader_from_args(
-            images, preprocess, args, args.max_lost
-        )  # the evaluation's, without augmentation
+        # `preprocess` is the evaluation's, without augmentation
+        dataset = loader_from_args(images, preprocess, args, args.max_lost)
         features, labels = image_features(model, with_progress(dataset, "features"), args.precision)
         c = args.lp_c or LP_C
         head.weight.data.copy_(fit_head(features, labels, len(head.weight), c))
