@@ -14,16 +14,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
-import open_clip
-import torch
-
-from tests import digits
-from tests.faults.disk import FLYP, files
-from tests.faults.kills import EPOCHS, PYTHON, Row, difference, flags, start, table
-
-DEMO = ("--pretrain-epochs", "1", "--epochs", "1")
+from tests.faults.commands import COMMANDS, Commands
+from tests.faults.disk import files
+from tests.faults.kills import PYTHON, counted, difference, flags, start
+from tests.faults.processes import Row, table
 
 
 def same_second(argv: list[str]) -> None:
@@ -60,9 +57,9 @@ def verdict(statuses: Sequence[int], said: Sequence[str], place: str) -> str:
     return ""
 
 
-def resumed_while_on(data: Path, whole: Path, folder: Path) -> str:
+def resumed_while_on(commands: Commands, folder: Path) -> str:
     """A second start with --resume latest, while the first trains."""
-    command = [*FLYP, "train", *flags(data, folder), "--resume", "latest"]
+    command = commands.train(folder)
     first = start(command, folder.parent / f"{folder.name}.first")
     while first.poll() is None and not (folder / "checkpoints/epoch_1.pt").exists():
         time.sleep(0.02)
@@ -70,103 +67,60 @@ def resumed_while_on(data: Path, whole: Path, folder: Path) -> str:
     second = subprocess.run(command, capture_output=True, text=True, check=False)
     first.send_signal(signal.SIGCONT)
     said = [(folder.parent / f"{folder.name}.first").read_text(), second.stderr]
-    return verdict([first.wait(), second.returncode], said, str(folder)) or difference(folder, whole)
+    what = verdict([first.wait(), second.returncode], said, str(folder))
+    return what or difference(folder, commands.whole)
 
 
 def rows(root: Path, times: int, only: str) -> Iterator[Row]:
-    data, logs, photos = (
-        digits.write(root / "digits"),
-        root / "logs",
-        digits.photos(root / "photos") / "train",
-    )
     # a job in the background ignores Ctrl-C, and so would what it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    whole, pretrained = logs / "whole", root / "start.pt"
-    alone = root / "alone"
-    model = ["--model", "digits-vit", "--model-config", str(data / "digits-vit.json"), "--device", "cpu"]
-    open_clip.add_model_config(data / "digits-vit.json")
-    torch.save(open_clip.create_model("digits-vit").state_dict(), pretrained)
-    finetuned = whole / f"checkpoints/epoch_{EPOCHS}.pt"
-    one_set = ["--eval-data", f"test={data}/test/{{0..1}}.tar"]
-    sweep = ["--pretrained", str(pretrained), "--finetuned", str(finetuned), *one_set, "--alphas", "0,1"]
-    few = ["--lr", "1e-3", "--seeds", "0", "--epochs", "1", "--train-num-samples", "100", "--workers", "0"]
-    compared = [
-        "--pretrained",
-        str(pretrained),
-        "--train-data",
-        str(data),
-        *one_set,
-        "--methods",
-        "flyp",
-        *few,
-    ]
+    commands, alone = Commands(root), root / "alone"
 
-    def command(what: str, out: Path) -> list[str]:
-        return [*FLYP, *{
-            "shards write": ["shards", "write", str(photos), str(out / "train"), "--workers", "2"],
-            "shards subset": ["shards", "subset", str(data), str(out / "train"), "--shots", "50"],
-            "wiseft --out": ["wiseft", *model, *sweep, "--workers", "0", "--out", str(out)],
-            "wiseft --out --force": ["wiseft", *model, *sweep, "--workers", "0", "--out", str(out), "--force"],
-            "export --out": ["export", str(finetuned), *model, "--data", str(data), "--format", "timm", "--out", str(out)],
-            "compare --out": ["compare", *model, *compared, "--out", str(out)],
-            "demo": ["demo", "--demo-dir", str(out), *DEMO],
-        }[what]]  # fmt: skip
+    def both(words: Sequence[str], folder: Path) -> str:
+        return together([words] * 2, folder.with_name(f"{folder.name}.both"), str(folder))
 
-    assert start([*FLYP, "train", *flags(data, whole)], logs / "whole.said").wait() == 0
-
-    def training(folder: Path) -> str:
-        return together(
-            [[*FLYP, "train", *flags(data, folder)]] * 2, folder.parent / f"{folder.name}.both", str(folder)
-        ) or difference(folder, whole)
+    def named(folder: Path) -> str:
+        words = commands.train(folder)[: -len(("--resume", "latest"))]
+        return both(words, folder) or difference(folder, commands.whole)
 
     def unnamed(folder: Path) -> str:
-        words = [*PYTHON, "tests.faults.concurrency", "--same-second", *flags(data, folder)[:-2]]
+        words = [*PYTHON, "tests.faults.concurrency", "--same-second"]
+        words += [*flags(commands.read["data"], folder)[:-2]]
         words[words.index("--logs") + 1] = str(folder)
-        what = together([words] * 2, folder.parent / f"{folder.name}.both", str(folder))
+        what = both(words, folder)
         (made,) = folder.iterdir()
-        return what or difference(made, whole)
+        return what or difference(made, commands.whole)
 
     def other(what: str) -> Callable[[Path], str]:
         def case(out: Path) -> str:
             lone = alone / what
             if not lone.exists():
-                assert start(command(what, lone), alone / f"{what}.said").wait() == 0
-            wrong = together([command(what, out)] * 2, out.with_name(f"{out.name}.both"), str(out))
+                assert start(commands(what, lone), alone / f"{what}.said").wait() == 0
+            wrong = both(commands(what, out), out)
             ours, theirs = files(out), files(lone)
-            if what in ("compare --out", "demo"):  # whose figures, and so alpha, are not the same twice
+            if what in ("compare", "demo"):  # whose figures, and so alpha, are not the same twice
                 ours, theirs = ({name.partition("_alpha=")[0] for name in some} for some in (ours, theirs))
             return wrong or ("" if ours == theirs else f"{sorted(set(ours) ^ set(theirs))} differ")
 
         return case
 
     cases: dict[str, Callable[[Path], str]] = {
-        "two new runs with one --name": training,
-        "--resume latest of a run that is on": lambda folder: resumed_while_on(data, whole, folder),
+        "two new runs with one --name": named,
+        "--resume latest of a run that is on": partial(resumed_while_on, commands),
         "two runs without a --name, in one second": unnamed,
     }
-    names = (
-        "shards write",
-        "shards subset",
-        "wiseft --out",
-        "wiseft --out --force",
-        "export --out",
-        "compare --out",
-        "demo",
-    )
+    names = (*COMMANDS, "wiseft --force")
     cases |= {f"two of flyp {what}": other(what) for what in names}
     for number, (fault, case) in enumerate(cases.items()):
         if only not in fault:
             continue
         often = times if "demo" not in fault and "compare" not in fault else 1
         wrong = [case(root / "cases" / f"{number}_{again}") for again in range(often)]
-        for what in filter(None, wrong):
-            print(f"{fault}: {what}", file=sys.stderr, flush=True)
-        seen = "one is refused with the place, the other is as if alone"
-        yield fault, len(wrong), wrong.count(""), seen
+        yield counted(fault, wrong, "one is refused with the place, the other is as if alone")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--same-second"]:
         same_second(sys.argv[2:])
     with tempfile.TemporaryDirectory(prefix="flyp-both-") as folder:
-        sys.exit(not table(rows(Path(folder), 2, *sys.argv[1:] or [""])))
+        sys.exit(table(rows(Path(folder), 2, *sys.argv[1:] or [""])))

@@ -1,6 +1,6 @@
 """What becomes of each thing that is written when the disk is full: one sentence, nothing lost, and on when there is room.
 
-    sudo python -m tests.faults.disk
+    sudo python -m tests.faults.disk [FAULT]
 
 Each case has a tmpfs of its own (hence sudo), filled but for so many bytes; the command is run, then run again with room.
 It has survived if the first ends with status 1 and a last line "Error: ...", no traceback, leaves every file that was
@@ -9,37 +9,25 @@ there before as it was and no part of a new one, and the second gives what it gi
 
 import hashlib
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import open_clip
-import torch
+from tests.faults.commands import Commands
+from tests.faults.kills import counted, difference
+from tests.faults.processes import Row, table
 
-from tests import digits
-from tests.faults.kills import EPOCHS, PYTHON, Row, difference, flags, table
-
-FLYP = [*PYTHON, "flyp_plugin.cli"]
 KIB, MIB = 1 << 10, 1 << 20
 
 
-def run(command: Sequence[str], limit: int | None = None) -> tuple[int, str]:
-    """Its exit status, and what it says on stderr.
-
-    Args:
-        limit: no file grows beyond so many bytes: without a full disk at hand, the next best.
-    """
-
-    def limited() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limited)
+def run(command: Sequence[str]) -> tuple[int, str]:
+    """Its exit status, and what it says on stderr."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
 
@@ -49,10 +37,6 @@ def refused(status: int, said: str, reason: str) -> str:
     if status != 1 or not last.startswith("Error: ") or reason not in last or "Traceback" in said:
         return f"status {status}: {said[-2000:]!r}"
     return ""
-
-
-def train_command(data: Path, folder: Path) -> list[str]:
-    return [*FLYP, "train", *flags(data, folder), "--resume", "latest"]
 
 
 def files(root: Path) -> dict[str, str]:
@@ -96,8 +80,8 @@ def case(size: int, but: int, command: Callable[[Path], list[str]], good: Callab
     """Run a command on a disk with `but` bytes left, and again with room; what is wrong, or ''.
 
     Args:
-        command: of the disk's folder.
-        good: what is wrong with the outcome there.
+        command: of the folder that it writes to: `old` for what is there before, `new` for what there is no room for.
+        good: what is wrong with the outcome on that disk.
     """
     with disk(size) as small:
         subprocess.run(command(small.path / "old"), check=True, stderr=subprocess.DEVNULL)
@@ -117,115 +101,59 @@ def case(size: int, but: int, command: Callable[[Path], list[str]], good: Callab
         return good(small.path) if status == 0 else f"status {status} with room: {said[-2000:]!r}"
 
 
-def rows(root: Path, jobs: int) -> Iterator[Row]:
-    data, logs, photos = (
-        digits.write(root / "digits"),
-        root / "logs",
-        digits.photos(root / "photos") / "train",
-    )
-    whole = logs / "whole"
-    assert run(train_command(data, whole))[0] == 0
-    start = root / "start.pt"
-    model = ["--model", "digits-vit", "--model-config", str(data / "digits-vit.json"), "--device", "cpu"]
-    open_clip.add_model_config(data / "digits-vit.json")
-    torch.save(open_clip.create_model("digits-vit").state_dict(), start)
-    finetuned = whole / f"checkpoints/epoch_{EPOCHS}.pt"
-    weights, checkpoint = start.stat().st_size, finetuned.stat().st_size
+def same_files(path: Path) -> str:
+    ours, theirs = files(path / "new"), files(path / "old")
+    return "" if ours == theirs else f"{sorted(ours)} differ from {sorted(theirs)}"
 
-    def same_run(path: Path) -> str:
-        return difference(path / "new", whole)
 
-    def same_files(path: Path) -> str:
-        ours, theirs = files(path / "new"), files(path / "old")
-        return "" if ours == theirs else f"{sorted(ours)} differ from {sorted(theirs)}"
+def same_names(path: Path) -> str:
+    """Of a comparison, whose tables say how long it took."""
+    ours, theirs = ({Path(name).name for name in files(path / of)} for of in ("new", "old"))
+    return "" if ours == theirs else f"{ours} differ from {theirs}"
+
+
+def rows(root: Path, jobs: int, only: str) -> Iterator[Row]:
+    commands = Commands(root)
+    weights, checkpoint = (commands.read[name].stat().st_size for name in ("weights", "checkpoint"))
 
     def training(folder: Path) -> list[str]:
-        if folder.name == "old":
-            return [*PYTHON, "json.tool", str(data / "digits-vit.json"), str(folder)]
-        return train_command(data, folder)
+        if folder.name == "old":  # any file
+            return ["cp", str(commands.read["weights"]), str(folder)]
+        return commands.train(folder)
 
-    def wiseft(folder: Path) -> list[str]:
-        words = [
-            "wiseft",
-            *model,
-            "--pretrained",
-            str(start),
-            "--finetuned",
-            str(finetuned),
-            "--out",
-            str(folder),
-        ]
-        return [
-            *FLYP,
-            *words,
-            "--eval-data",
-            f"test={data}/test/0.tar",
-            "--alphas",
-            "0,1",
-            "--workers",
-            "0",
-            "--force",
-        ]
-
-    def export(form: str) -> Callable[[Path], list[str]]:
-        words = [*FLYP, "export", str(finetuned), *model, "--format", form, "--data", str(data), "--out"]
-        return lambda folder: [*words, str(folder)]
-
-    def write(folder: Path) -> list[str]:
-        return [*FLYP, "shards", "write", str(photos), str(folder / "train"), "--workers", "2"]
-
-    def subset(folder: Path) -> list[str]:
-        return [*FLYP, "shards", "subset", str(data), str(folder / "train"), "--shots", "20"]
-
-    def compare(folder: Path) -> list[str]:
-        words = [
-            "compare",
-            "--pretrained",
-            str(start),
-            "--train-data",
-            str(data),
-            *model,
-            "--out",
-            str(folder),
-        ]
-        words += ["--eval-data", f"test={data}/test/{{0..1}}.tar", "--methods", "flyp", "--lr", "1e-3"]
-        return [
-            *FLYP,
-            *words,
-            "--seeds",
-            "0",
-            "--epochs",
-            "1",
-            "--train-num-samples",
-            "100",
-            "--workers",
-            "0",
-        ]
-
-    def compared(path: Path) -> str:
-        ours, theirs = ({Path(name).name for name in files(path / of)} for of in ("new", "old"))
-        return "" if ours == theirs else f"{ours} differ from {theirs}"
+    def same_run(path: Path) -> str:
+        return difference(path / "new", commands.whole)
 
     few = 4 * KIB
+    writers = {
+        what: partial(commands, what)
+        for what in ("shards write", "shards subset", "wiseft --force", "compare")
+    }
+    exports = {form: partial(commands, f"export --format {form}") for form in ("open_clip", "timm")}
     cases = {
-        "shards write": [(8 * MIB, but, write, same_files) for but in (0, few, 60 * KIB, 300 * KIB)],
-        "shards subset": [(8 * MIB, but, subset, same_files) for but in (0, few, 60 * KIB, 200 * KIB)],
+        "shards write": [
+            (8 * MIB, but, writers["shards write"], same_files) for but in (0, few, 60 * KIB, 300 * KIB)
+        ],
+        "shards subset": [
+            (8 * MIB, but, writers["shards subset"], same_files) for but in (0, few, 60 * KIB, 100 * KIB)
+        ],
         "training: its folder, out.log, params.txt, results.jsonl": [
-            (4 * checkpoint, but * few, training, same_run) for but in range(6)
+            (4 * checkpoint + weights, but * few, training, same_run) for but in range(6)
         ],
         "training: the first, second, third checkpoint": [
-            (4 * checkpoint, int((number + 0.5) * checkpoint), training, same_run) for number in range(3)
+            (4 * checkpoint + weights, int((number + 0.5) * checkpoint), training, same_run)
+            for number in range(3)
         ],
         "wiseft --out: weights, wiseft.json, frontier.png": [
-            (3 * weights, but, wiseft, same_files)
+            (3 * weights, but, writers["wiseft --force"], same_files)
             for but in (0, weights // 2, weights + few, weights + 3 * few)
         ],
         "export: open_clip, timm": [
-            (3 * weights, but, export(form), same_files)
+            (3 * weights, but, exports[form], same_files)
             for form, but in (("open_clip", 0), ("open_clip", weights // 2), ("timm", 0), ("timm", 3 * few))
         ],
         "compare --out: records, a training, a sweep": [
-            (3 * checkpoint, but, compare, compared)
+            (3 * checkpoint, but, writers["compare"], same_names)
             for but in (0, few, 5 * few, checkpoint // 2, checkpoint + 20 * few)
         ],
     }
@@ -234,13 +162,13 @@ def rows(root: Path, jobs: int) -> Iterator[Row]:
     )
     with ThreadPoolExecutor(jobs) as pool:
         for fault, tried in cases.items():
-            wrong = list(pool.map(lambda one: case(*one), tried))
-            for (_, but, *_), what in zip(tried, wrong):
-                if what:
-                    print(f"{fault}, {but} bytes: {what}", file=sys.stderr, flush=True)
-            yield f"disk full: {fault}", len(wrong), wrong.count(""), seen
+            if only not in fault:
+                continue
+            found = pool.map(lambda one: case(*one), tried)
+            wrong = [what and f"{but} bytes left: {what}" for (_, but, *_), what in zip(tried, found)]
+            yield counted(f"disk full: {fault}", wrong, seen)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="flyp-disk-") as folder:
-        sys.exit(not table(rows(Path(folder), 2)))
+        sys.exit(table(rows(Path(folder), 2, *sys.argv[1:] or [""])))

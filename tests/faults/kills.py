@@ -29,12 +29,12 @@ from pathlib import Path
 import torch
 
 from tests import digits
+from tests.faults.processes import Row, table
 
 EPOCHS = 3
 WAIT = 15  # seconds for the processes of a killed run to be gone: a worker looks for its parent every 5
 MOST_RECENT = ("--save-most-recent", "--delete-previous-checkpoint")
 PYTHON = [sys.executable, "-m"]
-Row = tuple[str, int, int, str]  # fault, times, survived, what is seen
 
 
 def flags(data: Path, folder: Path) -> list[str]:
@@ -252,20 +252,11 @@ def cut_checkpoints(whole: Path, folder: Path, times: int, rng: random.Random) -
     return noticed
 
 
-def table(rows: Iterable[Row]) -> bool:
-    """Print what came out; whether all survived."""
-    print("| fault | times | survived | what is seen |\n|---|---|---|---|", flush=True)
-    fine = True
-    for fault, times, survived, seen in rows:
-        print(f"| {fault} | {times} | {survived} | {seen} |", flush=True)
-        fine &= times == survived
-    return fine
-
-
-def _counted(fault: str, wrong: Sequence[str], seen: str) -> Row:
+def counted(fault: str, wrong: Sequence[str], seen: str) -> Row:
+    """The row of a fault that was tried so often; what went `wrong`, '' for nothing, is said on stderr."""
     for what in filter(None, wrong):
         print(f"{fault}: {what}", file=sys.stderr, flush=True)
-    return fault, len(wrong), wrong.count(""), seen
+    return Row(fault, len(wrong), wrong.count(""), seen)
 
 
 def rows(root: Path, times: int, jobs: int, seed: int) -> Iterator[Row]:
@@ -303,7 +294,7 @@ def rows(root: Path, times: int, jobs: int, seed: int) -> Iterator[Row]:
         same = "weights, optimizer state and results.jsonl of the uninterrupted run, no process left"
         for kind in dict.fromkeys(kind for kind, *_ in kinds):
             wrong, kills = zip(*(outcome for outcome, (name, *_) in zip(outcomes, kinds) if name == kind))
-            yield _counted(f"SIGKILL {kind}", wrong, f"{sum(kills)} kills in all; {same}")
+            yield counted(f"SIGKILL {kind}", wrong, f"{sum(kills)} kills in all; {same}")
         for number in (signal.SIGTERM, signal.SIGINT):
             for group in (False, True):
                 few = max(1, times // 4)
@@ -316,9 +307,9 @@ def rows(root: Path, times: int, jobs: int, seed: int) -> Iterator[Row]:
                 slowest = max(took for _, took in results)
                 to = "to the whole group" if group else "to the main process"
                 seen = f"one line, status {128 + number}, all gone after {slowest:.1f} s at most"
-                yield _counted(f"{number.name} {to}", [what for what, _ in results], seen)
+                yield counted(f"{number.name} {to}", [what for what, _ in results], seen)
     cut = cut_checkpoints(whole, logs / "cut", 10 * times, rng)
-    yield "a checkpoint that others cut off", 10 * times, cut, "set aside and named"
+    yield Row("a checkpoint that others cut off", 10 * times, cut, "set aside and named")
 
 
 if __name__ == "__main__":
@@ -332,4 +323,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="flyp-kills-") as folder:
-        sys.exit(not table(rows(Path(folder), args.times, args.jobs, args.seed)))
+        sys.exit(table(rows(Path(folder), args.times, args.jobs, args.seed)))

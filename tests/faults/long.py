@@ -170,12 +170,14 @@ def main() -> int:
         ),
         "train": (f"{n} epochs of train_flyp.py on 64 digits", lambda folder: train(folder, n, before_end)),
     }
-    rows = []
-    for part in args.parts or parts:
-        with tempfile.TemporaryDirectory() as temporary:
-            fault, points = parts[part]
-            rows.append(judged(fault, points(Path(temporary, part))))
-    return table(rows)
+
+    def rows() -> Iterator[Row]:
+        for part in args.parts or parts:
+            with tempfile.TemporaryDirectory() as temporary:
+                fault, points = parts[part]
+                yield judged(fault, points(Path(temporary, part)))
+
+    return table(rows())
 
 
 if __name__ == "__main__":

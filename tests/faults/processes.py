@@ -1,9 +1,9 @@
-"""What the scripts of faults share: processes as /proc shows them, and the table at the end."""
+"""What the scripts of faults share: processes as /proc shows them, and their table."""
 
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,14 @@ class Row:
     seen: str
 
 
-def table(rows: Sequence[Row]) -> int:
-    """Print the rows as Markdown; the exit status, 1 where a fault did harm."""
-    print(f"\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+def table(rows: Iterable[Row]) -> int:
+    """Print each row as it comes, in Markdown; the exit status, 1 where a fault did harm."""
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}", flush=True)
+    status = 0
     for row in rows:
-        print(f"| {row.fault} | {row.times} | {row.survived} | {row.seen} |")
-    return int(any(row.survived < row.times for row in rows))
+        print(f"| {row.fault} | {row.times} | {row.survived} | {row.seen} |", flush=True)
+        status |= row.survived < row.times
+    return status
 
 
 def family(pid: int) -> list[int]:

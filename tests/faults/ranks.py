@@ -662,13 +662,13 @@ def main() -> int:
         "loss": lambda root: loss_rows(root, args.ranks),
         "deaths": lambda root: death_rows(root, args.ranks),
     }
-    rows = []
-    for part in args.parts:
-        with tempfile.TemporaryDirectory() as temporary:
-            for row in makers[part](Path(temporary)):
-                print(row, flush=True)
-                rows.append(row)
-    return table(rows)
+
+    def rows() -> Iterator[Row]:
+        for part in args.parts:
+            with tempfile.TemporaryDirectory() as temporary:
+                yield from makers[part](Path(temporary))
+
+    return table(rows())
 
 
 if __name__ == "__main__":
