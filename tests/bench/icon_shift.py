@@ -39,17 +39,18 @@ SEED, SHARDS = 67, 32
 CAPTIONS = ["{name}", "{base}", "{base} icon", "a picture of {base}"]
 TEMPLATES = ["{c}", "{c} icon", "a picture of {c}"]
 LEAST = {"outline": 12, "filled": 10}  # sets of the unseen families that draw a class so
-TRAIN_MOST, FILLED_MOST = 16, 7  # images of a class
+TRAIN_MOST, FILLED_MOST = 16, 7  # images of a class; so `main` is 16 shots
 METHODS = ["--methods", "flyp,ce,lp,lp-ft"]
 QUESTIONS = {  # what `flyp compare` is given for each
     "main": METHODS,
     "shots4": [*METHODS, "--shots", "4"],
-    "shots16": [*METHODS, "--shots", "16"],
     "template": ["--methods", "flyp", "--templates", TEMPLATES[-1]],  # against all of them in main
     "mask": ["--methods", "flyp", "--collisions", "mask"],
     "soft": ["--methods", "flyp", "--collisions", "soft"],
     "ce-weight": ["--methods", "flyp", "--ce-weight", "1"],
     "flyp-ce": ["--methods", "flyp-ce"],
+    "batch32": ["--methods", "flyp,ce", "--batch-size", "32"],
+    "batch512": ["--methods", "flyp,ce", "--batch-size", "512"],
 }
 NO_FLASH = "torch.backends.cuda.enable_flash_sdp(False)"  # of CPUs, too: a step takes 1.15 s in place of 2.0
 PRETRAIN = """--model icon-clip --dataset-type webdataset --batch-size 512 --lr 1e-3 --warmup 100 --wd 0.1
@@ -167,8 +168,8 @@ def compare(question: str, cache: Path, out: Path, args: argparse.Namespace, mor
     command += ["--pretrained", str(args.pretrained or checkpoint(cache, args.pretrain_epochs))]
     for name, source in sets.items():
         command += ["--eval-data", f"{name}={cache}/{source}"]
-    command += ["--id-test", "id", *QUESTIONS[question], "--lr", args.lr, "--lp-c", args.lp_c]
-    command += ["--seeds", args.seeds, *shlex.split(FINETUNE)]
+    command += ["--id-test", "id", "--lr", args.lr, "--lp-c", args.lp_c, "--seeds", args.seeds]
+    command += [*shlex.split(FINETUNE), *QUESTIONS[question]]
     command = ["compare", *command, *more, "--out", str(out)]
     print(f"== {question}\nflyp {shlex.join(command)}", flush=True)
     subprocess.run([sys.executable, "-m", "flyp_plugin.cli", *command], check=True)
