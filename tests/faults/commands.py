@@ -16,7 +16,7 @@ COMMANDS = {
     "shards write": "shards write {photos} {out}/train --workers 2",
     "shards subset": "shards subset {data} {out}/train --shots 20",
     "wiseft": f"wiseft {MODEL} --pretrained {{weights}} --finetuned {{checkpoint}} {TEST} --alphas 0,1 --out {{out}}",
-    "export": f"export {{checkpoint}} {MODEL} --data {{data}} --out {{out}}",
+    "export": f"export {{checkpoint}} {MODEL} --data {{data}} --format timm --out {{out}}",
     "compare": f"compare {MODEL} --pretrained {{weights}} --train-data {{data}} {TEST} --methods flyp --lr 1e-3"
     " --seeds 0 --epochs 1 --train-num-samples 100 --out {out}",
     "demo": "demo --demo-dir {out} --pretrain-epochs 1 --epochs 1",

@@ -93,9 +93,9 @@ def rows(root: Path, times: int, only: str) -> Iterator[Row]:
 
     def other(what: str) -> Callable[[Path], str]:
         def case(out: Path) -> str:
-            lone = alone / what
+            lone = alone / what.replace(" ", "_")
             if not lone.exists():
-                assert start(commands(what, lone), alone / f"{what}.said").wait() == 0
+                assert start(commands(what, lone), alone / f"{lone.name}.said").wait() == 0
             wrong = both(commands(what, out), out)
             ours, theirs = files(out), files(lone)
             if what in ("compare", "demo"):  # whose figures, and so alpha, are not the same twice
