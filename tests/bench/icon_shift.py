@@ -41,11 +41,12 @@ TEMPLATES = ["{c}", "{c} icon", "a picture of {c}"]
 LEAST = {"outline": 12, "filled": 10}  # sets of the unseen families that draw a class so
 TRAIN_MOST, FILLED_MOST = 16, 7  # images of a class; so `main` is 16 shots
 METHODS = ["--methods", "flyp,ce,lp,lp-ft"]
+LOWER = ["--lr", "1e-4,3e-4,1e-3"]  # where the least of main's list was chosen
 QUESTIONS = {  # what `flyp compare` is given for each
     "main": METHODS,
-    "shots4": [*METHODS, "--shots", "4"],
+    "shots4": [*METHODS, "--shots", "4", "--lr", "3e-5,1e-4,3e-4"],
     "template": ["--methods", "flyp", "--templates", TEMPLATES[-1]],  # against all of them in main
-    "mask": ["--methods", "flyp", "--collisions", "mask"],
+    "mask": ["--methods", "flyp", "--collisions", "mask", *LOWER],
     "soft": ["--methods", "flyp", "--collisions", "soft"],
     "ce-weight": ["--methods", "flyp", "--ce-weight", "1"],
     "flyp-ce": ["--methods", "flyp-ce"],
