@@ -44,7 +44,7 @@ METHODS = ["--methods", "flyp,ce,lp,lp-ft"]
 LOWER = ["--lr", "1e-4,3e-4,1e-3"]  # where the least of main's list was chosen
 QUESTIONS = {  # what `flyp compare` is given for each
     "main": METHODS,
-    "shots4": [*METHODS, "--shots", "4", "--lr", "1e-5,3e-5,1e-4"],
+    "shots4": [*METHODS, "--shots", "4", "--lr", "1e-5,3e-5,1e-4,3e-4", "--lp-c", "1,10,100,1000"],
     "template": ["--methods", "flyp", "--templates", TEMPLATES[-1]],  # against all of them in main
     "mask": ["--methods", "flyp", "--collisions", "mask", *LOWER],
     "soft": ["--methods", "flyp", "--collisions", "soft"],
