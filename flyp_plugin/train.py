@@ -18,6 +18,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 
 from flyp_plugin import checkpoints, cli, objectives, openclip, shards
@@ -106,6 +107,12 @@ class FlypRun:
             raise InputError(
                 f"{args.model} was pretrained with the sigmoid loss, so like pretrained means --siglip; give that, "
                 "or --softmax-loss to train it with the softmax loss all the same."
+            )
+        own_text = not isinstance(getattr(model, "text", None), HFTextEncoder)
+        if args.lock_text and own_text and not args.lock_text_freeze_layer_norm:
+            raise InputError(
+                f"open_clip cannot lock the text tower of {args.model} but for its layer norms; give "
+                "--lock-text-freeze-layer-norm with --lock-text."
             )
         size = getattr(model.visual, "image_size", 0)  # int or (height, width)
         self.image_size = size if isinstance(size, int) else max(size)

@@ -256,6 +256,11 @@ def test_locked_text_stays_as_it_was(launch, start):
     assert not torch.equal(before["visual.proj"], after["visual.proj"])
 
 
+def test_text_cannot_be_locked_without_its_layer_norms(launch):
+    with pytest.raises(InputError, match="give --lock-text-freeze-layer-norm with --lock-text"):
+        launch("--lock-text")
+
+
 def test_torch_compile_trains_the_same(launch, start):
     flags = ["--epochs", 1, "--train-num-samples", 200, "--pretrained", start]
     try:
