@@ -216,6 +216,11 @@ def _no_twin(what: str) -> InputError:
 @contextmanager
 def replacing_folder(path: Path, force: bool) -> Iterator[Path]:
     """Like `replacing`, for a folder; without `force` InputError where another export has made it meanwhile."""
+    ours = any((path / name).is_file() for name in ("config.json", "open_clip_config.json"))
+    if path.exists() and not ours and (path.is_file() or any(path.iterdir())):
+        raise InputError(
+            f"{path} is no export, so it is not written over, by --force neither; give another name."
+        )
     with replacing(path) as part:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()

@@ -172,3 +172,10 @@ def test_of_two_exports_to_one_folder_the_later_is_refused(tmp_path):
         out.mkdir()
         (out / "first").touch()
     assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["first"]
+
+
+def test_only_an_export_is_written_over_by_an_export(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(InputError, match="is no export"), replacing_folder(tmp_path, force=True):
+        pass
+    assert os.listdir(tmp_path) == ["thesis.txt"]
