@@ -47,7 +47,7 @@ def export_command(args: argparse.Namespace) -> None:
         InputError: a model that the format cannot hold, an output that exists, or a bad checkpoint.
     """
     out = Path(args.out)
-    refuse_existing(out, args.force)
+    _refuse_other(out, args.force)
     prompts = None
     if args.format == "timm" and (args.data or (args.classnames and args.templates)):
         shards = expand_source(args.data, "test") if args.data else []
@@ -213,21 +213,26 @@ def _no_twin(what: str) -> InputError:
     return InputError(f"timm has no model of this image tower ({what}); use --format open_clip.")
 
 
-@contextmanager
-def replacing_folder(path: Path, force: bool) -> Iterator[Path]:
-    """Like `replacing`, for a folder; without `force` InputError where another export has made it meanwhile."""
+def _refuse_other(path: Path, force: bool) -> None:
+    """`refuse_existing`, and with `force` all but an empty folder and one with a model's configuration in it."""
+    refuse_existing(path, force)
     ours = any((path / name).is_file() for name in ("config.json", "open_clip_config.json"))
     if path.exists() and not ours and (path.is_file() or any(path.iterdir())):
         raise InputError(
             f"{path} is no export, so it is not written over, by --force neither; give another name."
         )
+
+
+@contextmanager
+def replacing_folder(path: Path, force: bool) -> Iterator[Path]:
+    """Like `replacing`, for a folder; without `force` InputError where another export has made it meanwhile."""
     with replacing(path) as part:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         old = part.with_suffix(".old")
         try:
             yield part
-            refuse_existing(path, force)
+            _refuse_other(path, force)
             if path.exists():
                 os.replace(path, old)
         except BaseException:
