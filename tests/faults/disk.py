@@ -32,9 +32,10 @@ def run(command: Sequence[str]) -> tuple[int, str]:
 
 
 def refused(status: int, said: str, reason: str) -> str:
-    """What is wrong with how a command ends that cannot write; '' for nothing."""
-    last = said.splitlines()[-1] if said else ""
-    if status != 1 or not last.startswith("Error: ") or reason not in said or "Traceback" in said:
+    """What is wrong with how a command ends that cannot write; '' for nothing. A comparison quotes its run's reason."""
+    lines = said.splitlines() or [""]
+    given = any(line.lstrip().startswith("Error: ") and reason in line for line in lines)
+    if status != 1 or not lines[-1].startswith("Error: ") or not given or "Traceback" in said:
         return f"status {status}: {said[-2000:]!r}"
     return ""
 
