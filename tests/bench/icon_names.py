@@ -1,6 +1,6 @@
 """Whether the methods gain more where pretraining has seldom seen the name of a class: reads icon_shift.py's `main`.
 
-    python tests/bench/icon_names.py          # 5 minutes, after `icon_shift.py compare main`
+    python tests/bench/icon_names.py          # 8 minutes on two busy cores, after `icon_shift.py compare main`
 
 Classes are ranked by the number of pretraining's captions that hold their name, as whole words, and cut into thirds. Of
 each third: top-1 in %, zero-shot, and of each method + WiSE-FT (the merged weights that `flyp compare` has chosen) the

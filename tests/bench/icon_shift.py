@@ -41,21 +41,22 @@ TEMPLATES = ["{c}", "{c} icon", "a picture of {c}"]
 LEAST = {"outline": 12, "filled": 10}  # sets of the unseen families that draw a class so
 TRAIN_MOST, FILLED_MOST = 16, 7  # images of a class; so `main` is 16 shots
 METHODS = ["--methods", "flyp,ce,lp,lp-ft"]
-LOWER = ["--lr", "1e-4,3e-4,1e-3"]  # where the least of main's list was chosen
-QUESTIONS = {  # what `flyp compare` is given for each
+QUESTIONS = {  # what `flyp compare` is given for each; other rates where methods chose the ends of TUNED
     "main": METHODS,
     "shots4": [*METHODS, "--shots", "4", "--lr", "1e-5,3e-5,1e-4,3e-4", "--lp-c", "1,10,100,1000"],
     "template": ["--methods", "flyp", "--templates", TEMPLATES[-1]],  # against all of them in main
-    "mask": ["--methods", "flyp", "--collisions", "mask", *LOWER],
+    "mask": ["--methods", "flyp", "--collisions", "mask", "--lr", "1e-4,3e-4,1e-3"],
     "soft": ["--methods", "flyp", "--collisions", "soft"],
     "ce-weight": ["--methods", "flyp", "--ce-weight", "1"],
     "flyp-ce": ["--methods", "flyp-ce"],
+    "locktext": shlex.split("--methods flyp --lock-text --lock-text-freeze-layer-norm --lr 1e-3"),
     "batch32": ["--methods", "flyp,ce", "--batch-size", "32"],
     "batch512": ["--methods", "flyp,ce", "--batch-size", "512"],
 }
 NO_FLASH = "torch.backends.cuda.enable_flash_sdp(False)"  # of CPUs, too: a step takes 1.15 s in place of 2.0
 PRETRAIN = """--model icon-clip --dataset-type webdataset --batch-size 512 --lr 1e-3 --warmup 100 --wd 0.1
     --precision amp_bf16 --device cpu --workers 1 --log-every-n-steps 10"""
+TUNED = "--lr 3e-4,1e-3,3e-3 --lp-c 1,10,100"
 FINETUNE = "--model icon-clip --epochs 10 --batch-size 128 --precision amp_bf16 --device cpu --workers 1"
 MODEL = {
     "embed_dim": 192,
@@ -169,8 +170,12 @@ def compare(question: str, cache: Path, out: Path, args: argparse.Namespace, mor
     command += ["--pretrained", str(args.pretrained or checkpoint(cache, args.pretrain_epochs))]
     for name, source in sets.items():
         command += ["--eval-data", f"{name}={cache}/{source}"]
-    command += ["--id-test", "id", "--lr", args.lr, "--lp-c", args.lp_c, "--seeds", args.seeds]
-    command += [*shlex.split(FINETUNE), *QUESTIONS[question]]
+    command += ["--id-test", "id", "--seeds", args.seeds]
+    command += [
+        *shlex.split(TUNED),
+        *shlex.split(FINETUNE),
+        *QUESTIONS[question],
+    ]  # of a flag the last counts
     command = ["compare", *command, *more, "--out", str(out)]
     print(f"== {question}\nflyp {shlex.join(command)}", flush=True)
     subprocess.run([sys.executable, "-m", "flyp_plugin.cli", *command], check=True)
@@ -212,8 +217,7 @@ def main() -> None:
     many.add_argument("questions", nargs="*", default=list(QUESTIONS), help=text)
     many.add_argument("--pretrained", metavar="PATH", help="other weights than pretrain's")
     many.add_argument("--results", type=Path, metavar="FOLDER", help="(default: compareN in --out)")
-    for name, default in (("seeds", "0:5"), ("lr", "3e-4,1e-3,3e-3"), ("lp-c", "1,10,100")):
-        many.add_argument(f"--{name}", default=default, help="(default: %(default)s)")
+    many.add_argument("--seeds", default="0:5", help="(default: %(default)s)")
     for step in (data, one, many):
         step.add_argument(
             "--out", type=Path, default=Path("~/.cache/flyp-icons"), help="(default: %(default)s)"
