@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -149,15 +150,18 @@ def check_command(args: argparse.Namespace) -> int:
     if wrong:
         _log.info(f"{wrong} problems.")
     else:
+        empty = {name for report in reports.values() for name in report["classes without images"]}
+        but = f", but for {len(empty)} classes that have no images in a split (see above)" if empty else ""
         flags = f"--model ViT-B-16 --pretrained openai --train-data {args.source}"
-        _log.info(f"No problems. Next: python train_flyp.py {flags}")
+        _log.info(f"No problems{but}. Next: flyp train {flags}")
     return int(wrong > 0)
 
 
 def _splits(source: str, split: str | None) -> list[str]:
     if split:
         return [split]
-    return [name for name in ("train", "test") if os.path.isdir(os.path.join(source, name))] or ["train"]
+    found = {tar.parent.name for tar in Path(source).glob("*/*.tar")}  # train first, then by name
+    return sorted(found, key=lambda name: (name != "train", name)) or ["train"]
 
 
 def _report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") -> dict[str, Any]:

@@ -12,7 +12,7 @@ import re
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from flyp_plugin.learned import HEAD, head_of
 StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: a torch.nn.Module whose attributes torch's own types would not allow
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of images; flags have image_ before it
+FORCED = ("force_image_size", "force_context_length", "force_custom_text")  # flags that make a model another
 _SCHEMA = r"(hf-hub|local-dir):"  # names that are places
+_OF_JAX = (".npz", ".npy")  # weights that open_clip reads and we do not
 
 
 def _allow_numbers_of_numpy() -> None:
@@ -54,7 +56,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
     Raises:
         InputError: no file, a truncated one, one with more than tensors in its pickle (nothing of it is run),
-            or one that holds no weights.
+            one that holds no weights, or one with weights that are NaN.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,17 +70,23 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"{path} is refused: it has {what}, which could run code when it is read; save the state_dict "
             "alone."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # noqa: BLE001 - the unpickler raises nearly anything on what is no pickle
         if "TorchScript" in str(error):
             raise InputError(
                 f"{path} is refused: it is a TorchScript archive; save its state_dict alone."
             ) from None
-        reason = str(error).strip().split("\n")[0][:150]
+        reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
         raise InputError(f"{path} is not a whole checkpoint ({reason}); was its writing cut short?") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     tensors = isinstance(weights, dict) and all(isinstance(v, torch.Tensor) for v in weights.values())
     if not tensors or not weights:
         raise InputError(f"{path} holds no weights; give a state_dict, or a checkpoint of open_clip.")
+    diverged = [key for key, tensor in weights.items() if tensor.is_floating_point() and tensor.isnan().any()]
+    if diverged:
+        raise InputError(
+            f"{path} has weights that are no numbers (NaN, in {len(diverged)} of {len(weights)} tensors, first "
+            f"{diverged[0]}): its training has diverged; take an earlier checkpoint."
+        )
     # the wrappers that DistributedDataParallel and torch.compile leave in the names
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
 
@@ -124,6 +132,17 @@ def check_names(model_name: str, pretrained: str) -> None:
         )
 
 
+def check_file(pretrained: str) -> None:
+    """InputError as of `read_state_dict`, where `pretrained` is a file of PyTorch's and no tag."""
+    if os.path.isfile(pretrained or "") and not pretrained.endswith(_OF_JAX):
+        read_state_dict(pretrained)
+
+
+def has_own_weights(model_name: str) -> bool:
+    """Whether a model's name is a place that has its weights too."""
+    return re.match(_SCHEMA, model_name) is not None
+
+
 def load_model(
     model_name: str,
     pretrained: str | os.PathLike,
@@ -145,10 +164,10 @@ def load_model(
         InputError: an unknown model or tag, weights that cannot be read or had, or another architecture's.
     """
     pretrained = os.fspath(pretrained)
-    schema = re.match(_SCHEMA, model_name)
+    schema = has_own_weights(model_name)
     is_file = os.path.isfile(pretrained)
     check_names(model_name, pretrained)
-    state = read_state_dict(pretrained) if is_file and not pretrained.endswith((".npz", ".npy")) else {}
+    state = read_state_dict(pretrained) if is_file and not pretrained.endswith(_OF_JAX) else {}
     head = head_of(state)
     kwargs = dict(kwargs, precision=precision, device=device)
     with _quiet(logging.WARNING if head is None else logging.ERROR):  # that there are no weights yet
@@ -175,7 +194,20 @@ def load_model(
             if difference is None:
                 raise
             raise InputError(f"{pretrained} is not a checkpoint of {model_name}: {difference}.") from None
+    if not kwargs.get("force_image_size") and not kwargs.get("force_context_length"):
+        _check_sizes(model, state, pretrained, model_name)
     return model.eval()
+
+
+def _check_sizes(model: Model, state: StateDict, path: str, model_name: str) -> None:
+    """InputError where open_clip has resized position embeddings that nobody wanted to be other than trained."""
+    for key, tensor in model.state_dict().items():
+        if key in state and state[key].shape != tensor.shape:
+            of_text = key in ("positional_embedding", "text.positional_embedding")
+            raise InputError(
+                f"{path} is of a {model_name} of another size ({key} is {tuple(state[key].shape)} and not "
+                f"{tuple(tensor.shape)}); give --force-{'context-length' if of_text else 'image-size'} as in its training."
+            )
 
 
 def towers(state: StateDict) -> dict[str, torch.Tensor]:
@@ -189,10 +221,10 @@ def _load_beside_head(model: Model, path: str) -> None:
         raise RuntimeError(f"another architecture: {wrong}")
 
 
-def load_tokenizer(model_name: str) -> Callable:
+def load_tokenizer(model_name: str, context_length: int | None = None) -> Callable:
     """open_clip.get_tokenizer, without its log lines."""
     with _quiet():
-        return open_clip.get_tokenizer(model_name)
+        return open_clip.get_tokenizer(model_name, context_length=context_length)
 
 
 def model_from_args(args: Namespace, pretrained: str, precision: str | None = None) -> Model:
@@ -207,6 +239,10 @@ def model_from_args(args: Namespace, pretrained: str, precision: str | None = No
     given = {name: getattr(args, f"image_{name}") for name in PREPROCESSING}
     given = {name: value for name, value in given.items() if value is not None}
     kwargs = {"force_quick_gelu": args.force_quick_gelu, "force_preprocess_cfg": given}
+    kwargs |= {name: forced for name in FORCED if (forced := getattr(args, name))}
+    size = kwargs.get("force_image_size")
+    if size:
+        kwargs["force_image_size"] = size[0] if len(size) == 1 else tuple(size)
     return load_model(args.model, pretrained, precision or args.precision, device, **kwargs)
 
 
@@ -257,7 +293,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         InputError: it could not be written, e.g. because the disk is full; what was at `path` is untouched.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    whole = Path(os.path.abspath(path))  # also of '.'
+    part = whole.with_name(f".{whole.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -276,7 +313,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             f"{path} could not be written ({reason}); what was there before is untouched."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):  # part of the path is a file
+            part.unlink(missing_ok=True)
 
 
 def save(content: object, path: str | os.PathLike) -> None:

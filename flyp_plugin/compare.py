@@ -37,6 +37,7 @@ METHODS: dict[str, list[str]] = {  # and what makes train.py do it
 TUNED = {"lp": "lp-c"}  # the flag that is tuned, where it is not lr: a fit has none
 # flags of train.py that each run is given here; with them a user would undo the comparison
 _OURS = ("--seed", "--shots-seed", "--objective", "--name", "--logs", "--resume", "--demo", "--help-open-clip")  # fmt: skip
+MOST_SEEDS = 1000
 _log = logging.getLogger(__name__)
 
 
@@ -140,7 +141,7 @@ class Comparison:
 
     def metrics(self, run: Run, epoch: int) -> dict[str, dict[str, Any]]:
         """What a run has found on each set; epoch 0 is zero-shot."""
-        lines = (self.folder(run) / "checkpoints" / "results.jsonl").read_text().splitlines()
+        lines = self.read(run, "checkpoints/results.jsonl").splitlines()
         rows = [row for row in map(json.loads, lines) if row["epoch"] == epoch]
         by_set: dict[str, dict[str, Any]] = {}
         for key, value in rows[-1].items():  # a run that was resumed may have it twice
@@ -148,6 +149,20 @@ class Comparison:
             if slash:
                 by_set.setdefault(name, {})[metric] = value
         return by_set
+
+    def read(self, run: Run, name: str) -> str:
+        """A text file of a finished run.
+
+        Raises:
+            InputError: it is gone.
+        """
+        path = self.folder(run) / name
+        try:
+            return path.read_text()
+        except FileNotFoundError:
+            raise InputError(
+                f"{path} is gone, of a run that has finished; delete {self.folder(run)}, and the same command runs it again."
+            ) from None
 
     def id_top1(self, run: Run) -> float:
         """After the last epoch, on the set that chooses."""
@@ -186,6 +201,8 @@ def parse_seeds(text: str) -> list[int]:
     """A:B (without B) or A,B,...; InputError where it is neither."""
     start, colon, end = text.partition(":")
     if colon and start.isdecimal() and end.isdecimal() and int(start) < int(end):
+        if int(end) - int(start) > MOST_SEEDS:
+            raise InputError(f"--seeds {text} are more than {MOST_SEEDS}; give fewer.")
         return list(range(int(start), int(end)))
     return _numbers("--seeds", text, int, "0:3 or 0,1,2")
 
@@ -237,9 +254,10 @@ def compare_command(args: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("function", "out")}
     begin(out, {**settings, "seeds": comparison.seeds[0]})  # which has chosen; the others may come and go
     _log.info(
-        f"Plan: {counts['training']} trainings (for each of {len(comparison.train_args)} methods and settings {tried} on "
-        f"seed {comparison.seeds[0]} to choose from, then {len(comparison.seeds) - 1} on more seeds) and "
-        f"{counts['sweep']} sweeps over alpha; {len(list(out.glob(f'runs/**/{DONE}')))} of these are finished already."
+        f"Plan: {counts['training']} trainings and {counts['sweep']} sweeps over alpha, of which "
+        f"{len(list(out.glob(f'runs/**/{DONE}')))} are finished already. Each of the {len(comparison.train_args)} "
+        f"combinations of a method and a table is trained with {tried} values on seed {comparison.seeds[0]}, and with the "
+        f"best of them on {len(comparison.seeds) - 1} more seeds."
     )
     results: dict[Block, dict[str, Any]] = {block: {} for block in comparison.blocks}
     failed = 0
@@ -300,7 +318,7 @@ def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
         command += ["--per-set"]  # the ID test set is no part of a mean OOD
 
     def record() -> dict[str, Any]:
-        return json.loads((out / "wiseft.json").read_text())
+        return json.loads(comparison.read(run, "wiseft/wiseft.json"))
 
     jobs.run("sweep", run.title, out, command, lambda: f"alpha {record()['chosen_alpha']:g}")
     found = record()
@@ -324,7 +342,9 @@ def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Bl
     out, text = comparison.out, report.document(record)
     write_atomically(out / "compare.json", json.dumps(record, indent=1) + "\n")
     write_atomically(out / "compare.md", text)
+    picture = ""
     if any(results.values()):
+        picture = ", compare.png"
         report.draw(record, out / "compare.png")
     sys.stdout.write(text)
-    _log.info(f"Wrote {out}/compare.md, compare.json and compare.png; the runs are in {out}/runs.")
+    _log.info(f"Wrote {out}/compare.md, compare.json{picture}; the runs are in {out}/runs.")

@@ -112,7 +112,7 @@ def eval_command(args: argparse.Namespace) -> None:
     if args.predictions:
         refuse_existing(args.predictions, args.force)
     model = model_from_args(args, args.checkpoint)
-    tokenizer, preprocess = load_tokenizer(args.model), val_preprocess(model)
+    tokenizer, preprocess = load_tokenizer(args.model, args.force_context_length), val_preprocess(model)
     classifiers = {  # first, for a learned head may lack a class
         eval_set.name: ImageClassifier.from_model(
             model, tokenizer, eval_set.prompts, args.precision, use_tqdm=sys.stderr.isatty()

@@ -50,7 +50,8 @@ def export_command(args: argparse.Namespace) -> None:
     _refuse_other(out, args.force)
     prompts = None
     if args.format == "timm" and (args.data or (args.classnames and args.templates)):
-        shards = expand_source(args.data, "test") if args.data else []
+        only_train = args.data and Path(args.data, "train").is_dir() and not Path(args.data, "test").is_dir()
+        shards = expand_source(args.data, "train" if only_train else "test") if args.data else []
         prompts = resolve_prompts(shards, args.classnames, args.templates)
     model = model_from_args(args, args.checkpoint, "fp32")
     learned = getattr(model, HEAD, None)
@@ -59,7 +60,13 @@ def export_command(args: argparse.Namespace) -> None:
     config = open_clip.get_model_config(args.model.replace("/", "-") if ":" not in args.model else args.model)
     if args.force_quick_gelu:
         config["quick_gelu"] = True
-    tokenizer = load_tokenizer(args.model)
+    if args.force_image_size:
+        config["vision_cfg"]["image_size"] = model.visual.image_size
+    if args.force_context_length:
+        config["text_cfg"]["context_length"] = args.force_context_length
+    if args.force_custom_text:
+        config["custom_text"] = True
+    tokenizer = load_tokenizer(args.model, args.force_context_length)
     if args.format == "open_clip":
         with replacing_folder(out, args.force) as folder:
             save_open_clip(model, config, tokenizer, folder)

@@ -185,7 +185,8 @@ class ImageClassifier(nn.Module):
             InputError: weights that cannot be read or are another architecture's; class names that a learned head lacks.
         """
         model = load_model(model_name, path, precision, device, **kwargs)
-        return cls.from_model(model, load_tokenizer(model_name), prompts, precision).eval()
+        tokenizer = load_tokenizer(model_name, kwargs.get("force_context_length"))
+        return cls.from_model(model, tokenizer, prompts, precision).eval()
 
     @property
     def preprocess(self) -> Callable:

@@ -19,6 +19,7 @@ from open_clip.transform import PreprocessCfg
 
 import flyp_plugin
 from flyp_plugin.checkpoints import (
+    FORCED,
     PREPROCESSING,
     Model,
     StateDict,
@@ -57,7 +58,7 @@ def wiseft_command(args: argparse.Namespace) -> None:
     paths = args.average or [args.finetuned]
     ends = [read_state_dict(path) for path in paths]
     model, pretrained = _start(args, head_of(ends[0]))
-    _check_classes([pretrained, *ends], [args.pretrained, *paths])
+    _check_classes([*ends, pretrained], [*paths, args.pretrained])
     finetuned = average(ends) if args.average else ends[0]
     check_same(pretrained, finetuned, " + ".join(paths), args.pretrained)
     finetuned = {key: tensor.to(model.logit_scale.device) for key, tensor in finetuned.items()}
@@ -66,11 +67,16 @@ def wiseft_command(args: argparse.Namespace) -> None:
     with alone(out):
         _check_outputs(out, alphas, bool(sets), args.force)  # another sweep may just have ended
         if sets:
-            tokenizer, preprocess = load_tokenizer(args.model), val_preprocess(model)
+            tokenizer, preprocess = (
+                load_tokenizer(args.model, args.force_context_length),
+                val_preprocess(model),
+            )
             loader = partial(loader_from_args, preprocess=preprocess, args=args)
             results = sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
             chosen = choose(results, sets[0].name)
+        names = ["wiseft.json"]
         for alpha in alphas if args.save_all else [chosen]:
+            names.append(merged_name(alpha))
             merged = interpolate(pretrained, finetuned, alpha)
             weights = {key: tensor.cpu().contiguous() for key, tensor in merged.items()}
             save(weights, out / merged_name(alpha))
@@ -78,12 +84,16 @@ def wiseft_command(args: argparse.Namespace) -> None:
         with replacing(out / "wiseft.json") as part:
             part.write_text(text + "\n", encoding="utf-8")
         if len(alphas) > 1:
+            names.append("frontier.png")
             draw_frontier(results, chosen, out / "frontier.png", args.per_set)
     if args.json:
         sys.stdout.write(text + "\n")
     elif sets:
         sys.stdout.write(table(_rows(results, chosen), "alpha") + "\n")
-    _log.info(f"Wrote {out}/: {', '.join(sorted(path.name for path in out.iterdir()))}.")
+    _log.info(f"Wrote {out}/: {', '.join(names)}.")
+    others = sorted(path.name for path in out.glob("wise_ft_alpha=*.pt") if path.name not in names)
+    if others:
+        _log.warning(f"Not of this merge, but still in {out}/ from one before: {', '.join(others)}.")
     words = ["flyp", "export", str(out / merged_name(chosen)), *model_flags(args, model), "--data",
              sets[0].source if sets else "DIR", "--format", "timm", "--out", "classifier"]  # fmt: skip
     _log.info(f"Next: {shlex.join(words)}")
@@ -101,26 +111,34 @@ def parse_alphas(text: str) -> list[float]:
             start, stop, step = map(float, parts)
             if abs(step) < 0.0099:
                 raise ValueError
+            for end in (start, stop):
+                _check_alpha(end)
             # a little grace at the end, for 0.1 is no binary fraction
             alphas = [start + i * step for i in range(math.floor((stop - start) / step + 1e-6) + 1)]
         else:
             alphas = [float(part) for part in text.split(",")]
-    except (ValueError, OverflowError):
+    except InputError:
+        raise
+    except ValueError:
         alphas = []
     if not alphas:
         raise InputError(
             f"{text!r} is not START:STOP:STEP, with a STEP of 0.01 or more, nor numbers joined by commas."
         )
     for alpha in alphas:
-        if not -1e-9 <= alpha <= 1 + 1e-9:
-            raise InputError(
-                f"alpha {alpha:g} is outside [0, 1]; 0 is the pretrained and 1 the fine-tuned model."
-            )
+        _check_alpha(alpha)
         if abs(alpha - round(alpha, 2)) > 1e-9:
             raise InputError(
                 f"alpha {alpha:g} is finer than 0.01, which the names of the files cannot tell; round it."
             )
     return sorted({abs(round(alpha, 2)) for alpha in alphas})
+
+
+def _check_alpha(alpha: float) -> None:
+    if not -1e-9 <= alpha <= 1 + 1e-9:
+        raise InputError(
+            f"alpha {alpha:g} is outside [0, 1]; 0 is the pretrained and 1 the fine-tuned model."
+        )
 
 
 def merged_name(alpha: float) -> str:
@@ -148,7 +166,13 @@ def _start(args: argparse.Namespace, learned: ClassHead | None) -> tuple[Model, 
     """
     source = model_from_args(args, args.pretrained, "fp32")
     if learned is not None and not hasattr(source, HEAD):
-        setattr(source, HEAD, zeroshot_as_learned(source, load_tokenizer(args.model), learned.class_prompts))
+        setattr(
+            source,
+            HEAD,
+            zeroshot_as_learned(
+                source, load_tokenizer(args.model, args.force_context_length), learned.class_prompts
+            ),
+        )
     pretrained = {key: tensor.clone() for key, tensor in source.state_dict().items()}
     if args.precision in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
         return source, pretrained
@@ -174,6 +198,7 @@ def model_flags(args: argparse.Namespace, model: Model) -> list[str]:
     config = open_clip.get_model_config(args.model.replace("/", "-")) or {}
     quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
     flags = {"model": args.model, "model_config": args.model_config}
+    flags |= {name: getattr(args, name) for name in FORCED}
     flags["force_quick_gelu"] = quick and not config.get("quick_gelu")
     for name in PREPROCESSING:
         value = model.visual.preprocess_cfg[name]

@@ -45,9 +45,14 @@ class Tally:
         """Count a batch: logits (B, C), labels int (B,), the images' groups.
 
         Raises:
-            InputError: a label outside 0..C-1.
+            InputError: a label outside 0..C-1, or a logit that is NaN.
         """
         logits, labels = logits.float(), labels.to(logits.device)
+        if logits.isnan().any():
+            raise InputError(
+                "the logits of a batch are no numbers (NaN): the weights have diverged in training, or --precision is too "
+                "narrow for them; take other weights, or fp32."
+            )
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             wrong = labels.max() if labels.max() >= self.num_classes else labels.min()
             raise InputError(
@@ -146,7 +151,7 @@ def score(
         on_batch: called with each batch (a dict) and its logits.
 
     Raises:
-        InputError: a label outside 0..C-1; or no batch at all, where no tally is given.
+        InputError: a label outside 0..C-1, a logit that is NaN; or no batch at all, where no tally is given.
     """
     module = classifier if isinstance(classifier, nn.Module) else nn.Module()
     device = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
@@ -176,7 +181,7 @@ def evaluate(classifier: Callable[[torch.Tensor], torch.Tensor], loader: Iterabl
         Equal to scikit-learn's with labels=np.unique(y), and to WILDS' for groups.
 
     Raises:
-        InputError: a label outside 0..C-1, or no image.
+        InputError: a label outside 0..C-1, a logit that is NaN, or no image.
     """
     return score(classifier, loader, **kwargs).metrics()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flyp_plugin.checkpoints import PREPROCESSING
+from flyp_plugin.checkpoints import FORCED, PREPROCESSING, default_device
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.evalsets import EvalSet, loader_from_args
 from flyp_plugin.flags import as_words
@@ -116,11 +116,11 @@ def wiseft_command(args: Namespace, finetuned: Path, out: Path) -> list[str]:
     command = ["wiseft", "--model", args.model, "--pretrained", args.pretrained]
     command += ["--finetuned", str(finetuned)]
     values = {**vars(args), "own_first": bool(args.classnames or args.templates)}
-    defaults = {"label_key": "cls", "image_key": IMAGE_KEY, "device": "cuda"}  # cuda: open_clip's, GPU or not
-    names = ["model_config", "classnames", "templates", "group_key", "own_first", "force_quick_gelu"]
+    defaults = {"label_key": "cls", "image_key": IMAGE_KEY, "device": default_device()}
+    names = ["model_config", "classnames", "templates", "group_key", "own_first", "force_quick_gelu", *FORCED]
     names += ["label_key", "image_key", *(f"image_{name}" for name in PREPROCESSING), "device"]
     names += ["precision", "batch_size", "workers"]
-    command += as_words({name: values[name] for name in names if values[name] != defaults.get(name)})
+    command += as_words({name: values.get(name) for name in names if values.get(name) != defaults.get(name)})
     for spec in args.eval_data:
         command += ["--eval-data", spec]
     return [*command, "--out", str(out)]

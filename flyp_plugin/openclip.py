@@ -12,33 +12,33 @@ The loop, the loss of plain FLYP, the optimizer, checkpoints and logs are open_c
 """
 
 import inspect
-import json
+import io
 import logging
 import os
 import random
 import re
 import signal
 import sys
-import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from flyp_plugin import run_folder
 from flyp_plugin.checkpoints import save
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import NO_ROOM, InputError
 from flyp_plugin.jobs import alone
 from flyp_plugin.learned import HEAD
 from flyp_plugin.samples import sample_seed
-from flyp_plugin.sources import write_atomically
 
 if TYPE_CHECKING:
     from flyp_plugin.train import FlypRun
@@ -97,8 +97,22 @@ def _bind(function: Callable, who: str, *args: Any, **kwargs: Any) -> dict[str, 
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
-    """open_clip's own parser; on a wrong flag it leaves the process, as it does there."""
-    return _of("params", "parse_args")(list(argv))
+    """open_clip's own parser, of whose answer to a wrong flag the last line is told, not its usage of 200 lines.
+
+    Raises:
+        InputError: a wrong flag.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return _of("params", "parse_args")(list(argv))
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        reason = said.getvalue().strip().rpartition("error: ")[2]
+        raise InputError(
+            f"{reason} (see --help for FLYP's flags, --help-open-clip for open_clip's)."
+        ) from None
 
 
 def world() -> tuple[int, int]:
@@ -107,42 +121,6 @@ def world() -> tuple[int, int]:
         return 0, 1
     _, rank, size = _of("distributed", "world_info_from_env")()
     return rank, size
-
-
-def check_run_folder(args: Namespace) -> None:
-    """InputError where a run of this name is there and is not to be resumed, which open_clip says less well."""
-    if not args.name:  # open_clip makes up a new one
-        return
-    folder = Path(args.logs, args.name)
-    if args.resume != "latest" and (folder / "out.log").exists():
-        raise InputError(
-            f"there is a run in {folder}; choose another --name, or go on with it by --resume latest."
-        )
-
-
-def _clear_up(folder: Path) -> None:
-    """What a killed run left half-written goes, a checkpoint, which --resume latest would take, under another name."""
-    for path in folder.glob("checkpoints/.*.part"):  # those of checkpoints.replacing
-        path.unlink()
-    for path in sorted(folder.glob("checkpoints/**/*.pt")):
-        if not zipfile.is_zipfile(path):  # torch writes a zip file, whose directory comes last
-            aside = path.rename(path.with_suffix(".pt.incomplete"))
-            _log.warning(f"{path} is incomplete and is left out: it is now {aside}.")
-
-
-def _forget_after(epoch: int, results: Path) -> None:
-    """Take out of results.jsonl what a run that resumes after `epoch` will write again, and a line that was cut off.
-
-    open_clip evaluates before it saves; and a run without a checkpoint starts with the evaluation of epoch 0.
-    """
-    kept = []
-    lines = results.read_text().splitlines(keepends=True) if epoch and results.exists() else []
-    for line in lines:
-        with suppress(ValueError):
-            if json.loads(line).get("epoch", 0) <= epoch:
-                kept.append(line)
-    if results.exists():
-        write_atomically(results, "".join(kept))
 
 
 def run(plan: "FlypRun") -> int:
@@ -154,32 +132,33 @@ def run(plan: "FlypRun") -> int:
     """
     main, args = _of("main", "main"), plan.args
     rank, ranks = world()
-    named = bool(args.name)
     if ranks > 1:  # one that waits for the others would run no handler, and torchrun wait for it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with ExitStack() as stack:
         stack.enter_context(_logging_put_back())
         seams = stack.enter_context(_installed(_Seams(plan, stack)))
         try:
-            if rank == 0 and named:
+            if rank == 0 and seams.named:
                 seams.lock()
-                check_run_folder(args)
-                _clear_up(Path(args.logs, args.name))
+                run_folder.check_free(args)
+                run_folder.clear_up(Path(args.logs, args.name))
             if main([]) == -1:  # its parser's answer is the plan's
-                if not named and not args.remote_sync:  # the name that its clock has made up is taken
-                    check_run_folder(args)
+                if not seams.named and not args.remote_sync:  # the name that its clock has made up is taken
+                    run_folder.check_free(args)
                 return 1
             seams.check_that_all_were_used()
         except InputError as error:
             _log.debug(error, exc_info=True)  # shown by --debug
             raise
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno in NO_ROOM:
+                mend = f"make room, and go on with --name {args.name} --resume latest"
+            elif str(error.filename).startswith(str(Path(args.logs))):
+                mend = "choose another --logs"
+            else:
                 raise
-            raise InputError(
-                f"{Path(args.logs, args.name)} cannot be written to ({error.strerror}); make room, and go on with "
-                f"--name {args.name} --resume latest."
-            ) from error
+            folder = Path(args.logs, args.name or "")
+            raise InputError(f"{folder} cannot be written to ({error.strerror}); {mend}.") from error
         except RuntimeError as error:
             if not _between_ranks(error):
                 raise
@@ -312,6 +291,8 @@ class _Seams:
 
     def __init__(self, plan: "FlypRun", stack: ExitStack):
         self.plan, self.stack, self.locked = plan, stack, False
+        self.named = bool(plan.args.name)
+        self.latest = plan.args.resume == "latest"  # in place of which main() puts what it finds
         self.original: dict[str, Callable] = {}
         self.model: Any = None
         self.preprocess_val: Any = None
@@ -324,9 +305,15 @@ class _Seams:
     def lock(self) -> None:
         """Let no other process write to the run's folder; called on rank 0, where the run has a name."""
         if not self.locked:
-            args = self.plan.args
-            self.stack.enter_context(alone(Path(args.logs, args.name), inherited=False))
+            folder = Path(self.plan.args.logs, self.plan.args.name)
+            self.stack.enter_context(alone(folder, inherited=False))
             self.locked = True
+            if not self.named or not (folder / "out.log").exists():
+                self.stack.callback(self._withdraw_unless_started, folder)
+
+    def _withdraw_unless_started(self, folder: Path) -> None:
+        if not self.started:
+            run_folder.withdraw(folder)
 
     def parse_args(self, argv: list[str]) -> Namespace:
         return self.plan.args
@@ -336,10 +323,12 @@ class _Seams:
             raise _unfit("takes its arguments from elsewhere than open_clip_train.main.parse_args")
         if self.plan.args.rank == 0:  # a run without a name has one by now, which may be that of another
             self.lock()
+            if self.latest and self.model is None:
+                run_folder.check_settings(self.plan.args)
         try:
             created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
             mend = "check that the weights are this model's and can be had"
             if f"{HEAD}." in str(error):
                 mend = "they have a learned head: `flyp export --format open_clip` writes the towers alone"
@@ -359,7 +348,9 @@ class _Seams:
         if not (isinstance(preprocess, tuple) and len(preprocess) == 2):
             raise _unfit("calls get_data with something other than two transforms")
         if args.rank == 0:
-            _forget_after(epoch, Path(args.checkpoint_path, "results.jsonl"))
+            run_folder.forget_after(epoch, Path(args.logs, args.name))
+            if self.latest:
+                run_folder.say_where_it_starts(epoch, args)
         original = self.original["get_data"]
         as_dict = "naflex_data_config" in inspect.signature(original).parameters  # open_clip 4
         others = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
@@ -404,7 +395,9 @@ class _Seams:
         self.started = True
         if not self.plan.before_epoch(self.model, self.preprocess_val, epoch):
             return None
-        return self.original["train_one_epoch"](*args, **kwargs)
+        result = self.original["train_one_epoch"](*args, **kwargs)
+        self.plan.after_epoch(self.model, epoch + 1)
+        return result
 
     def check_that_all_were_used(self) -> None:
         """main() has ended: not without a call of the functions that stand in here."""

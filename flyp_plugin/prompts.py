@@ -182,7 +182,8 @@ def resolve_prompts(
     Raises:
         InputError: there are no class names, or a file has a mistake in it.
     """
-    classnames = classnames or find_beside(shards, "classnames.txt")
+    own = find_beside(shards, "classnames.txt")
+    classnames = classnames or own
     if classnames is None:
         raise InputError(
             f"there is no classnames.txt beside {shards[0]} or in the folder above; give the class names with "
@@ -191,7 +192,20 @@ def resolve_prompts(
     templates = templates or find_beside(shards, "zeroshot_classification_templates.txt")
     if templates is None:
         _log.info(f"There are no templates beside {shards[0]}; the prompts are '{DEFAULT_TEMPLATE}'.")
-    return ClassPrompts.from_files(classnames, templates or DEFAULT_TEMPLATE)
+    prompts = ClassPrompts.from_files(classnames, templates or DEFAULT_TEMPLATE)
+    if own and own != classnames:
+        _check_order(prompts.classnames, classnames, own)
+    return prompts
+
+
+def _check_order(names: list[str], path: str, own: str) -> None:
+    """InputError where the names that are given are those beside the shards, whose labels are their line numbers, shuffled."""
+    there = [line.strip() for line in (read_text(own) or "").rstrip().split("\n")]
+    if names != there and sorted(names) == sorted(there):
+        raise InputError(
+            f"{path} has the class names of {own} in another order; the labels in the shards are line numbers of that, so "
+            "use its order."
+        )
 
 
 def fill(template: str, name: str) -> str:
@@ -202,8 +216,9 @@ def fill(template: str, name: str) -> str:
 def _read_lines(path: str, what: str, flag: str, builtin: list[str]) -> list[str]:
     text = read_text(path)
     if text is None:
+        or_one = ", or one template with {c} in it" if what == "templates" else ""
         raise InputError(
-            f"there is no file {path} with {what}; give one with {flag} FILE (or {' or '.join(builtin)})."
+            f"there is no file {path} with {what}; give one with {flag} FILE (or {' or '.join(builtin)}{or_one})."
         )
     lines = [line.strip() for line in text.rstrip().split("\n")]
     if lines == [""]:

@@ -30,6 +30,7 @@ def from_folder(source: str, **columns: str) -> tuple[list[Row], list[str]]:
         raise InputError(f"{source} holds no folders; give one that holds a folder of images for each class.")
     if {folder.name.lower() for folder in folders} <= {"train", "test", "val", "valid", "validation"}:
         raise InputError(f"{source} holds splits, not classes; give one of them, such as {folders[0]}.")
+    _check_names(folders)
     rows: list[Row] = []
     others = [str(entry) for entry in entries if not entry.is_dir()]
     for folder in folders:
@@ -44,6 +45,22 @@ def from_folder(source: str, **columns: str) -> tuple[list[Row], list[str]]:
     if others:
         _log.info(f"Left out {len(others)} files that are not {IMAGES}, such as {min(others)}.")
     return sorted(rows), [_one_line(folder.name) for folder in folders]
+
+
+def _check_names(folders: list[Path]) -> None:
+    names: dict[str, Path] = {}
+    for folder in folders:
+        try:
+            folder.name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"the folder {os.fsencode(folder)!r} has a name that is not UTF-8; rename it, for it is a class name."
+            ) from None
+        other = names.setdefault(_one_line(folder.name), folder)
+        if other is not folder:
+            raise InputError(
+                f"{other.name!r} and {folder.name!r} in {folder.parent} are one class name; rename one."
+            )
 
 
 def from_table(

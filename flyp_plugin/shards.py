@@ -242,7 +242,9 @@ def _shard_sizes(samples: int, shard_size: int | None) -> dict[str, int]:
 
 def _free(dest: str) -> Path:
     folder = Path(os.path.abspath(dest))
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_file():
+        raise InputError(f"{dest} is a file; give a new split folder, such as data/train.")
+    if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{dest} is there and not empty; give a new split folder, such as data/train.")
     return folder
 

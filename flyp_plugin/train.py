@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 
-from flyp_plugin import checkpoints, cli, objectives, openclip, shards
+from flyp_plugin import checkpoints, cli, objectives, openclip, run_folder, shards
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
@@ -33,7 +34,9 @@ from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.sources import count_samples, expand_sources
 from flyp_plugin.text import shorten
 
-_OTHER = {"precision": "bf16"}  # with -1 for the numbers: other defaults, which show what the user gives
+# other defaults, which show what the user gives; the number is one that nobody gives
+_NONE = "-987654"
+_OTHER = {"precision": "bf16"}
 _log = logging.getLogger(__name__)
 
 
@@ -54,14 +57,20 @@ class FlypRun:
     def __init__(self, ours: argparse.Namespace, rest: Sequence[str]):
         rank, world_size = openclip.world()
         self.defaults = {} if ours.no_flyp_defaults else _defaults(rest, world_size)
-        args = openclip.parse_args([*_flags(self.defaults, world_size), *rest])
+        device = [
+            "--device",
+            checkpoints.default_device(),
+        ]  # open_clip's is cuda, with a warning where there is none
+        args = openclip.parse_args([*_flags(self.defaults, world_size), *device, *rest])
         self.args = args = argparse.Namespace(**{**vars(args), **vars(ours)})
         if args.model_config:
             checkpoints.add_model_config(args.model_config)
         checkpoints.check_names(args.model, args.pretrained)
+        checkpoints.check_file(args.pretrained)
         _check_numbers(args)
+        _check_reports(args.report_to)
         if rank == 0:
-            openclip.check_run_folder(args)
+            run_folder.check_free(args)
         self.objective = objectives.OBJECTIVES[args.objective]
         self.changes = objectives.changes(args)  # flags that need another loss than open_clip's
         objectives.check_flags(args)
@@ -147,6 +156,15 @@ class FlypRun:
             self._fit(model, preprocess)
         return self.objective.loop
 
+    def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
+        """InputError where training has diverged: nothing that comes after could be used."""
+        bad = next((name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None)
+        if bad:
+            raise InputError(
+                f"epoch {epoch} has left weights that are no finite numbers ({bad}): training has diverged; begin a new "
+                f"run with a lower --lr than {self.args.lr:g} or with --grad-clip-norm 1. Earlier epochs are untouched."
+            )
+
     def _fit(self, model: Any, preprocess: Callable) -> None:
         args, head = self.args, getattr(model, HEAD)
         images = EvalSet("features", self.shards, self.prompts, args.train_data)
@@ -197,6 +215,8 @@ class FlypRun:
         if self.monitor and self.args.rank == 0:
             for line in self.monitor.summary():
                 _log.info(line)
+        if self.args.rank == 0:
+            self._warn_of_random_weights()
 
     def _say(self, dataset: ClassPromptDataset) -> None:
         args, prompts = self.args, self.prompts
@@ -216,6 +236,14 @@ class FlypRun:
             *(f"  {key}: {prompt!r}" for key, prompt in self.pairs),
         ):
             _log.info(line)
+        self._warn_of_random_weights()
+
+    def _warn_of_random_weights(self) -> None:
+        args = self.args
+        if not (args.pretrained or args.resume or checkpoints.has_own_weights(args.model)):
+            _log.warning(
+                "There is no --pretrained: training starts from random weights, which know no prompt."
+            )
 
 
 def train(argv: Sequence[str]) -> int:
@@ -243,8 +271,8 @@ def _logging_until_open_clip_does() -> Iterator[None]:
 
 def _defaults(rest: Sequence[str], world_size: int) -> dict[str, str]:
     """FLYP's defaults without those that the user gives otherwise: found by trying another default with open_clip."""
-    others = openclip.parse_args([*_flags({name: _OTHER.get(name, "-1") for name in DEFAULTS}), *rest])
-    ours = [name for name in DEFAULTS if str(getattr(others, name)) in ("-1", "-1.0", "bf16")]
+    others = openclip.parse_args([*_flags({name: _OTHER.get(name, _NONE) for name in DEFAULTS}), *rest])
+    ours = [name for name in DEFAULTS if str(getattr(others, name)) in (_NONE, f"{_NONE}.0", "bf16")]
     defaults = {name: DEFAULTS[name] for name in ours}
     if "batch_size" in defaults:  # FLYP's is the number of images that one loss sees
         defaults["batch_size"] = str(max(1, GLOBAL_BATCH // (world_size * others.accum_freq)))
@@ -257,20 +285,20 @@ def _flags(values: dict[str, str], world_size: int = 1) -> list[str]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    least = {
-        "batch_size": 1,
-        "epochs": 1,
-        "accum_freq": 1,
-        "train_num_samples": 1,
-        "workers": 0,
-        "retries": 0,
-    }
-    for name, number in {**least, "eval_frequency": 0}.items():
+    least = dict.fromkeys(("batch_size", "epochs", "accum_freq", "train_num_samples"), 1)
+    least |= dict.fromkeys(("workers", "retries", "eval_frequency", "lr", "wd", "eps", "warmup"), 0)
+    for name, number in least.items():
         value = getattr(args, name)
-        if value is not None and value < number:
-            raise InputError(f"{' '.join(as_words({name: value}))} is too few; give {number} or more.")
+        if value is not None and not number <= value < math.inf:
+            raise InputError(f"{' '.join(as_words({name: value}))} is out of range; give {number} or more.")
     if not 0 <= args.max_lost <= 1:
         raise InputError(f"--max-lost {args.max_lost:g} is not a share; give a number from 0 to 1.")
+
+
+def _check_reports(report_to: str) -> None:
+    for package in ("tensorboard", "wandb"):
+        if (package in report_to or "all" in report_to) and find_spec(package) is None:
+            raise InputError(f"--report-to {report_to} needs the package {package}: pip install {package}.")
 
 
 def _shards(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:

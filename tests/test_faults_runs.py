@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from flyp_plugin import cli, openclip
+from flyp_plugin import cli, run_folder
 from flyp_plugin.errors import InputError
 from flyp_plugin.export import replacing_folder
 from flyp_plugin.jobs import LOCK, alone, begin
@@ -95,14 +95,20 @@ def test_checkpoints_that_are_cut_off_are_set_aside(whole, tmp_path):
 
 
 def test_rows_after_the_checkpoint_are_forgotten(tmp_path):
-    results = tmp_path / "results.jsonl"
+    results = tmp_path / run_folder.RESULTS
+    results.parent.mkdir()
+    run_folder.forget_after(1, tmp_path)
+    assert os.listdir(results.parent) == []
     lines = [json.dumps({"a/top1": 0.5, "epoch": epoch}) + "\n" for epoch in range(4)]
-    for epoch, kept in ((2, 3), (3, 4), (0, 0)):
-        results.write_text("".join([*lines, '{"a/top1": 0.']))
-        openclip._forget_after(epoch, results)
+    for epoch, kept in ((2, 3), (3, 4), (0, 0), (0, 0)):
+        whole = "".join([*lines, '{"a/top1": 0.'])
+        results.write_text(whole)
+        run_folder.forget_after(epoch, tmp_path)
         assert results.read_text() == "".join(lines[:kept])
-    openclip._forget_after(1, tmp_path / "none.jsonl")
-    assert os.listdir(tmp_path) == [results.name]
+    results.write_text(lines[0])  # the zero-shot row alone, which will be the same again
+    run_folder.forget_after(0, tmp_path)
+    assert sorted(os.listdir(results.parent)) == ["results.1.jsonl", "results.2.jsonl", "results.jsonl"]
+    assert (results.parent / "results.1.jsonl").read_text() == whole
 
 
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(digits, whole, tmp_path, caplog):
