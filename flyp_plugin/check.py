@@ -153,7 +153,8 @@ def check_command(args: argparse.Namespace) -> int:
         empty = {name for report in reports.values() for name in report["classes without images"]}
         but = f", but for {len(empty)} classes that have no images in a split (see above)" if empty else ""
         flags = f"--model ViT-B-16 --pretrained openai --train-data {args.source}"
-        _log.info(f"No problems{but}. Next: flyp train {flags}")
+        to_train = any(os.path.basename(place) in ("train", ".") for place in reports)
+        _log.info(f"No problems{but}." + (f" Next: flyp train {flags}" if to_train else ""))
     return int(wrong > 0)
 
 

@@ -194,19 +194,18 @@ def load_model(
             if difference is None:
                 raise
             raise InputError(f"{pretrained} is not a checkpoint of {model_name}: {difference}.") from None
-    if not kwargs.get("force_image_size") and not kwargs.get("force_context_length"):
-        _check_sizes(model, state, pretrained, model_name)
+    _check_sizes(model, state, f"{pretrained} is of a {model_name}", kwargs)
     return model.eval()
 
 
-def _check_sizes(model: Model, state: StateDict, path: str, model_name: str) -> None:
-    """InputError where open_clip has resized position embeddings that nobody wanted to be other than trained."""
+def _check_sizes(model: Model, state: StateDict, what: str, kwargs: Mapping[str, Any]) -> None:
+    """InputError where open_clip has resized position embeddings and was not told to by its flags."""
     for key, tensor in model.state_dict().items():
-        if key in state and state[key].shape != tensor.shape:
-            of_text = key in ("positional_embedding", "text.positional_embedding")
+        flag = "force_image_size" if key.startswith("visual.") else "force_context_length"
+        if key in state and state[key].shape != tensor.shape and not kwargs.get(flag):
             raise InputError(
-                f"{path} is of a {model_name} of another size ({key} is {tuple(state[key].shape)} and not "
-                f"{tuple(tensor.shape)}); give --force-{'context-length' if of_text else 'image-size'} as in its training."
+                f"{what} of another size ({key} is {tuple(state[key].shape)} and not {tuple(tensor.shape)}); give "
+                f"--{flag.replace('_', '-')} as in its training."
             )
 
 

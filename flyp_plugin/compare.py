@@ -255,9 +255,9 @@ def compare_command(args: argparse.Namespace) -> None:
     begin(out, {**settings, "seeds": comparison.seeds[0]})  # which has chosen; the others may come and go
     _log.info(
         f"Plan: {counts['training']} trainings and {counts['sweep']} sweeps over alpha, of which "
-        f"{len(list(out.glob(f'runs/**/{DONE}')))} are finished already. Each of the {len(comparison.train_args)} "
-        f"combinations of a method and a table is trained with {tried} values on seed {comparison.seeds[0]}, and with the "
-        f"best of them on {len(comparison.seeds) - 1} more seeds."
+        f"{len(list(out.glob(f'runs/**/{DONE}')))} are finished already. In each table each method "
+        f"is trained with {tried} values on seed {comparison.seeds[0]}, and with the best of them on "
+        f"{len(comparison.seeds) - 1} more seeds."
     )
     results: dict[Block, dict[str, Any]] = {block: {} for block in comparison.blocks}
     failed = 0

@@ -291,6 +291,11 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not number <= value < math.inf:
             raise InputError(f"{' '.join(as_words({name: value}))} is out of range; give {number} or more.")
+    for name in ("beta1", "beta2"):
+        if not 0 <= (getattr(args, name) or 0) < 1:
+            raise InputError(
+                f"--{name} {getattr(args, name):g} is out of range; give 0 or more and less than 1."
+            )
     if not 0 <= args.max_lost <= 1:
         raise InputError(f"--max-lost {args.max_lost:g} is not a share; give a number from 0 to 1.")
 

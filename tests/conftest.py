@@ -1,6 +1,8 @@
 """What all tests share: digits as shards."""
 
+import open_clip
 import pytest
+import torch
 
 from flyp_plugin import sources
 from tests import digits as digits_module
@@ -10,6 +12,16 @@ from tests import digits as digits_module
 def digits(tmp_path_factory):
     """A data folder: train/ (1,000 images, 8 shards), test/ (797), class names, templates, digits-vit.json."""
     return digits_module.write(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def start(digits, tmp_path_factory):
+    """Random weights of the digits' model, from which several runs can start."""
+    open_clip.add_model_config(digits / "digits-vit.json")
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("start") / "start.pt"
+    torch.save(open_clip.create_model("digits-vit").state_dict(), path)
+    return path
 
 
 @pytest.fixture(autouse=True)

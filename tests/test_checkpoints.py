@@ -46,6 +46,9 @@ def mistakes(folder):
     (folder / "cut.safetensors").write_bytes((folder / "whole.safetensors").read_bytes()[:-3])
     torch.save({"epoch": 3}, folder / "none.pt")
     torch.save([1, 2], folder / "list.pt")
+    (folder / "text.pt").write_text("text\n")
+    (folder / "words.pt").write_text("elephants are grey\n")
+    torch.save({"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, folder / "nan.pt")
     torch.jit.script(torch.nn.Linear(2, 2)).save(folder / "jit.pt")
 
 
@@ -61,6 +64,9 @@ def test_bad_files_are_one_sentence_and_their_code_does_not_run(tmp_path):
         "none.pt": "holds no weights",
         "list.pt": "holds no weights",
         "jit.pt": "TorchScript",
+        "text.pt": "is not a whole checkpoint",
+        "words.pt": "is not a whole checkpoint",
+        "nan.pt": r"NaN, in 1 of 2 tensors, first a\): its training has diverged",
         "gone.pt": "there is no checkpoint",
     }
     for name, message in expected.items():

@@ -265,6 +265,7 @@ def test_kill_ends_the_run_that_is_on_with_one_line_and_status_143(argv, tmp_pat
         ),
         (["--methods", "flyp,flyp"], "not different ones"),
         (["--seeds", "3:1"], "--seeds '3:1' is not numbers"),
+        (["--seeds", "0:10000000000"], "--seeds 0:10000000000 are more than 1000"),
         (["--lr", "0"], "--lr '0' has one that is not above 0"),
         (["--methods", "flyp,lp"], r"\(--lr 2 and --lp-c 4 values\); give as many"),
         (

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import open_clip
@@ -96,6 +97,33 @@ def test_force_quick_gelu_goes_into_the_folder(tmp_path):
     assert (
         json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]["act_layer"] == "quick_gelu"
     )
+
+
+def test_the_classes_of_a_set_to_train_on_will_do(tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copytree(root() / "data" / "test", tmp_path / "data" / "train")
+    shutil.copy(root() / "data" / "classnames.txt", tmp_path / "data")
+    argv = ["export", checkpoint("tiny-digits", 15), "--model", "tiny-digits", "--format", "timm"]
+    flyp(*argv, "--data", tmp_path / "data", "--out", tmp_path / "it")
+    assert json.loads((tmp_path / "it" / "config.json").read_text())["label_names"] == NAMES
+
+
+def test_a_place_that_cannot_be_one_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    argv = [
+        "export",
+        checkpoint("tiny-digits", 15),
+        "--model",
+        "tiny-digits",
+        "--format",
+        "open_clip",
+        "--force",
+    ]
+    for out, match in ((".", r"\. is no export"), ("file/it", "file/it could not be written")):
+        with pytest.raises(InputError, match=match):
+            flyp(*argv, "--out", out)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def variant(**vision):

@@ -170,6 +170,11 @@ def test_what_is_given_comes_before_what_is_found(tmp_path):
     (tmp_path / "other.txt").write_text("bird\n")
     prompts = resolve_prompts([str(tmp_path / "0.tar")], str(tmp_path / "other.txt"), "my {c}")
     assert (prompts.classnames, prompts.templates) == (["bird"], ["my {c}"])
+    (tmp_path / "other.txt").write_text("dog\ncat\n")
+    with pytest.raises(
+        InputError, match=r"other\.txt has the class names of .*classnames\.txt in another order"
+    ):
+        resolve_prompts([str(tmp_path / "0.tar")], str(tmp_path / "other.txt"))
 
 
 def test_without_templates_the_prompt_is_a_photo_of_a(tmp_path):

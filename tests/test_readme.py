@@ -155,7 +155,7 @@ def test_an_hour_with_your_own_images(shell, tmp_path, digits):
 
 def test_the_python_runs(tmp_path, digits, monkeypatch):
     data = load_digits()
-    photos(tmp_path / "photos/test", data.images[-60:], data.target[-60:], names="0123456789")
+    photos(tmp_path / "photos/test", data.images[-60:], data.target[-60:])
     (tmp_path / "data").symlink_to(digits)
     monkeypatch.chdir(tmp_path)
     open_clip.add_model_config(digits / "digits-vit.json")

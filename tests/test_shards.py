@@ -257,9 +257,18 @@ def test_mistakes_in_a_folder_are_one_sentence(photos, tmp_path):
     fails("only one class, 'cat'", tmp_path / "empty")
     (tmp_path / "splits" / "train").mkdir(parents=True)
     fails("splits, not classes", tmp_path / "splits")
+    for folders, match in (
+        (["a  b", "a b"], "'a  b' and 'a b' in .* are one class"),
+        ([b"caf\xe9"], "not UTF-8"),
+    ):
+        same = tmp_path / f"names{len(folders)}"
+        for name in map(os.fsdecode, folders):
+            (same / name).mkdir(parents=True)
+        fails(match, same)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
     fails("not empty", photos, "full")
+    fails("mine is a file", photos, "full/mine")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "classnames.txt").write_text("one\ntwo\n")
     fails(r"the class 'eight' \(and 7 more\) is not in the list of 2", photos, "data/train")
@@ -428,11 +437,12 @@ def test_check_describes_a_good_set(data, capsys):
     assert "200 samples in 16 shards" in capsys.readouterr().out
 
 
-def test_check_looks_at_train_and_test(photos, tmp_path, capsys):
-    for split in ("train", "test"):
+@pytest.mark.parametrize("other", ["test", "val"])
+def test_check_looks_at_all_splits_train_first(photos, tmp_path, capsys, other):
+    for split in (other, "train"):
         write(str(photos), str(tmp_path / split))
     assert flyp(["shards", "check", str(tmp_path), "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)) == [f"{tmp_path}/train", f"{tmp_path}/test"]
+    assert list(json.loads(capsys.readouterr().out)) == [f"{tmp_path}/train", f"{tmp_path}/{other}"]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -42,16 +42,6 @@ def launch(digits, tmp_path):
     return launch
 
 
-@pytest.fixture(scope="session")
-def start(digits, tmp_path_factory):
-    """Starting weights that two runs can share."""
-    open_clip.add_model_config(digits / f"{MODEL}.json")
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("start") / "start.pt"
-    torch.save(open_clip.create_model(MODEL).state_dict(), path)
-    return path
-
-
 def run_of(digits, logs, workers):
     """The command line of a short run, without a name."""
     argv = ["--model", MODEL, "--model-config", f"{digits}/{MODEL}.json", "--train-data", str(digits)]
@@ -457,6 +447,19 @@ def bad(digits, tmp_path):
         (["--model-config", "{bad}/none.json"], r"no model configuration .*none\.json"),
         (["--templates", "a photo of a cat"], r"a photo of a cat"),
         (["--train-num-samples", "0"], r"--train-num-samples 0"),
+        (["--lr", "-1"], r"--lr -1\.0 is out of range"),
+        (["--lr", "nan"], r"--lr nan is out of range"),
+        (["--wd", "-1"], r"--wd -1\.0 is out of range"),
+        (["--warmup", "-3"], r"--warmup -3 is out of range"),
+        (["--beta1", "2"], r"--beta1 2 is out of range"),
+        (["--lr", "fast"], r"^Error: argument --lr: invalid float value: 'fast' \(see --help"),
+        (["--learning-rate", "1"], r"^Error: unrecognized arguments: --learning-rate 1 \(see --help"),
+        (["--report-to", "wandb"], r"needs the package wandb: pip install wandb"),
+        (
+            ["--logs", "{bad}/empty.txt/logs"],
+            r"empty\.txt/logs/.* cannot be written to \(Not a dir.*another --logs",
+        ),
+        (["--pretrained", "{bad}/empty.txt"], r"empty\.txt is not a whole checkpoint"),
         (["--accum-freq", "50", "--batch-size", "100"], r"fewer than --accum-freq 50"),
         (["--train-data-upsampling-factors", "1"], r"add --dataset-resampled"),
         (["--dataset-type", "csv"], r"`flyp shards write`"),

@@ -1,0 +1,152 @@
+"""What is found in a run's folder: nothing of it is written over, and a run goes on as the one that it was."""
+
+import json
+import os
+import shlex
+import shutil
+
+import pytest
+import torch
+
+from flyp_plugin import cli
+from flyp_plugin.errors import InputError
+from flyp_plugin.train import train
+from tests.faults import kills
+
+
+@pytest.fixture(scope="module")
+def once(digits, tmp_path_factory):
+    """The folder of a run of an epoch, with a checkpoint and figures."""
+    folder = tmp_path_factory.mktemp("logs") / "run"
+    assert train([*kills.flags(digits, folder), "--epochs", "1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def again(digits, once, tmp_path):
+    """Start the run again, in a copy of its folder; returns the folder and what out.log has got."""
+    folder = tmp_path / "run"
+    shutil.copytree(once, folder)
+
+    def again(*flags):
+        before = (folder / "out.log").read_text() if (folder / "out.log").exists() else ""
+        assert train([*kills.flags(digits, folder), "--epochs", "1", *flags]) == 0
+        return (folder / "out.log").read_text()[len(before) :]
+
+    again.folder = folder
+    return again
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_with_checkpoints_or_figures_is_refused_even_without_its_log(again):
+    folder = again.folder
+    for gone in (None, "out.log", "checkpoints/epoch_1.pt"):
+        if gone:
+            (folder / gone).unlink()
+        before = content(folder)
+        with pytest.raises(InputError, match=f"there is a run in {folder}; choose another --name"):
+            again()
+        assert content(folder) == before
+
+
+def test_where_a_resumed_run_starts_is_told_and_no_figure_is_lost(again):
+    figures = again.folder / "checkpoints" / "results.jsonl"
+    rows = figures.read_text()
+    assert "is finished: it has had its 1 epochs" in again("--resume", "latest")
+    assert figures.read_text() == rows
+    (again.folder / "checkpoints" / "epoch_1.pt").unlink()
+    said = again("--resume", "latest")
+    assert f"There is no checkpoint in {again.folder} to resume: this run starts at the beginning" in said
+    assert f"are now in {figures.with_name('results.1.jsonl')}" in said
+    assert figures.with_name("results.1.jsonl").read_text() == rows
+
+
+def test_other_settings_are_named_and_another_model_or_objective_is_refused(again):
+    before = content(again.folder)
+    for flag, value, was in (("--objective", "ce", "flyp"), ("--model", "ViT-S-32", "digits-vit")):
+        with pytest.raises(InputError, match=f"is one with {flag} {was} and not {value}"):
+            again("--resume", "latest", flag, value)
+    kept = {path: text for path, text in content(again.folder).items() if path.name != "out.log"}
+    assert kept == {path: text for path, text in before.items() if path.name != "out.log"}
+    said = again("--resume", "latest", "--epochs", "2", "--seed", "7", "--log-every-n-steps", "3")
+    assert "other settings than before (in brackets): --epochs 2 (1), --seed 7 (0)." in said
+    said = again("--resume", "latest", "--epochs", "2", "--seed", "7", "--workers", "0")
+    assert "other settings" not in said
+
+
+def test_a_start_that_fails_leaves_its_name_free(digits, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match="give --lock-text-freeze-layer-norm"):
+        train([*kills.flags(digits, folder), "--lock-text"])
+    assert os.listdir(tmp_path) == []
+    assert train([*kills.flags(digits, folder), "--epochs", "1"]) == 0
+
+
+def test_training_that_diverges_stops_before_it_is_saved(digits, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match=r"epoch 1 has left weights that are no finite numbers \(\w+.*lower"):
+        train([*kills.flags(digits, folder), "--lr", "1e30"])
+    rows = [json.loads(line) for line in (folder / "checkpoints/results.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0] and not list(folder.glob("checkpoints/*.pt"))
+
+
+def test_random_weights_are_told_of_at_the_start_and_at_the_end(digits, tmp_path):
+    folder = tmp_path / "run"
+    train([*kills.flags(digits, folder), "--epochs", "1", "--pretrained", ""])
+    assert (folder / "out.log").read_text().count(
+        "There is no --pretrained: training starts from random"
+    ) == 2
+
+
+def test_a_run_of_another_size_is_evaluated_merged_and_exported_with_its_flags_alone(digits, start, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*kills.flags(digits, folder), "--epochs", "1", "--eval-data", f"val={digits}"]
+    size = ["--force-image-size", "24", "--force-context-length", "40"]
+    assert train([*flags, "--pretrained", str(start), *size]) == 0
+    log = (folder / "out.log").read_text()
+    command = shlex.split(log.rpartition("\n  flyp ")[2])
+    assert " ".join(size) in " ".join(command)
+    cli.call([*command, "--alphas", "0,1"])
+    last = json.loads((folder / "wiseft/wiseft.json").read_text())["alphas"]["1.00"]["val"]
+    trained = json.loads((folder / "checkpoints/results.jsonl").read_text().splitlines()[-1])
+    assert last["top1"] == trained["val/top1"] and last["macro_f1"] == trained["val/macro_f1"]
+
+    checkpoint = str(folder / "checkpoints" / "epoch_1.pt")
+    model = ["--model", "digits-vit", "--model-config", f"{digits}/digits-vit.json", "--device", "cpu"]
+    for some, missing in ((size[:2], "context-length"), (size[2:], "image-size")):
+        with pytest.raises(InputError, match=f"of another size.*; give --force-{missing} as in its training"):
+            cli.call(["eval", checkpoint, *model, *some, "--eval-data", f"val={digits}"])
+    for form in ("timm", "open_clip"):
+        more = ["--data", str(digits)] if form == "timm" else []
+        cli.call(
+            ["export", checkpoint, *model, *size, *more, "--format", form, "--out", str(tmp_path / form)]
+        )
+    config = json.loads((tmp_path / "open_clip/open_clip_config.json").read_text())["model_cfg"]
+    assert config["vision_cfg"]["image_size"] == [24, 24] and config["text_cfg"]["context_length"] == 40
+    assert json.loads((tmp_path / "timm/config.json").read_text())["model_args"]["img_size"] == 24
+
+
+def test_weights_that_are_nan_are_refused_by_every_command(digits, start, tmp_path):
+    bad = tmp_path / "bad.pt"
+    weights = torch.load(start)
+    weights["visual.conv1.weight"][0] = float("nan")
+    torch.save(weights, bad)
+    model = ["--model", "digits-vit", "--model-config", f"{digits}/digits-vit.json"]
+    val = ["--eval-data", f"val={digits}"]
+    merge = ["wiseft", *model, "--alpha", "0.5", "--out", str(tmp_path / "out")]
+    for words in (
+        ["eval", str(bad), *model, *val],
+        [*merge, "--pretrained", str(start), "--finetuned", str(bad)],
+        [*merge, "--pretrained", str(bad), "--finetuned", str(start)],
+        ["export", str(bad), *model, "--format", "open_clip", "--out", str(tmp_path / "out")],
+        ["train", *model, "--train-data", str(digits), "--pretrained", str(bad), "--logs", str(tmp_path)],
+        ["compare", *model, "--train-data", str(digits), "--pretrained", str(bad), *val, "--out", str(tmp_path / "out")],
+    ):  # fmt: skip
+        with pytest.raises(
+            InputError, match=r"bad\.pt has weights that are no numbers \(NaN, in 1 of 74 tensors"
+        ):
+            cli.call(words)
+    assert sorted(os.listdir(tmp_path)) == ["bad.pt"]
