@@ -159,21 +159,26 @@ def run(plan: "FlypRun") -> int:
                 raise
             folder = Path(args.logs, args.name or "")
             raise InputError(f"{folder} cannot be written to ({error.strerror}); {mend}.") from error
-        except RuntimeError as error:
-            if not _between_ranks(error):
-                raise
+        except (RuntimeError, ValueError, KeyError) as error:
             _log.debug(error, exc_info=True)
-            raise _alone(args, error) from None
+            if _between_ranks(error):
+                raise _alone(args, error) from None
+            if not (args.resume and seams.model and seams.train is None):  # where it is read
+                raise
+            raise InputError(
+                f"open_clip could not resume from {args.resume} ({shorten(str(error), 300, placeholder=' ...')}); give the "
+                "flags and take the version of open_clip that it was trained with."
+            ) from None
         plan.finish()
     return 0
 
 
-def _between_ranks(error: RuntimeError) -> bool:
+def _between_ranks(error: Exception) -> bool:
     """Whether it came out of a collective: gloo's errors have no type of their own."""
     return isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error)
 
 
-def _alone(args: Namespace, error: RuntimeError) -> InputError:
+def _alone(args: Namespace, error: Exception) -> InputError:
     """What a rank says that is left by the others, whose own error is the one to mend."""
     reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0][:200]
     again = f"--name {args.name} --resume latest" if args.name else "the same command"

@@ -200,7 +200,7 @@ def _class_prompts(found: list, data: Path, classnames: str | None, templates: s
     else:
         numbers = all(name.isdecimal() for name in found)
         prompts = ClassPrompts(sorted(set(found), key=int if numbers else str), prompts.templates)
-        _log.info(f"Class order: sorted, {len(prompts.classnames)} names, in {data / CLASSNAMES}.")
+        _log.info(f"Class order: sorted, {len(prompts.classnames)} names, for {data / CLASSNAMES}.")
         if numbers:
             _log.warning(f"The class names are numbers ({prompts(0, 0)!r}); --classnames FILE names them.")
     if len(prompts.classnames) < 2:

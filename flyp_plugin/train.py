@@ -31,7 +31,7 @@ from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, class_rows, fit_head
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.prompts import resolve_prompts
-from flyp_plugin.sources import count_samples, expand_sources
+from flyp_plugin.sources import count_samples, expand_sources, is_url
 from flyp_plugin.text import shorten
 
 # other defaults, which show what the user gives; the number is one that nobody gives
@@ -67,6 +67,8 @@ class FlypRun:
             checkpoints.add_model_config(args.model_config)
         checkpoints.check_names(args.model, args.pretrained)
         checkpoints.check_file(args.pretrained)
+        if args.resume not in (None, "latest") and not is_url(args.resume):
+            checkpoints.read_state_dict(args.resume)
         _check_numbers(args)
         _check_reports(args.report_to)
         if rank == 0:

@@ -77,6 +77,24 @@ def test_other_settings_are_named_and_another_model_or_objective_is_refused(agai
     assert "other settings" not in said
 
 
+def test_a_checkpoint_that_cannot_be_resumed_from_is_a_sentence(digits, once, start, tmp_path):
+    flags = kills.flags(digits, tmp_path / "run")
+    trained = str(once / "checkpoints" / "epoch_1.pt")
+    for resume, more, match in (
+        (str(tmp_path / "none.pt"), [], "there is no checkpoint .*none.pt"),
+        (trained, ["--lock-image"], "could not resume from .*; give the flags"),
+        (
+            trained,
+            ["--force-context-length", "30"],
+            r"could not resume from .*size mismatch.*; give the flags",
+        ),
+    ):
+        with pytest.raises(InputError, match=match) as error:
+            train([*flags, *more, "--resume", resume])
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    assert train([*flags, "--epochs", "2", "--resume", trained]) == 0
+
+
 def test_a_start_that_fails_leaves_its_name_free(digits, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(InputError, match="give --lock-text-freeze-layer-norm"):
