@@ -28,6 +28,7 @@ from itertools import product
 from multiprocessing import Pool
 from pathlib import Path
 
+import torch
 import webdataset
 from icon_looks import LOOKS, PIXELS, Drawing, drawings, families, png
 
@@ -162,12 +163,24 @@ def checkpoint(cache: Path, epochs: int) -> Path:
     return cache / f"logs/pretrain{epochs}/checkpoints/epoch_{epochs}.pt"
 
 
+def at_temperature(pretrained: Path, scale: float) -> Path:
+    """The same weights with another logit_scale.exp(), beside them. Zero-shot accuracy does not depend on it."""
+    weights = torch.load(pretrained, map_location="cpu", weights_only=True)["state_dict"]
+    print(f"{pretrained} has a scale of {weights['logit_scale'].exp():.1f}; here {scale:g}.")
+    path = pretrained.with_name(f"{pretrained.stem}_scale{scale:g}.pt")
+    torch.save(weights | {"logit_scale": torch.tensor(scale).log()}, path)
+    return path
+
+
 def compare(question: str, cache: Path, out: Path, args: argparse.Namespace, more: list[str]) -> None:
     """`flyp compare`, which does what is not done yet."""
     sets = {"val": "few/val" if question == "shots4" else "id/val", "id": "id"}
     sets |= {look: look for look in LOOKS if look != "outline"}
     command = ["--model-config", f"{cache}/icon-clip.json", "--train-data", f"{cache}/id"]
-    command += ["--pretrained", str(args.pretrained or checkpoint(cache, args.pretrain_epochs))]
+    pretrained = args.pretrained or checkpoint(cache, args.pretrain_epochs)
+    if args.logit_scale:
+        pretrained = at_temperature(pretrained, args.logit_scale)
+    command += ["--pretrained", str(pretrained)]
     for name, source in sets.items():
         command += ["--eval-data", f"{name}={cache}/{source}"]
     command += ["--id-test", "id", "--seeds", args.seeds]
@@ -215,7 +228,8 @@ def main() -> None:
     many = steps.add_parser("compare", help="flyp compare; further flags go to it", allow_abbrev=False)
     text = f"of {', '.join(QUESTIONS)}; all, if none is named"
     many.add_argument("questions", nargs="*", default=list(QUESTIONS), help=text)
-    many.add_argument("--pretrained", metavar="PATH", help="other weights than pretrain's")
+    many.add_argument("--pretrained", type=Path, metavar="PATH", help="other weights than pretrain's")
+    many.add_argument("--logit-scale", type=float, metavar="S", help="start from this logit_scale.exp()")
     many.add_argument("--results", type=Path, metavar="FOLDER", help="(default: compareN in --out)")
     many.add_argument("--seeds", default="0:5", help="(default: %(default)s)")
     for step in (data, one, many):
