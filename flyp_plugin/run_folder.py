@@ -16,7 +16,7 @@ from flyp_plugin.sources import write_atomically
 RESULTS = "checkpoints/results.jsonl"
 # of params.txt: what says where a run is, how it is watched and on what it runs; all else changes its weights
 _ANYTHING = re.compile(
-    "resume|name|logs|.*_path|workers|device|rank|local_rank|distributed|dist_.*|.*data|.*_frequency|report_to|"
+    "resume|name|logs|.*_path|workers|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
     "wandb.*|tensorboard|log_.*|debug|save_.*|delete_.*|remote_.*|copy_codebase|retries|max_lost|group_key|cache_dir|"
     "imagenet_.*|demo|help_.*|no_flyp_defaults"
 )
