@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from scipy import stats
 
 from flyp_plugin import cli, compare, report
@@ -191,8 +192,9 @@ def test_each_run_keeps_its_command_and_what_was_not_chosen_only_its_figures(fin
         )
         assert "lr: " + command[command.index("--lr") + 1] in (run / "params.txt").read_text()
     sweep = shlex.split((finished / f"runs/flyp_lr{lr}_seed1/wiseft/command.txt").read_text())
-    for flag in ("--model-config", "--device", "--batch-size", "--workers", "--precision"):
+    for flag in ("--model-config", "--batch-size", "--workers", "--precision"):
         assert flag in sweep
+    assert ("--device" in sweep) == torch.cuda.is_available()  # where cpu is not the default
 
 
 def test_a_run_that_fails_is_told_with_its_folder_and_last_lines(finished, argv, monkeypatch, caplog):
@@ -249,8 +251,9 @@ def test_kill_ends_the_run_that_is_on_with_one_line_and_status_143(argv, tmp_pat
         process.terminate()
         said = process.stderr.read().splitlines()
     assert process.returncode == 143 and said[-1] == "Terminated."
-    assert said[0].startswith(
-        "Plan: 3 trainings (for each of 1 methods and settings 2 on seed 0 to choose from, then 1 on more"
+    assert said[0] == (
+        "Plan: 3 trainings and 2 sweeps over alpha, of which 0 are finished already. In each table each method is trained "
+        "with 2 values on seed 0, and with the best of them on 1 more seeds."
     )
     with alone(tmp_path / "out"):  # which the training would hold
         assert not (log.parent / "finished.json").exists()

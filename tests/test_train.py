@@ -459,7 +459,7 @@ def bad(digits, tmp_path):
             ["--logs", "{bad}/empty.txt/logs"],
             r"empty\.txt/logs/.* cannot be written to \(Not a dir.*another --logs",
         ),
-        (["--pretrained", "{bad}/empty.txt"], r"empty\.txt is not a whole checkpoint"),
+        (["--pretrained", "{bad}/empty.txt"], r"empty\.txt is (refused|not a whole checkpoint)"),
         (["--accum-freq", "50", "--batch-size", "100"], r"fewer than --accum-freq 50"),
         (["--train-data-upsampling-factors", "1"], r"add --dataset-resampled"),
         (["--dataset-type", "csv"], r"`flyp shards write`"),
