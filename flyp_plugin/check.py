@@ -138,10 +138,13 @@ def check_command(args: argparse.Namespace) -> int:
     """flyp shards check; status 1 where something is wrong"""
     from flyp_plugin.prompts import resolve_prompts
 
-    reports = {}
+    reports, names = {}, None
     for split in _splits(args.source, args.split):
         shards = local_shards(args.source, split)
         prompts = resolve_prompts(shards, args.classnames, args.templates)
+        if names not in (None, prompts.classnames):
+            _log.warning(f"The class names of {shards[0]} are another list than those of the split before.")
+        names = prompts.classnames
         keys = {"label_key": args.label_key, "image_key": args.image_key}
         found = check(shards, len(prompts.classnames), workers=args.workers, **keys)
         reports[os.path.dirname(shards[0]) or "."] = _report(shards, found, prompts)

@@ -31,6 +31,7 @@ PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of images; fl
 FORCED = ("force_image_size", "force_context_length", "force_custom_text")  # flags that make a model another
 _SCHEMA = r"(hf-hub|local-dir):"  # names that are places
 _OF_JAX = (".npz", ".npy")  # weights that open_clip reads and we do not
+_log = logging.getLogger(__name__)
 
 
 def _allow_numbers_of_numpy() -> None:
@@ -56,7 +57,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
     Raises:
         InputError: no file, a truncated one, one with more than tensors in its pickle (nothing of it is run),
-            one that holds no weights, or one with weights that are NaN.
+            one that holds no weights, or one with weights that are NaN or infinite.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,10 +82,12 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     tensors = isinstance(weights, dict) and all(isinstance(v, torch.Tensor) for v in weights.values())
     if not tensors or not weights:
         raise InputError(f"{path} holds no weights; give a state_dict, or a checkpoint of open_clip.")
-    diverged = [key for key, tensor in weights.items() if tensor.is_floating_point() and tensor.isnan().any()]
+    diverged = [
+        key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()
+    ]
     if diverged:
         raise InputError(
-            f"{path} has weights that are no numbers (NaN, in {len(diverged)} of {len(weights)} tensors, first "
+            f"{path} has weights that are no finite numbers (in {len(diverged)} of {len(weights)} tensors, first "
             f"{diverged[0]}): its training has diverged; take an earlier checkpoint."
         )
     # the wrappers that DistributedDataParallel and torch.compile leave in the names
@@ -125,6 +128,10 @@ def check_names(model_name: str, pretrained: str) -> None:
         raise InputError(f"open_clip has no model {model_name}; {hint}")
     known = not pretrained or os.path.isfile(pretrained)
     if not known and (schema or not open_clip.get_pretrained_cfg(model_name, pretrained)):
+        if os.path.isdir(pretrained):
+            raise InputError(
+                f"{pretrained} is a folder; give a checkpoint in it (a run's: checkpoints/epoch_N.pt)."
+            )
         tags = open_clip.list_pretrained_tags_by_model(model_name)
         known_tags = f"its tags are {', '.join(tags)}" if tags else "it has no tags"
         raise InputError(
@@ -202,11 +209,13 @@ def _check_sizes(model: Model, state: StateDict, what: str, kwargs: Mapping[str,
     """InputError where open_clip has resized position embeddings and was not told to by its flags."""
     for key, tensor in model.state_dict().items():
         flag = "force_image_size" if key.startswith("visual.") else "force_context_length"
-        if key in state and state[key].shape != tensor.shape and not kwargs.get(flag):
-            raise InputError(
-                f"{what} of another size ({key} is {tuple(state[key].shape)} and not {tuple(tensor.shape)}); give "
-                f"--{flag.replace('_', '-')} as in its training."
+        if key in state and state[key].shape != tensor.shape:
+            what = (
+                f"{what} of another size ({key} is {tuple(state[key].shape)} and not {tuple(tensor.shape)})"
             )
+            if not kwargs.get(flag):
+                raise InputError(f"{what}; give --{flag.replace('_', '-')} as in its training.")
+            _log.warning(f"{what}, and is resized.")
 
 
 def towers(state: StateDict) -> dict[str, torch.Tensor]:

@@ -288,7 +288,7 @@ def call(argv: Sequence[str]) -> int | None:
     if vars(args).pop("passes_on", False):
         args.train_flags = rest
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (see flyp {argv[0]} --help)")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return args.function(args)
 

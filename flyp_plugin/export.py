@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,10 @@ from flyp_plugin.learned import HEAD
 from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.sources import expand_source
 
+# what an export has: configuration, weights, and what Hugging Face's tokenizers write
+_WRITTEN = re.compile(
+    r"(open_clip_)?(config\.json|model\.safetensors)|.*(token|vocab|sentencepiece|spiece|merges).*\.(json|txt|model)"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -204,6 +209,10 @@ def _check_twin(classifier: ImageClassifier, twin: Any, pretrained_cfg: dict[str
     _, height, width = pretrained_cfg["input_size"]
     images = torch.randn(4, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     ours = classifier.model.encode_image(images) @ classifier.head
+    if not ours.isfinite().all():
+        raise InputError(
+            "the model's logits are no finite numbers: its training has diverged; take other weights."
+        )
     if not torch.allclose(twin.to(device)(images), ours, rtol=1e-3, atol=1e-3 * ours.abs().max().item()):
         raise _no_twin("its options change the features in a way that timm's model of it has not")
     pixels = np.random.default_rng(0).integers(0, 256, (height + 7, 2 * width + 5, 3), dtype=np.uint8)
@@ -221,12 +230,16 @@ def _no_twin(what: str) -> InputError:
 
 
 def _refuse_other(path: Path, force: bool) -> None:
-    """`refuse_existing`, and with `force` all but an empty folder and one with a model's configuration in it."""
+    """`refuse_existing`, and with `force` all but an empty folder and one with nothing but an export in it."""
     refuse_existing(path, force)
-    ours = any((path / name).is_file() for name in ("config.json", "open_clip_config.json"))
-    if path.exists() and not ours and (path.is_file() or any(path.iterdir())):
+    if not path.exists():
+        return
+    names = sorted(os.listdir(path)) if path.is_dir() else [path.name]
+    others = [name for name in names if not _WRITTEN.fullmatch(name) or (path / name).is_dir()]
+    if others or (names and not any(name.endswith(".safetensors") for name in names)):
         raise InputError(
-            f"{path} is no export, so it is not written over, by --force neither; give another name."
+            f"{path} is no export ({(others or names)[0]}), so it is not written over, by --force neither; give another "
+            "name."
         )
 
 

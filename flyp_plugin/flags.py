@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+from flyp_plugin.errors import InputError
 from flyp_plugin.sources import IMAGE_KEY, RETRIES
 
 GLOBAL_BATCH = 512
@@ -36,9 +37,14 @@ def as_words(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help).")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of FLYP's own flags; it takes no abbreviations, so that it catches none of open_clip's."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train_flyp.py",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -95,7 +95,7 @@ def wiseft_command(args: argparse.Namespace) -> None:
     if others:
         _log.warning(f"Not of this merge, but still in {out}/ from one before: {', '.join(others)}.")
     words = ["flyp", "export", str(out / merged_name(chosen)), *model_flags(args, model), "--data",
-             sets[0].source if sets else "DIR", "--format", "timm", "--out", "classifier"]  # fmt: skip
+             sets[0].source if sets else "DIR", "--format", "timm", "--out", str(out / "classifier")]  # fmt: skip
     _log.info(f"Next: {shlex.join(words)}")
 
 
@@ -155,6 +155,10 @@ def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) ->
         raise InputError("frontier.png needs matplotlib; pip install 'flyp-plugin[plot]'.")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} cannot be made a folder: there is a file of that name; give another --out.")
+    if any(out.glob("epoch_*.pt")):
+        raise InputError(
+            f"{out} holds a run's checkpoints, the newest of which is resumed; give another --out."
+        )
     for name in [*map(merged_name, alphas), "wiseft.json", *(["frontier.png"] if draw else [])]:
         refuse_existing(out / name, force)
 

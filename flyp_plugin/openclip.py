@@ -142,6 +142,8 @@ def run(plan: "FlypRun") -> int:
                 seams.lock()
                 run_folder.check_free(args)
                 run_folder.clear_up(Path(args.logs, args.name))
+                if seams.latest:
+                    run_folder.check_checkpoints(Path(args.logs, args.name))
             if main([]) == -1:  # its parser's answer is the plan's
                 if not seams.named and not args.remote_sync:  # the name that its clock has made up is taken
                     run_folder.check_free(args)
@@ -313,7 +315,7 @@ class _Seams:
             folder = Path(self.plan.args.logs, self.plan.args.name)
             self.stack.enter_context(alone(folder, inherited=False))
             self.locked = True
-            if not self.named or not (folder / "out.log").exists():
+            if not self.named or not run_folder.has_begun(folder):
                 self.stack.callback(self._withdraw_unless_started, folder)
 
     def _withdraw_unless_started(self, folder: Path) -> None:

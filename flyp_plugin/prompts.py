@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from flyp_plugin.errors import CONTROLS, InputError
-from flyp_plugin.sources import find_beside, read_text
+from flyp_plugin.sources import all_beside, find_beside, lines_of, read_text
 
 CLASSNAMES = {"imagenet": open_clip.IMAGENET_CLASSNAMES}
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
@@ -182,8 +182,8 @@ def resolve_prompts(
     Raises:
         InputError: there are no class names, or a file has a mistake in it.
     """
-    own = find_beside(shards, "classnames.txt")
-    classnames = classnames or own
+    own = all_beside(shards, "classnames.txt") if classnames else []
+    classnames = classnames or find_beside(shards, "classnames.txt")
     if classnames is None:
         raise InputError(
             f"there is no classnames.txt beside {shards[0]} or in the folder above; give the class names with "
@@ -193,19 +193,22 @@ def resolve_prompts(
     if templates is None:
         _log.info(f"There are no templates beside {shards[0]}; the prompts are '{DEFAULT_TEMPLATE}'.")
     prompts = ClassPrompts.from_files(classnames, templates or DEFAULT_TEMPLATE)
-    if own and own != classnames:
-        _check_order(prompts.classnames, classnames, own)
+    for path in own:
+        _check_order(prompts.classnames, classnames, path)
     return prompts
 
 
 def _check_order(names: list[str], path: str, own: str) -> None:
-    """InputError where the names that are given are those beside the shards, whose labels are their line numbers, shuffled."""
-    there = [line.strip() for line in (read_text(own) or "").rstrip().split("\n")]
-    if names != there and sorted(names) == sorted(there):
-        raise InputError(
-            f"{path} has the class names of {own} in another order; the labels in the shards are line numbers of that, so "
-            "use its order."
-        )
+    """InputError where a name that is given is another line of the list beside the shards, which their labels number."""
+    there, here = (
+        {name: line for line, name in reversed(list(enumerate(some, 1)))} for some in (lines_of(own), names)
+    )
+    for name, line in sorted(there.items(), key=lambda item: item[1]):
+        if here.get(name, line) != line:
+            raise InputError(
+                f"{name!r} is line {here[name]} of {path} and line {line} of {own}; the labels in the shards are line "
+                "numbers of the latter, so give the same order."
+            )
 
 
 def fill(template: str, name: str) -> str:

@@ -35,6 +35,7 @@ def from_folder(source: str, **columns: str) -> tuple[list[Row], list[str]]:
     others = [str(entry) for entry in entries if not entry.is_dir()]
     for folder in folders:
         for top, inner, names in os.walk(folder, onerror=unreadable):
+            others += [path for name in inner if os.path.islink(path := os.path.join(top, name))]
             inner[:] = [name for name in inner if not name.startswith(".")]  # .ipynb_checkpoints
             paths = {name: os.path.join(top, name) for name in names}
             images = {name for name in names if image_ending(name) and name[0] != "."}  # ._a.jpg is no image
@@ -43,7 +44,9 @@ def from_folder(source: str, **columns: str) -> tuple[list[Row], list[str]]:
     if not rows:
         raise InputError(f"the class folders in {source} hold no {IMAGES} files; check the path.")
     if others:
-        _log.info(f"Left out {len(others)} files that are not {IMAGES}, such as {min(others)}.")
+        _log.info(
+            f"Left out {len(others)} that are not {IMAGES} files, or are links to folders, such as {min(others)}."
+        )
     return sorted(rows), [_one_line(folder.name) for folder in folders]
 
 
@@ -107,6 +110,13 @@ def from_table(
         elif not image_ending(image):
             raise InputError(f"{image} ({path}, line {line}) is not a {IMAGES} file; convert it first.")
         rows.append((image, _one_line(row[label_col]), row[group_col].strip() if group_col else None))
+    two = sorted(
+        path for path, count in Counter(path for path, _ in {row[:2] for row in rows}).items() if count > 1
+    )
+    if two:
+        _log.warning(
+            f"{len(two)} images are in more than one class, such as {two[0]}: each is written for each."
+        )
     if missing:
         number = f"{len(missing)} of {len(rows)}"
         raise InputError(f"{number} images of {path} are not there, first {missing[0]}; check --root.")

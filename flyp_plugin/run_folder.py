@@ -14,6 +14,7 @@ from flyp_plugin.flags import as_words
 from flyp_plugin.sources import write_atomically
 
 RESULTS = "checkpoints/results.jsonl"
+_RECORDS = ("out.log", "params.txt")
 # of params.txt: what says where a run is, how it is watched and on what it runs; all else changes its weights
 _ANYTHING = re.compile(
     "resume|name|logs|.*_path|workers|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
@@ -24,14 +25,32 @@ _NEVER = ("model", "objective")  # their weights are others
 _log = logging.getLogger(__name__)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether open_clip has written there for a run."""
+    return any((folder / name).exists() for name in _RECORDS)
+
+
 def check_free(args: Namespace) -> None:
     """InputError where a run of this name is there and is not to be resumed, which open_clip says less well."""
     if not args.name or args.resume == "latest":  # without a name open_clip makes up a new one
         return
     folder = Path(args.logs, args.name)
-    if any(folder.glob("out.log")) or any(folder.glob("checkpoints/*.*")):
+    if has_begun(folder) or any(folder.glob("checkpoints/*.*")):
         raise InputError(
             f"there is a run in {folder}; choose another --name, or go on with it by --resume latest."
+        )
+
+
+def check_checkpoints(folder: Path) -> None:
+    """InputError where open_clip would resume from what is not a run's own: of all files it takes the last by name."""
+    others = [
+        path
+        for path in sorted(folder.glob("checkpoints/*.pt"))
+        if not re.match(r"epoch_(\d+|latest)\.", path.name)
+    ]
+    if others:
+        raise InputError(
+            f"{others[0]} is no checkpoint of this run, but --resume latest would take it for one; move it elsewhere."
         )
 
 
@@ -71,7 +90,14 @@ def check_settings(args: Namespace) -> None:
         changes = ", ".join(
             f"{as_words({name: 1})[0]} {now} ({then})" for name, (then, now) in others.items()
         )
-        _log.warning(f"This run goes on with other settings than before (in brackets): {changes}.")
+        kept = _set_aside(path, "{}.{}.txt")
+        _log.warning(f"Other settings than before (in brackets; all of those are now in {kept}): {changes}.")
+
+
+def _set_aside(path: Path, pattern: str) -> Path:
+    """Move a file to a name beside it that is free."""
+    aside = next(new for n in count(1) if not (new := path.with_name(pattern.format(path.stem, n))).exists())
+    return path.rename(aside)
 
 
 def forget_after(epoch: int, folder: Path) -> None:
@@ -88,8 +114,7 @@ def forget_after(epoch: int, folder: Path) -> None:
         with suppress(ValueError):
             rows[line] = json.loads(line).get("epoch", 0)
     if epoch == 0 and any(rows.values()):
-        aside = next(path for n in count(1) if not (path := results.with_name(f"results.{n}.jsonl")).exists())
-        results.rename(aside)
+        aside = _set_aside(results, "{}.{}.jsonl")
         _log.warning(f"The figures of a run whose checkpoints are gone are now in {aside}.")
         rows = {}
     write_atomically(results, "".join(line for line, of in rows.items() if epoch and of <= epoch))
@@ -101,14 +126,16 @@ def say_where_it_starts(epoch: int, args: Namespace) -> None:
     if epoch == 0:
         _log.warning(f"There is no checkpoint in {folder} to resume: this run starts at the beginning.")
     elif epoch >= args.epochs:
-        _log.info(f"The run in {folder} is finished: it has had its {args.epochs} epochs.")
+        _log.info(
+            f"The run in {folder} is finished: it has had {epoch} epochs, and --epochs is {args.epochs}."
+        )
 
 
 def withdraw(folder: Path) -> None:
     """Delete what open_clip has written for a run that did not come to train, so that its name stays free."""
     if any(folder.glob("checkpoints/*.*")):
         return
-    for name in ("out.log", "params.txt"):
+    for name in _RECORDS:
         (folder / name).unlink(missing_ok=True)
     for path in (folder / "checkpoints", folder / "tensorboard", folder):
         with suppress(OSError):  # there is none, or something in it

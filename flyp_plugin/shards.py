@@ -64,6 +64,8 @@ def write(
         InputError: `dest` is not empty, an image is missing, a class is not in the list, the disk is full, ...
     """
     folder = _free(dest)
+    if os.path.isdir(source) and folder.is_relative_to(os.path.abspath(source)):
+        raise InputError(f"{dest} is within {source}, where it would be a class; give a folder elsewhere.")
     rows, found = (from_folder if os.path.isdir(source) else from_table)(source, **columns)
     prompts = _class_prompts(found, folder.parent, classnames, templates)
     labels = _class_indices({label for _, label, _ in rows}, prompts.classnames)

@@ -186,10 +186,38 @@ def _on_hub(url: str, part: str) -> str:
 
 
 def find_beside(shards: Sequence[str], name: str) -> str | None:
-    """Path of the text file `name` in the folder of the first shard or the one above; None where neither has it."""
-    if not shards or shards[0].startswith("pipe:"):
+    """Path of the text file `name` in the folder of the first shard or the one above; None where neither has it.
+
+    Raises:
+        InputError: shards in other folders have another `name`.
+    """
+    paths = all_beside(shards, name)
+    for path in paths[1:]:
+        if lines_of(path) != lines_of(paths[0]):
+            flag = "--classnames" if name == "classnames.txt" else "--templates"
+            raise InputError(
+                f"{path} is not the same list as {paths[0]}, so their shards do not go together; give {flag}, or write "
+                "the sets again with one list."
+            )
+    return paths[0] if paths else None
+
+
+def lines_of(path: str) -> list[str]:
+    """The lines of a text file as a list of names or templates is read."""
+    return [line.strip() for line in (read_text(path) or "").rstrip().split("\n")]
+
+
+def all_beside(shards: Sequence[str], name: str) -> list[str]:
+    """As find_beside, in or above the folder of each shard: each path once."""
+    first_in = {os.path.dirname(shard): shard for shard in reversed(shards)}
+    paths = (_beside(shard, name) for shard in reversed(first_in.values()))
+    return list(dict.fromkeys(path for path in paths if path))
+
+
+def _beside(shard: str, name: str) -> str | None:
+    if shard.startswith("pipe:"):
         return None
-    folder = os.path.dirname(_on_hub(shards[0], "raw")) or "."
+    folder = os.path.dirname(_on_hub(shard, "raw")) or "."
     if is_url(folder):
         paths = [f"{folder}/{name}", f"{os.path.dirname(folder)}/{name}"]
     else:

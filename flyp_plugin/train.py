@@ -69,6 +69,8 @@ class FlypRun:
         checkpoints.check_file(args.pretrained)
         if args.resume not in (None, "latest") and not is_url(args.resume):
             checkpoints.read_state_dict(args.resume)
+        if args.name == "":
+            raise InputError("--name is empty; give the run a name, or leave the flag out.")
         _check_numbers(args)
         _check_reports(args.report_to)
         if rank == 0:

@@ -49,6 +49,7 @@ def mistakes(folder):
     (folder / "text.pt").write_text("text\n")
     (folder / "words.pt").write_text("elephants are grey\n")
     torch.save({"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, folder / "nan.pt")
+    torch.save({"a": torch.tensor([1.0, float("-inf")])}, folder / "inf.pt")
     torch.jit.script(torch.nn.Linear(2, 2)).save(folder / "jit.pt")
 
 
@@ -66,7 +67,8 @@ def test_bad_files_are_one_sentence_and_their_code_does_not_run(tmp_path):
         "jit.pt": "TorchScript",
         "text.pt": "is not a whole checkpoint",
         "words.pt": "is not a whole checkpoint",
-        "nan.pt": r"NaN, in 1 of 2 tensors, first a\): its training has diverged",
+        "nan.pt": r"no finite numbers \(in 1 of 2 tensors, first a\): its training has",
+        "inf.pt": r"no finite numbers \(in 1 of 1 tensors, first a\)",
         "gone.pt": "there is no checkpoint",
     }
     for name, message in expected.items():

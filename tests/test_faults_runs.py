@@ -181,7 +181,14 @@ def test_of_two_exports_to_one_folder_the_later_is_refused(tmp_path):
 
 
 def test_only_an_export_is_written_over_by_an_export(tmp_path):
-    (tmp_path / "thesis.txt").touch()
+    for name in ("thesis.txt", "config.json"):  # a model's folder with more in it is no export either
+        (tmp_path / name).touch()
+        with pytest.raises(InputError, match="is no export"), replacing_folder(tmp_path, force=True):
+            pass
+    (tmp_path / "thesis.txt").unlink()
     with pytest.raises(InputError, match="is no export"), replacing_folder(tmp_path, force=True):
         pass
-    assert os.listdir(tmp_path) == ["thesis.txt"]
+    (tmp_path / "model.safetensors").touch()
+    with replacing_folder(tmp_path, force=True) as part:
+        (part / "new").touch()
+    assert os.listdir(tmp_path) == ["new"]

@@ -171,10 +171,22 @@ def test_what_is_given_comes_before_what_is_found(tmp_path):
     prompts = resolve_prompts([str(tmp_path / "0.tar")], str(tmp_path / "other.txt"), "my {c}")
     assert (prompts.classnames, prompts.templates) == (["bird"], ["my {c}"])
     (tmp_path / "other.txt").write_text("dog\ncat\n")
-    with pytest.raises(
-        InputError, match=r"other\.txt has the class names of .*classnames\.txt in another order"
-    ):
+    with pytest.raises(InputError, match=r"'cat' is line 2 of .*other\.txt and line 1 of .*classnames\.txt"):
         resolve_prompts([str(tmp_path / "0.tar")], str(tmp_path / "other.txt"))
+    (tmp_path / "other.txt").write_text("cat\nwolf\nowl\n")
+    assert resolve_prompts([str(tmp_path / "0.tar")], str(tmp_path / "other.txt")).classnames[1] == "wolf"
+
+
+def test_sets_that_are_joined_have_one_list_of_class_names(tmp_path):
+    for name, names in (("a", "cat\ndog\n"), ("b", "dog\ncat\n"), ("c", "cat\r\ndog")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "classnames.txt").write_text(names)
+    a, b, c = (str(tmp_path / name / "0.tar") for name in "abc")
+    assert resolve_prompts([a, a, c], templates="{c}").classnames == ["cat", "dog"]
+    with pytest.raises(InputError, match=r"b/classnames\.txt is not the same list as .*a/classnames\.txt"):
+        resolve_prompts([a, c, b], templates="{c}")
+    with pytest.raises(InputError, match=r"'dog' is line 2 of .*a/classnames\.txt and line 1 of .*b/"):
+        resolve_prompts([a, b], str(tmp_path / "a" / "classnames.txt"), "{c}")
 
 
 def test_without_templates_the_prompt_is_a_photo_of_a(tmp_path):

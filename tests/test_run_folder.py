@@ -43,7 +43,7 @@ def content(folder):
 
 def test_a_folder_with_checkpoints_or_figures_is_refused_even_without_its_log(again):
     folder = again.folder
-    for gone in (None, "out.log", "checkpoints/epoch_1.pt"):
+    for gone in (None, "out.log", "params.txt", "checkpoints/epoch_1.pt"):
         if gone:
             (folder / gone).unlink()
         before = content(folder)
@@ -55,13 +55,27 @@ def test_a_folder_with_checkpoints_or_figures_is_refused_even_without_its_log(ag
 def test_where_a_resumed_run_starts_is_told_and_no_figure_is_lost(again):
     figures = again.folder / "checkpoints" / "results.jsonl"
     rows = figures.read_text()
-    assert "is finished: it has had its 1 epochs" in again("--resume", "latest")
+    assert "is finished: it has had 1 epochs, and --epochs is 1" in again("--resume", "latest")
     assert figures.read_text() == rows
     (again.folder / "checkpoints" / "epoch_1.pt").unlink()
     said = again("--resume", "latest")
     assert f"There is no checkpoint in {again.folder} to resume: this run starts at the beginning" in said
     assert f"are now in {figures.with_name('results.1.jsonl')}" in said
     assert figures.with_name("results.1.jsonl").read_text() == rows
+
+
+def test_a_run_resumes_from_its_own_checkpoints_alone(again, digits):
+    """open_clip takes the last .pt by name, whatever it is."""
+    folder = again.folder / "checkpoints"
+    model = ["--model", "digits-vit", "--model-config", f"{digits}/digits-vit.json", "--alpha", "0.5"]
+    ends = ["--pretrained", f"{folder}/epoch_1.pt", "--finetuned", f"{folder}/epoch_1.pt"]
+    with pytest.raises(InputError, match=f"{folder} holds a run's checkpoints.*give another --out"):
+        cli.call(["wiseft", *model, *ends, "--out", str(folder)])
+    (folder / "epoch_1.pt").rename(folder / "my_best.pt")
+    with pytest.raises(InputError, match="my_best.pt is no checkpoint of this run.*move it elsewhere"):
+        again("--resume", "latest")
+    (folder / "my_best.pt").rename(folder / "epoch_1.pt")
+    assert "is finished" in again("--resume", "latest")
 
 
 def test_other_settings_are_named_and_another_model_or_objective_is_refused(again):
@@ -72,9 +86,11 @@ def test_other_settings_are_named_and_another_model_or_objective_is_refused(agai
     kept = {path: text for path, text in content(again.folder).items() if path.name != "out.log"}
     assert kept == {path: text for path, text in before.items() if path.name != "out.log"}
     said = again("--resume", "latest", "--epochs", "2", "--seed", "7", "--log-every-n-steps", "3")
-    assert "other settings than before (in brackets): --epochs 2 (1), --seed 7 (0)." in said
+    kept = again.folder / "params.1.txt"
+    assert f"Other settings than before (in brackets; all of those are now in {kept}): --epochs 2 (1)" in said
+    assert "--seed 7 (0)." in said and "\nseed: 0\n" in kept.read_text()
     said = again("--resume", "latest", "--epochs", "2", "--seed", "7", "--workers", "0")
-    assert "other settings" not in said
+    assert "Other settings" not in said
 
 
 def test_a_checkpoint_that_cannot_be_resumed_from_is_a_sentence(digits, once, start, tmp_path):
@@ -100,6 +116,14 @@ def test_a_start_that_fails_leaves_its_name_free(digits, tmp_path):
     with pytest.raises(InputError, match="give --lock-text-freeze-layer-norm"):
         train([*kills.flags(digits, folder), "--lock-text"])
     assert os.listdir(tmp_path) == []
+    folder.mkdir()
+    (folder / "params.txt").write_text("of a run that lost its log")
+    with pytest.raises(InputError, match="there is a run in"):
+        train(kills.flags(digits, folder))
+    with pytest.raises(InputError, match="give --lock-text-freeze-layer-norm"):
+        train([*kills.flags(digits, folder), "--resume", "latest", "--lock-text"])
+    assert (folder / "params.txt").read_text() == "of a run that lost its log"
+    shutil.rmtree(folder)
     assert train([*kills.flags(digits, folder), "--epochs", "1"]) == 0
 
 
@@ -164,7 +188,7 @@ def test_weights_that_are_nan_are_refused_by_every_command(digits, start, tmp_pa
         ["compare", *model, "--train-data", str(digits), "--pretrained", str(bad), *val, "--out", str(tmp_path / "out")],
     ):  # fmt: skip
         with pytest.raises(
-            InputError, match=r"bad\.pt has weights that are no numbers \(NaN, in 1 of 74 tensors"
+            InputError, match=r"bad\.pt has weights that are no finite numbers \(in 1 of 74 tensors"
         ):
             cli.call(words)
     assert sorted(os.listdir(tmp_path)) == ["bad.pt"]

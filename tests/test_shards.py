@@ -188,7 +188,7 @@ def test_files_that_are_no_images_are_left_out_and_named(photos, tmp_path, caplo
     caplog.set_level(logging.INFO)
     write(str(folder), str(tmp_path / "data" / "train"))
     assert len(members(tmp_path / "data" / "train")) == 2 * 20
-    assert "Left out 2 files" in caplog.text and "._1.png" in caplog.text
+    assert "Left out 2 that are not" in caplog.text and "._1.png" in caplog.text
 
 
 def test_wilds_metadata_with_indices_splits_and_groups(tmp_path):
@@ -269,6 +269,7 @@ def test_mistakes_in_a_folder_are_one_sentence(photos, tmp_path):
     (tmp_path / "full" / "mine").write_text("")
     fails("not empty", photos, "full")
     fails("mine is a file", photos, "full/mine")
+    fails("within .* where it would be a class", tmp_path / "splits", "splits/shards")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "classnames.txt").write_text("one\ntwo\n")
     fails(r"the class 'eight' \(and 7 more\) is not in the list of 2", photos, "data/train")
