@@ -139,10 +139,11 @@ def check_names(model_name: str, pretrained: str) -> None:
         )
 
 
-def check_file(pretrained: str) -> None:
-    """InputError as of `read_state_dict`, where `pretrained` is a file of PyTorch's and no tag."""
-    if os.path.isfile(pretrained or "") and not pretrained.endswith(_OF_JAX):
-        read_state_dict(pretrained)
+def state_of_file(pretrained: str | None) -> dict[str, torch.Tensor]:
+    """`read_state_dict` where `pretrained` is a file of PyTorch's; empty where it is a tag, JAX's, or nothing."""
+    if not pretrained or not os.path.isfile(pretrained) or pretrained.endswith(_OF_JAX):
+        return {}
+    return read_state_dict(pretrained)
 
 
 def has_own_weights(model_name: str) -> bool:
@@ -174,7 +175,7 @@ def load_model(
     schema = has_own_weights(model_name)
     is_file = os.path.isfile(pretrained)
     check_names(model_name, pretrained)
-    state = read_state_dict(pretrained) if is_file and not pretrained.endswith(_OF_JAX) else {}
+    state = state_of_file(pretrained)
     head = head_of(state)
     kwargs = dict(kwargs, precision=precision, device=device)
     with _quiet(logging.WARNING if head is None else logging.ERROR):  # that there are no weights yet
@@ -210,12 +211,12 @@ def _check_sizes(model: Model, state: StateDict, what: str, kwargs: Mapping[str,
     for key, tensor in model.state_dict().items():
         flag = "force_image_size" if key.startswith("visual.") else "force_context_length"
         if key in state and state[key].shape != tensor.shape:
-            what = (
-                f"{what} of another size ({key} is {tuple(state[key].shape)} and not {tuple(tensor.shape)})"
-            )
+            shapes = f"{key} is {tuple(state[key].shape)} and not {tuple(tensor.shape)}"
             if not kwargs.get(flag):
-                raise InputError(f"{what}; give --{flag.replace('_', '-')} as in its training.")
-            _log.warning(f"{what}, and is resized.")
+                raise InputError(
+                    f"{what} of another size ({shapes}); give --{flag.replace('_', '-')} as in its training."
+                )
+            _log.warning(f"{what} of another size ({shapes}), and is resized.")
 
 
 def towers(state: StateDict) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from flyp_plugin.errors import CONTROLS, InputError
-from flyp_plugin.sources import all_beside, find_beside, lines_of, read_text
+from flyp_plugin.sources import all_beside, find_beside, lines_of
 
 CLASSNAMES = {"imagenet": open_clip.IMAGENET_CLASSNAMES}
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
@@ -201,7 +201,8 @@ def resolve_prompts(
 def _check_order(names: list[str], path: str, own: str) -> None:
     """InputError where a name that is given is another line of the list beside the shards, which their labels number."""
     there, here = (
-        {name: line for line, name in reversed(list(enumerate(some, 1)))} for some in (lines_of(own), names)
+        {name: line for line, name in reversed(list(enumerate(some, 1)))}
+        for some in (lines_of(own) or [], names)
     )
     for name, line in sorted(there.items(), key=lambda item: item[1]):
         if here.get(name, line) != line:
@@ -217,13 +218,12 @@ def fill(template: str, name: str) -> str:
 
 
 def _read_lines(path: str, what: str, flag: str, builtin: list[str]) -> list[str]:
-    text = read_text(path)
-    if text is None:
+    lines = lines_of(path)
+    if lines is None:
         or_one = ", or one template with {c} in it" if what == "templates" else ""
         raise InputError(
             f"there is no file {path} with {what}; give one with {flag} FILE (or {' or '.join(builtin)}{or_one})."
         )
-    lines = [line.strip() for line in text.rstrip().split("\n")]
     if lines == [""]:
         raise InputError(f"{path} is empty; write one of the {what} on each line.")
     if "" in lines:

@@ -90,13 +90,15 @@ def check_settings(args: Namespace) -> None:
         changes = ", ".join(
             f"{as_words({name: 1})[0]} {now} ({then})" for name, (then, now) in others.items()
         )
-        kept = _set_aside(path, "{}.{}.txt")
+        kept = _set_aside(path)
         _log.warning(f"Other settings than before (in brackets; all of those are now in {kept}): {changes}.")
 
 
-def _set_aside(path: Path, pattern: str) -> Path:
+def _set_aside(path: Path) -> Path:
     """Move a file to a name beside it that is free."""
-    aside = next(new for n in count(1) if not (new := path.with_name(pattern.format(path.stem, n))).exists())
+    aside = next(
+        new for n in count(1) if not (new := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists()
+    )
     return path.rename(aside)
 
 
@@ -114,7 +116,7 @@ def forget_after(epoch: int, folder: Path) -> None:
         with suppress(ValueError):
             rows[line] = json.loads(line).get("epoch", 0)
     if epoch == 0 and any(rows.values()):
-        aside = _set_aside(results, "{}.{}.jsonl")
+        aside = _set_aside(results)
         _log.warning(f"The figures of a run whose checkpoints are gone are now in {aside}.")
         rows = {}
     write_atomically(results, "".join(line for line, of in rows.items() if epoch and of <= epoch))

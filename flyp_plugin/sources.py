@@ -202,9 +202,10 @@ def find_beside(shards: Sequence[str], name: str) -> str | None:
     return paths[0] if paths else None
 
 
-def lines_of(path: str) -> list[str]:
-    """The lines of a text file as a list of names or templates is read."""
-    return [line.strip() for line in (read_text(path) or "").rstrip().split("\n")]
+def lines_of(path: str) -> list[str] | None:
+    """The lines of a text file that is a list of names or templates; None where there is none."""
+    text = read_text(path)
+    return None if text is None else [line.strip() for line in text.rstrip().split("\n")]
 
 
 def all_beside(shards: Sequence[str], name: str) -> list[str]:

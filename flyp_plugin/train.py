@@ -57,16 +57,14 @@ class FlypRun:
     def __init__(self, ours: argparse.Namespace, rest: Sequence[str]):
         rank, world_size = openclip.world()
         self.defaults = {} if ours.no_flyp_defaults else _defaults(rest, world_size)
-        device = [
-            "--device",
-            checkpoints.default_device(),
-        ]  # open_clip's is cuda, with a warning where there is none
+        # open_clip's default is cuda, with a warning where there is none
+        device = ["--device", checkpoints.default_device()]
         args = openclip.parse_args([*_flags(self.defaults, world_size), *device, *rest])
         self.args = args = argparse.Namespace(**{**vars(args), **vars(ours)})
         if args.model_config:
             checkpoints.add_model_config(args.model_config)
         checkpoints.check_names(args.model, args.pretrained)
-        checkpoints.check_file(args.pretrained)
+        checkpoints.state_of_file(args.pretrained)  # is whole, and numbers
         if args.resume not in (None, "latest") and not is_url(args.resume):
             checkpoints.read_state_dict(args.resume)
         if args.name == "":

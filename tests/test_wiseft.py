@@ -134,7 +134,7 @@ def test_parse_alphas():
     assert parse_alphas("0.5") == [0.5]
     assert parse_alphas("1,0.25, 0.5,1") == [0.25, 0.5, 1]
     assert len(parse_alphas("0:1:0.01")) == 101
-    for text in ("", "0:1", "0:1:0", "a", "0:1:1e-9", "1:0:0.1", "0:1:nan"):
+    for text in ("", "0:1", "0:1:0", "a", "0:1:1e-9", "1:0:0.1", "nan", "0:inf:1", "0:1:nan"):
         with pytest.raises(InputError):
             parse_alphas(text)
     with pytest.raises(InputError, match="outside"):

@@ -53,7 +53,13 @@ QUESTIONS = {  # what `flyp compare` is given for each; other rates where method
     "locktext": shlex.split("--methods flyp --lock-text --lock-text-freeze-layer-norm --lr 1e-3"),
     "batch32": ["--methods", "flyp,ce", "--batch-size", "32"],
     "batch512": ["--methods", "flyp,ce", "--batch-size", "512"],
+    "scale7": ["--methods", "flyp"],
+    "scale50": ["--methods", "flyp"],
 }
+SCALES = {
+    "scale7": 7.0,
+    "scale50": 50.0,
+}  # logit_scale.exp() at the start of these, in place of what was learned
 NO_FLASH = "torch.backends.cuda.enable_flash_sdp(False)"  # of CPUs, too: a step takes 1.15 s in place of 2.0
 PRETRAIN = """--model icon-clip --dataset-type webdataset --batch-size 512 --lr 1e-3 --warmup 100 --wd 0.1
     --precision amp_bf16 --device cpu --workers 1 --log-every-n-steps 10"""
@@ -178,8 +184,8 @@ def compare(question: str, cache: Path, out: Path, args: argparse.Namespace, mor
     sets |= {look: look for look in LOOKS if look != "outline"}
     command = ["--model-config", f"{cache}/icon-clip.json", "--train-data", f"{cache}/id"]
     pretrained = args.pretrained or checkpoint(cache, args.pretrain_epochs)
-    if args.logit_scale:
-        pretrained = at_temperature(pretrained, args.logit_scale)
+    if question in SCALES:
+        pretrained = at_temperature(pretrained, SCALES[question])
     command += ["--pretrained", str(pretrained)]
     for name, source in sets.items():
         command += ["--eval-data", f"{name}={cache}/{source}"]
@@ -229,7 +235,6 @@ def main() -> None:
     text = f"of {', '.join(QUESTIONS)}; all, if none is named"
     many.add_argument("questions", nargs="*", default=list(QUESTIONS), help=text)
     many.add_argument("--pretrained", type=Path, metavar="PATH", help="other weights than pretrain's")
-    many.add_argument("--logit-scale", type=float, metavar="S", help="start from this logit_scale.exp()")
     many.add_argument("--results", type=Path, metavar="FOLDER", help="(default: compareN in --out)")
     many.add_argument("--seeds", default="0:5", help="(default: %(default)s)")
     for step in (data, one, many):
