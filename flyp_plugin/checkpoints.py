@@ -1,16 +1,16 @@
 """Weights in and out: checkpoints read without running code, models built, files written whole or not at all.
 
-Knows no objective: of what the weights are for, it knows that a learned head is beside the towers' weights.
+There is one reader, `read_state_dict`: training, evaluation, merging and export take the same files, because open_clip's
+own loader is given what this one has read. What the weights mean is model_spec.py's and record.py's.
 """
 
 import difflib
-import hashlib
 import logging
 import os
 import pickle
 import re
-import textwrap
-from argparse import Namespace
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,18 +19,23 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from open_clip.pretrained import download_pretrained_from_hf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from flyp_plugin import record
 from flyp_plugin.errors import InputError
 from flyp_plugin.learned import HEAD, head_of
+from flyp_plugin.model_spec import FLAGS, ModelSpec, check_activation, is_place, other_tags, quiet
 
 StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: a torch.nn.Module whose attributes torch's own types would not allow
-PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of images; flags have image_ before it
-FORCED = ("force_image_size", "force_context_length", "force_custom_text")  # flags that make a model another
-_SCHEMA = r"(hf-hub|local-dir):"  # names that are places
 _OF_JAX = (".npz", ".npy")  # weights that open_clip reads and we do not
+_OPENAI_SIZES = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)  # numbers beside the weights in OpenAI's files
 _log = logging.getLogger(__name__)
 
 
@@ -51,9 +56,12 @@ _allow_numbers_of_numpy()
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint (.pt of open_clip or of torch.save, or .safetensors), on the CPU.
+    """The weights in a checkpoint (.pt of open_clip or of torch.save, .safetensors, OpenAI's TorchScript), on the CPU.
 
-    Tensors of a .pt are mapped, not read: an optimizer state beside the weights costs nothing.
+    Tensors of a .pt are mapped, not read: an optimizer state beside the weights costs nothing. A TorchScript archive is
+    opened by torch.jit.load, which rebuilds its modules and calls none of their methods but __setstate__: an archive that
+    defines one is refused, so nothing in it runs. The wrappers' prefixes in names (`module.` of DistributedDataParallel,
+    `_orig_mod.` of torch.compile) and the three sizes that OpenAI keeps beside its weights are left out.
 
     Raises:
         InputError: no file, a truncated one, one with more than tensors in its pickle (nothing of it is run),
@@ -63,7 +71,12 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; check the path.")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        if path.suffix == ".safetensors":
+            content: object = load_file(path)
+        elif _is_torchscript(path):
+            content = _load_torchscript(path)
+        else:
+            content = _load_pickle(path)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f"more than tensors in it ({name[1]})" if name else "something other than tensors in it"
@@ -71,27 +84,45 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"{path} is refused: it has {what}, which could run code when it is read; save the state_dict "
             "alone."
         ) from None
+    except InputError:
+        raise
     except Exception as error:  # noqa: BLE001 - the unpickler raises nearly anything on what is no pickle
-        if "TorchScript" in str(error):
-            raise InputError(
-                f"{path} is refused: it is a TorchScript archive; save its state_dict alone."
-            ) from None
         reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
         raise InputError(f"{path} is not a whole checkpoint ({reason}); was its writing cut short?") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     tensors = isinstance(weights, dict) and all(isinstance(v, torch.Tensor) for v in weights.values())
-    if not tensors or not weights:
+    if not isinstance(weights, dict) or not tensors or not weights:
         raise InputError(f"{path} holds no weights; give a state_dict, or a checkpoint of open_clip.")
     diverged = [
         key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()
     ]
     if diverged:
         raise InputError(
-            f"{path} has weights that are no finite numbers (in {len(diverged)} of {len(weights)} tensors, first "
+            f"{path} has weights that are NaN or infinite (in {len(diverged)} of {len(weights)} tensors, first "
             f"{diverged[0]}): its training has diverged; take an earlier checkpoint."
         )
-    # the wrappers that DistributedDataParallel and torch.compile leave in the names
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
+    plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
+    return {key: value for key, value in plain.items() if key not in _OPENAI_SIZES}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _load_torchscript(path: Path) -> dict[str, torch.Tensor]:
+    with zipfile.ZipFile(path) as archive:
+        code = (archive.read(name) for name in archive.namelist() if name.endswith(".py"))
+        if any(b"__setstate__" in text for text in code):
+            raise InputError(
+                f"{path} is refused: it is a TorchScript archive that would run code when it is read; save its "
+                "state_dict alone."
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch wants others to write archives of another kind
+        return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
 
 
 def _load_pickle(path: Path) -> object:
@@ -121,13 +152,13 @@ def check_names(model_name: str, pretrained: str) -> None:
     Raises:
         InputError: open_clip knows no such model; no such file, nor a tag of that model.
     """
-    schema = re.match(_SCHEMA, model_name)
-    if not schema and model_name.replace("/", "-") not in open_clip.list_models():
+    place = is_place(model_name)
+    if not place and model_name.replace("/", "-") not in open_clip.list_models():
         near = difflib.get_close_matches(model_name, open_clip.list_models(), 1)
         hint = f"did you mean {near[0]}?" if near else "give its configuration with --model-config FILE."
         raise InputError(f"open_clip has no model {model_name}; {hint}")
     known = not pretrained or os.path.isfile(pretrained)
-    if not known and (schema or not open_clip.get_pretrained_cfg(model_name, pretrained)):
+    if not known and (place or not open_clip.get_pretrained_cfg(model_name.replace("/", "-"), pretrained)):
         if os.path.isdir(pretrained):
             raise InputError(
                 f"{pretrained} is a folder; give a checkpoint in it (a run's: checkpoints/epoch_N.pt)."
@@ -139,6 +170,68 @@ def check_names(model_name: str, pretrained: str) -> None:
         )
 
 
+def resolve(
+    model_name: str | None, pretrained: str, flags: Mapping[str, Any], known: record.Record | None = None
+) -> ModelSpec:
+    """What weights mean: by the record beside them (or `known`), else by the model's name and tag; flags override both.
+
+    An override that makes another model of what the record says is logged, as is what is assumed of weights about
+    which nothing is known and whose model has tags that differ.
+
+    Args:
+        model_name: None takes the record's.
+        pretrained: a tag, a checkpoint's path, or '' for the weights of an `hf-hub:` or `local-dir:` place.
+        flags: open_clip's flags by name (model_spec.FLAGS); None is not given.
+
+    Raises:
+        InputError: no model name and no record; an unknown model or tag; a flag that contradicts a tag.
+        TypeError: a name that is no such flag.
+    """
+    if unknown := flags.keys() - set(FLAGS):
+        raise TypeError(f"{min(unknown)} is none of {', '.join(FLAGS)}")
+    known = known or (record.find(pretrained) if pretrained else None)
+    if known is None and model_name is None:
+        raise InputError(f"there is no {record.FILE} beside {pretrained} that says what it is; give --model.")
+    if known is not None and model_name in (None, known.spec.name):
+        spec = known.spec.with_flags(flags)
+    else:
+        check_names(model_name or "", pretrained)
+        named = ModelSpec.of(model_name or "", pretrained)
+        check_activation(named, pretrained, flags)
+        spec = named.with_flags(flags)
+    if known is not None:
+        changed = known.spec.differences(spec)
+        if changed:
+            _log.warning(
+                f"Other than {known.folder}/{record.FILE} says, by your flags: {'; '.join(changed)}."
+            )
+    elif os.path.isfile(pretrained):
+        _say_what_is_assumed(spec, pretrained, flags)
+    return spec
+
+
+def _say_what_is_assumed(spec: ModelSpec, path: str, flags: Mapping[str, Any]) -> None:
+    other = other_tags(spec)
+    if flags.get("force_quick_gelu"):
+        other.pop("GELU", None)
+    if all(flags.get(name) is not None for name in FLAGS if name.startswith("image_")):
+        other.pop("preprocessing", None)
+    if not other:
+        return
+    change = {
+        "QuickGELU": "QuickGELU: --force-quick-gelu",
+        "GELU": "GELU: --model without -quickgelu",
+        "preprocessing": "other preprocessing: --image-mean, --image-std, --image-interpolation, --image-resize-mode",
+    }
+    tags = "; ".join(
+        f"{', '.join(tags[:3])}{' and others' if len(tags) > 3 else ''} ({change[what]})"
+        for what, tags in other.items()
+    )
+    _log.warning(
+        f"{path} has no {record.FILE}, so it is taken as {spec}. Weights of this model that differ: {tags}."
+    )
+
+
 def state_of_file(pretrained: str | None) -> dict[str, torch.Tensor]:
     """`read_state_dict` where `pretrained` is a file of PyTorch's; empty where it is a tag, JAX's, or nothing."""
     if not pretrained or not os.path.isfile(pretrained) or pretrained.endswith(_OF_JAX):
@@ -146,9 +239,15 @@ def state_of_file(pretrained: str | None) -> dict[str, torch.Tensor]:
     return read_state_dict(pretrained)
 
 
-def has_own_weights(model_name: str) -> bool:
-    """Whether a model's name is a place that has its weights too."""
-    return re.match(_SCHEMA, model_name) is not None
+@contextmanager
+def one_reader(read: Callable[[str], StateDict] | None = None) -> Iterator[None]:
+    """Within it open_clip's load_checkpoint reads files by `read`, else by `read_state_dict`."""
+    original = open_clip.factory.load_state_dict
+    open_clip.factory.load_state_dict = lambda path, *args, **kwargs: (read or read_state_dict)(path)
+    try:
+        yield
+    finally:
+        open_clip.factory.load_state_dict = original
 
 
 def load_model(
@@ -156,63 +255,79 @@ def load_model(
     pretrained: str | os.PathLike,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
-    **kwargs: Any,
+    **flags: Any,
 ) -> Model:
-    """A CLIP model with weights, in eval mode: open_clip.create_model with its failures in one sentence.
-
-    A learned head in the checkpoint is the model's `class_head`.
+    """A CLIP model with weights, in eval mode, by open_clip's names: `build_model` of what `resolve` says.
 
     Args:
         model_name: open_clip's name, also `hf-hub:` or `local-dir:`.
         pretrained: a tag of that model, or a checkpoint's path.
         precision: as open_clip's --precision.
-        kwargs: passed through to open_clip.create_model.
+        flags: force_quick_gelu, force_image_size, image_mean, ... as in open_clip.create_model_and_transforms.
 
     Raises:
-        InputError: an unknown model or tag, weights that cannot be read or had, or another architecture's.
+        InputError: an unknown model or tag, weights that cannot be read or downloaded, or another architecture's.
+        TypeError: a keyword that is no such flag.
     """
     pretrained = os.fspath(pretrained)
-    schema = has_own_weights(model_name)
-    is_file = os.path.isfile(pretrained)
-    check_names(model_name, pretrained)
-    state = state_of_file(pretrained)
+    return build_model(resolve(model_name, pretrained, flags), pretrained, precision, device)
+
+
+def build_model(
+    spec: ModelSpec, pretrained: str, precision: str = "fp32", device: str | torch.device = "cpu"
+) -> Model:
+    """The model of `spec` with the weights of a tag or a file ('': of its place), in eval mode.
+
+    A learned head in the file is the model's `class_head`.
+
+    Raises:
+        InputError: weights that cannot be read or downloaded, or another architecture's.
+    """
+    path = weights_file(spec, pretrained)
+    state = state_of_file(path)
     head = head_of(state)
-    kwargs = dict(kwargs, precision=precision, device=device)
-    with _quiet(logging.WARNING if head is None else logging.ERROR):  # that there are no weights yet
+    preprocess_cfg = {key: value for key, value in spec.preprocess_cfg.items() if key != "size"}
+    with quiet(logging.ERROR):  # it would warn of weights that are random
+        model: Model = open_clip.create_model(
+            spec.registered_name(),
+            precision=precision,
+            device=device,
+            force_preprocess_cfg=preprocess_cfg,
+            pretrained_hf=False,
+        )
+    expected, given = model.state_dict(), towers(state)
+    # a timm tower is made at its own size, and weights that were trained at another are of that one
+    resize = spec.forced.get("force_image_size") and getattr(model.visual, "set_input_size", None)
+    at_size = any(
+        key in given and given[key].shape != expected[key].shape for key in expected if "visual.trunk." in key
+    )
+    if resize and at_size:
+        resize(model.visual.image_size)
+    with quiet(), one_reader(lambda path: dict(given)):
         try:
-            if head is not None:
-                model = open_clip.create_model(model_name, pretrained_hf=False, **kwargs)
-                _load_beside_head(model, pretrained)
-                setattr(model, HEAD, head.to(device))
-            else:
-                tag = None if schema else pretrained
-                model = open_clip.create_model(model_name, pretrained=tag, **kwargs)
-                if schema:
-                    open_clip.load_checkpoint(model, pretrained)
-        except Exception as error:
-            if not is_file:
-                reason = textwrap.shorten(str(error), 160, placeholder=" ...")
-                raise InputError(
-                    f"the weights {pretrained} of {model_name} could not be had ({reason}); check the "
-                    "network, or give a checkpoint's path."
-                ) from error
-            with _quiet(logging.ERROR):  # it would warn of weights that are random
-                bare = open_clip.create_model(model_name, pretrained_hf=False, **kwargs)
-            difference = first_difference(bare.state_dict(), towers(state))
+            open_clip.load_checkpoint(model, path)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            difference = first_difference(expected, given)
             if difference is None:
                 raise
-            raise InputError(f"{pretrained} is not a checkpoint of {model_name}: {difference}.") from None
-    _check_sizes(model, state, f"{pretrained} is of a {model_name}", kwargs)
+            raise InputError(f"{pretrained} is not a checkpoint of {spec.name}: {difference}.") from None
+    if resize and not at_size:
+        resize(model.visual.image_size)
+    _check_sizes(model, state, f"{pretrained} is of a {spec.name}", spec.forced)
+    if head is not None:
+        setattr(model, HEAD, head.to(device))
     return model.eval()
 
 
-def _check_sizes(model: Model, state: StateDict, what: str, kwargs: Mapping[str, Any]) -> None:
+def _check_sizes(model: Model, state: StateDict, what: str, forced: Mapping[str, Any]) -> None:
     """InputError where open_clip has resized position embeddings and was not told to by its flags."""
     for key, tensor in model.state_dict().items():
         flag = "force_image_size" if key.startswith("visual.") else "force_context_length"
         if key in state and state[key].shape != tensor.shape:
             shapes = f"{key} is {tuple(state[key].shape)} and not {tuple(tensor.shape)}"
-            if not kwargs.get(flag):
+            if not forced.get(flag):
                 raise InputError(
                     f"{what} of another size ({shapes}); give --{flag.replace('_', '-')} as in its training."
                 )
@@ -222,37 +337,6 @@ def _check_sizes(model: Model, state: StateDict, what: str, kwargs: Mapping[str,
 def towers(state: StateDict) -> dict[str, torch.Tensor]:
     """A state dict without its learned head: what open_clip reads."""
     return {key: tensor for key, tensor in state.items() if not key.startswith(f"{HEAD}.")}
-
-
-def _load_beside_head(model: Model, path: str) -> None:
-    wrong = open_clip.load_checkpoint(model, path, strict=False)
-    if wrong.missing_keys or any(not key.startswith(f"{HEAD}.") for key in wrong.unexpected_keys):
-        raise RuntimeError(f"another architecture: {wrong}")
-
-
-def load_tokenizer(model_name: str, context_length: int | None = None) -> Callable:
-    """open_clip.get_tokenizer, without its log lines."""
-    with _quiet():
-        return open_clip.get_tokenizer(model_name, context_length=context_length)
-
-
-def model_from_args(args: Namespace, pretrained: str, precision: str | None = None) -> Model:
-    """`load_model` from the flags that `flyp eval`, `wiseft` and `export` share (cli.py)."""
-    if args.model_config:
-        add_model_config(args.model_config)
-    device = args.device or default_device()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} cannot be used ({str(error).splitlines()[0]}).") from None
-    given = {name: getattr(args, f"image_{name}") for name in PREPROCESSING}
-    given = {name: value for name, value in given.items() if value is not None}
-    kwargs = {"force_quick_gelu": args.force_quick_gelu, "force_preprocess_cfg": given}
-    kwargs |= {name: forced for name in FORCED if (forced := getattr(args, name))}
-    size = kwargs.get("force_image_size")
-    if size:
-        kwargs["force_image_size"] = size[0] if len(size) == 1 else tuple(size)
-    return load_model(args.model, pretrained, precision or args.precision, device, **kwargs)
 
 
 def default_device() -> str:
@@ -273,19 +357,39 @@ def add_model_config(path: str) -> None:
         raise InputError(f"{path} is not a model configuration in JSON ({error}).") from None
 
 
-def weights_file(model_name: str, pretrained: str) -> str:
-    """The file that `load_model` read: the checkpoint itself, or where open_clip keeps a tag's download."""
+def weights_file(spec: ModelSpec, pretrained: str) -> str:
+    """The file of some weights: the checkpoint itself, or where open_clip keeps what it downloads of a tag or a place.
+
+    Raises:
+        InputError: it cannot be downloaded.
+    """
     if os.path.isfile(pretrained):
         return pretrained
-    return open_clip.download_pretrained(open_clip.get_pretrained_cfg(model_name, pretrained))
+    try:
+        if is_place(spec.name):
+            kind, _, place = spec.name.partition(":")
+            path = _file_in_folder(Path(place)) if kind == "local-dir" else download_pretrained_from_hf(place)
+        else:
+            path = open_clip.download_pretrained(
+                open_clip.get_pretrained_cfg(spec.name.replace("/", "-"), pretrained)
+            )
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"the weights {pretrained or 'of'} of {spec.name} could not be downloaded ({reason}); check the network, or "
+            "give a checkpoint's path."
+        ) from error
+    if not path:
+        raise InputError(f"{spec.name} holds no weights; give a checkpoint's path.")
+    return path
 
 
-def sha256(path: str | os.PathLike) -> str:
-    with open(path, "rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _file_in_folder(folder: Path) -> str | None:
+    if not hasattr(open_clip.factory, "_find_checkpoint_in_dir"):
+        raise InputError(
+            f"local-dir: names need open_clip 3.0 or newer, and this is {open_clip.__version__}."
+        )
+    return open_clip.factory._find_checkpoint_in_dir(folder)
 
 
 def refuse_existing(path: str | os.PathLike, force: bool) -> None:
@@ -331,15 +435,3 @@ def save(content: object, path: str | os.PathLike) -> None:
     # into a stream, which can say why it fails
     with replacing(path) as part, open(part, "wb") as stream:
         torch.save(content, stream)
-
-
-@contextmanager
-def _quiet(least: int = logging.WARNING) -> Iterator[None]:
-    """open_clip tells each step of building a model to the root logger; keep its warnings only."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(max(level, least))
-    try:
-        yield
-    finally:
-        root.setLevel(level)

@@ -16,10 +16,12 @@ from flyp_plugin.sources import IMAGE_KEY
 
 Commands = argparse._SubParsersAction
 _HOUR = """  flyp shards write photos/train data/train
-  flyp shards write photos/test data/test
-  flyp train --model ViT-B-16 --pretrained openai --train-data data --eval-data val=data
-  flyp wiseft --model ViT-B-16 --pretrained openai --finetuned logs/RUN/checkpoints/epoch_10.pt \\
-      --eval-data val=data --out merged"""
+  flyp shards write photos/val data/val
+  flyp shards check data
+  flyp train --model ViT-B-16 --pretrained openai --train-data data --eval-data val=data/val --name birds
+  flyp wiseft logs/birds
+  flyp eval logs/birds --eval-data test=data/test
+  flyp export logs/birds --format timm --out classifier"""
 
 
 def _add(
@@ -56,18 +58,19 @@ def _positive(text: str) -> int:
 def _model_flags() -> argparse.ArgumentParser:
     """The model, under open_clip's names for its flags, and what all commands that take one have."""
     flags = argparse.ArgumentParser(add_help=False)
-    flags.add_argument("--force", action="store_true", help="write over files that are there already")
-    add = flags.add_argument_group("model").add_argument
-    add("--model", required=True, metavar="NAME", help="open_clip's name of the architecture")
-    add("--model-config", metavar="PATH", help="JSON file of a model that open_clip has not, or a folder")
-    add("--force-quick-gelu", action="store_true", help="QuickGELU, as the OpenAI weights were trained with")
-    add("--force-image-size", type=_positive, nargs="+", metavar="N", help="as in training (default: the model's)")
-    add("--force-context-length", type=_positive, metavar="N", help="as in training (default: the model's)")
+    flags.add_argument("--force", action="store_true", help="overwrite files that already exist")
+    add = flags.add_argument_group("model, which a run's flyp.json knows (flags override it)").add_argument
+    add("--epoch", metavar="best|last|N", help="of a run, in place of its merged weights or last epoch")
+    add("--model", metavar="NAME", help="open_clip's name of the architecture")
+    add("--model-config", metavar="PATH", help="JSON file of a model that open_clip does not have, or a folder of them")
+    add("--force-quick-gelu", action="store_true", help="QuickGELU; a pretrained tag that needs it has it already")
+    add("--force-image-size", type=_positive, nargs="+", metavar="N", help="as in training")
+    add("--force-context-length", type=_positive, metavar="N", help="as in training")
     add("--force-custom-text", action="store_true", help="as in training: the text tower as a model of its own")
-    add("--image-mean", type=float, nargs=3, metavar="X", help="default: the model's")
-    add("--image-std", type=float, nargs=3, metavar="X", help="default: the model's")
-    add("--image-interpolation", choices=["bicubic", "bilinear"], help="default: the model's")
-    add("--image-resize-mode", choices=["shortest", "longest", "squash"], help="default: the model's")
+    add("--image-mean", type=float, nargs=3, metavar="X", help="default: the run's, else the tag's or the model's")
+    add("--image-std", type=float, nargs=3, metavar="X", help="likewise")
+    add("--image-interpolation", choices=["bicubic", "bilinear"], help="likewise")
+    add("--image-resize-mode", choices=["shortest", "longest", "squash"], help="likewise")
     add("--device", help="default: cuda where there is a GPU, else cpu")
     return flags
 
@@ -81,24 +84,26 @@ def _classes_flags() -> argparse.ArgumentParser:
     return flags
 
 
-def _data_flags(required: bool) -> argparse.ArgumentParser:
+def _data_flags() -> argparse.ArgumentParser:
     """The evaluation sets and how they are read."""
     flags = argparse.ArgumentParser(add_help=False)
     add = flags.add_argument_group("data").add_argument
-    add("--eval-data", action="append", required=required, metavar="NAME=SHARDS",
-        help="a labelled set: data folder (its test split), split folder or tars; repeatable, ID set first")
+    add("--eval-data", action="append", default=[], metavar="NAME=SHARDS",
+        help="a labelled set: data folder (its test split), split folder or tars; repeatable, ID set first "
+        "(default: those of the run's training)")
     add("--batch-size", type=_positive, default=64, metavar="N", help="default: %(default)s")
     add("--workers", type=_count, default=2, metavar="N", help="processes that decode (default: %(default)s)")
-    add("--precision", default="fp32", help="default: %(default)s", choices=[
+    add("--precision", help="default: the run's, else fp32", choices=[
         "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16"])
-    _add_keys(add)
+    _add_keys(add, of_run=True)
     add("--group-key", metavar="KEY", help="member (or json:FIELD) with a group, for worst-group accuracy")
     return flags
 
 
-def _add_keys(add: Callable) -> None:
-    add("--image-key", default=IMAGE_KEY, metavar="KEYS", help="default: %(default)s")
-    add("--label-key", default="cls", metavar="KEY", help="or json:FIELD (default: %(default)s)")
+def _add_keys(add: Callable, of_run: bool = False) -> None:
+    run = "the run's, else " if of_run else ""
+    add("--image-key", default=None if of_run else IMAGE_KEY, metavar="KEYS", help=f"default: {run}{IMAGE_KEY}")
+    add("--label-key", default=None if of_run else "cls", metavar="KEY", help=f"or json:FIELD (default: {run}cls)")
 
 
 def _add_train(commands: Commands) -> None:
@@ -107,49 +112,50 @@ def _add_train(commands: Commands) -> None:
     commands.add_parser("train", help=help, add_help=False)
 
 
+_TARGET = "a run's folder (its merged weights where there are some, else its last epoch), a checkpoint's path, or one of open_clip's pretrained tags"
+
+
 def _add_eval(commands: Commands) -> None:
-    example = """  flyp eval logs/RUN/checkpoints/epoch_10.pt --model ViT-B-16 \\
-      --eval-data val=data --eval-data sketch=other"""
-    help = "score a checkpoint's zero-shot classifier on labelled sets"
-    flags = _model_flags(), _data_flags(required=True), _classes_flags()
+    example = """  flyp eval logs/birds --eval-data test=data/test
+  flyp eval openai --model ViT-B-16 --eval-data test=data/test"""
+    help = "score the classifier of a run or of pretrained weights on labelled sets"
+    flags = _model_flags(), _data_flags(), _classes_flags()
     add = _add(commands, "eval", "evalsets:eval_command", help, example, *flags).add_argument
-    add("checkpoint", metavar="CKPT", help="a checkpoint's path, or one of open_clip's pretrained tags")
+    add("checkpoint", metavar="RUN", help=_TARGET)
     add("--json", action="store_true", help="JSON on the terminal in place of the table")
     add("--predictions", metavar="FILE.csv", help="write each image's prediction there")
 
 
 def _add_wiseft(commands: Commands) -> None:
-    example = """  flyp wiseft --model ViT-B-16 --pretrained openai \\
-      --finetuned logs/RUN/checkpoints/epoch_10.pt \\
-      --eval-data val=data --eval-data sketch=other --out merged"""
+    example = """  flyp wiseft logs/birds
+  flyp wiseft --model ViT-B-16 --pretrained openai --finetuned epoch_10.pt --eval-data val=data/val --out merged"""
     help = "merge the pretrained and the fine-tuned weights, with the alpha that is best on the first set"
-    flags = _model_flags(), _data_flags(required=False), _classes_flags()
+    flags = _model_flags(), _data_flags(), _classes_flags()
     parser = _add(commands, "wiseft", "merge:wiseft_command", help, example, *flags)
     add = parser.add_argument
-    add("--pretrained", required=True, metavar="TAG|PATH", help="what the fine-tuning started from")
-    finetuned = parser.add_mutually_exclusive_group(required=True)
-    finetuned.add_argument("--finetuned", metavar="PATH", help="the fine-tuned checkpoint")
-    finetuned.add_argument("--average", nargs="+", metavar="PATH", help="several, of which the mean is taken")
+    add("run", nargs="?", metavar="RUN", help="a run's folder (its last epoch, or --epoch) or a checkpoint in one")
+    add("--pretrained", metavar="TAG|PATH", help="what the fine-tuning started from (default: what the run did)")
+    finetuned = parser.add_mutually_exclusive_group()
+    finetuned.add_argument("--finetuned", metavar="PATH", help="a checkpoint in place of RUN")
+    finetuned.add_argument("--average", nargs="+", metavar="PATH", help="several runs or checkpoints in place of RUN, of "
+        "which the mean is taken")
     alphas = parser.add_mutually_exclusive_group()
     of = "or A,B,... (default: %(default)s)"
     alphas.add_argument("--alphas", default="0:1:0.1", metavar="A:B:STEP", help=of)
     alphas.add_argument("--alpha", type=float, help="this one alone; needs no --eval-data")
-    add("--out", required=True, metavar="DIR", help="for the merged weights, wiseft.json and frontier.png")
-    add("--own-first", action="store_true",
-        help="--classnames and --templates are for sets that have no such file, as in training")
+    add("--out", metavar="DIR", help="for the merged weights, wiseft.json and frontier.png (default: RUN/wiseft)")
     add("--save-all", action="store_true", help="write the weights of every alpha")
     add("--per-set", action="store_true", help="a curve a set in frontier.png, in place of the mean")
     add("--json", action="store_true", help="JSON on the terminal in place of the table")
 
 
 def _add_export(commands: Commands) -> None:
-    example = """  flyp export merged/wise_ft_alpha=0.60.pt --model ViT-B-16 --data data \\
-      --format timm --out classifier"""
+    example = "  flyp export logs/birds --format timm --out classifier"
     help = "write a folder that open_clip or, as a plain classifier, timm reads by its local-dir: name"
     flags = _model_flags(), _classes_flags()
     add = _add(commands, "export", "export:export_command", help, example, *flags).add_argument
-    add("checkpoint", metavar="CKPT", help="a checkpoint's path, or one of open_clip's pretrained tags")
-    add("--data", metavar="DIR", help="the data whose classes the classifier gets")
+    add("checkpoint", metavar="RUN", help=_TARGET)
+    add("--data", metavar="DIR", help="the data whose classes the classifier gets (default: the run's training data)")
     add("--format", choices=["open_clip", "timm"], required=True)
     add("--out", required=True, metavar="DIR", help="the folder to write")
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from flyp_plugin import report
 from flyp_plugin.errors import InputError
+from flyp_plugin.flags import as_words
 from flyp_plugin.flags import parser as train_parser
 from flyp_plugin.jobs import DONE, JobFailed, Jobs, begin, in_turn
 from flyp_plugin.metrics import best
-from flyp_plugin.monitor import wiseft_command
 from flyp_plugin.sources import write_atomically
 from flyp_plugin.train import FlypRun
 
@@ -312,8 +312,9 @@ def _train(comparison: Comparison, run: Run, jobs: Jobs) -> None:
 
 def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
     out = comparison.folder(run) / "wiseft"
-    args, checkpoint = comparison.train_args[run.block, run.method], comparison.checkpoint(run)
-    command = [sys.executable, "-m", "flyp_plugin.cli", *wiseft_command(args, checkpoint, out), "--force"]
+    args = vars(comparison.train_args[run.block, run.method])
+    command = [sys.executable, "-m", "flyp_plugin.cli", "wiseft", str(comparison.folder(run)), "--force"]
+    command += as_words({name: args[name] for name in ("device", "batch_size", "workers")})
     if comparison.args.id_test:
         command += ["--per-set"]  # the ID test set is no part of a mean OOD
 

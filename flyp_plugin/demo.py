@@ -51,6 +51,7 @@ MODEL = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
 }
 SHARD_SIZE = 250
+_SWEEP = "logs/flyp/wiseft"  # where `flyp wiseft` writes
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +84,7 @@ def demo_command(args: argparse.Namespace) -> None:
                     _log.info(f"   (what it says is in {root}/last-training.log)")
                 _run(command, root / "last-training.log", done, lock)
     _log.info(f"== Done\n{_table(root)}\n\n{_read_back(root)}")
-    _log.info(f"The plot is {root}/wiseft/frontier.png, all figures are in {root}/wiseft/wiseft.json.")
+    _log.info(f"The plot is {root}/{_SWEEP}/frontier.png, all figures are in {root}/{_SWEEP}/wiseft.json.")
 
 
 def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str, Path, str]]:
@@ -98,32 +99,36 @@ def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str,
 
     images = len(PARTS["captions"]) * len(LOOKS)
     cpu = "--device cpu --workers 1"
-    run = f"{cpu} --logs {here}/logs --resume latest --delete-previous-checkpoint"
+    train = f"{cpu} --logs {here}/logs --resume latest --delete-previous-checkpoint"
     pretrained = f"logs/pretrain/checkpoints/epoch_{pretrain_epochs}.pt"
     command = f"python -c {shlex.quote(openclip.PLAIN_MAIN)} {here}/demo-clip.json"
     command += " --model demo-clip --dataset-type webdataset"
     command += f" --train-data {here}/captions/{{0..{math.ceil(images / SHARD_SIZE) - 1}}}.tar"
     command += f" --train-num-samples {images} --name pretrain --epochs {pretrain_epochs}"
-    command += f" --batch-size 125 --lr 2e-3 --warmup 30 --precision fp32 {run}"
+    command += f" --batch-size 125 --lr 2e-3 --warmup 30 --precision fp32 {train}"
     yield "Pretrain a small CLIP on captions, with open_clip alone", root / pretrained, command
 
     model = f"--model demo-clip --model-config {here}/demo-clip.json"
-    start = f"--pretrained {here}/{pretrained}"
     sets = " ".join(f"--eval-data {name}={here}/{source}" for name, source in SETS.items())
-    finetuned = f"logs/flyp/checkpoints/epoch_{epochs}.pt"
-    command = f"flyp train {model} {start} --train-data {here}/data {sets}"
-    command += f" --name flyp --epochs {epochs} --batch-size 100 --lr 1e-3 {run}"
-    yield "Fine-tune it with FLYP on one look", root / finetuned, command
+    run = f"{here}/logs/flyp"
+    command = f"flyp train {model} --pretrained {here}/{pretrained} --train-data {here}/data {sets}"
+    command += f" --name flyp --epochs {epochs} --batch-size 100 --lr 1e-3 {train}"
+    yield "Fine-tune it with FLYP on one look", root / f"logs/flyp/checkpoints/epoch_{epochs}.pt", command
 
-    command = f"flyp wiseft {model} {start} --finetuned {here}/{finetuned} {sets} {cpu} --force"
-    command += f" --out {here}/wiseft"
-    yield "Merge with the pretrained weights", root / "wiseft/frontier.png", command
+    yield (
+        "Merge with the pretrained weights",
+        root / _SWEEP / "frontier.png",
+        f"flyp wiseft {run} {cpu} --force",
+    )
 
-    (merged,) = (f"wiseft/{path.name}" for path in (root / "wiseft").glob("*.pt"))
-    for name, checkpoint in (("zero-shot", pretrained), ("FLYP", finetuned), ("FLYP + WiSE-FT", merged)):
-        command = f"flyp eval {here}/{checkpoint} {model} --eval-data test={here}/data/test {cpu} --json"
+    for name, checkpoint in (
+        ("zero-shot", f"{here}/{pretrained} {model}"),
+        ("FLYP", f"{run} --epoch last"),
+        ("FLYP + WiSE-FT", run),
+    ):
+        command = f"flyp eval {checkpoint} --eval-data test={here}/data/test {cpu} --json"
         yield f"Test {name}", _test_result(root, name), command
-    command = f"flyp export {here}/{merged} {model} --data {here}/data --format timm --out {here}/classifier"
+    command = f"flyp export {run} --format timm --out {here}/classifier"
     yield "Export a classifier for timm", root / "classifier", command
 
 
@@ -230,7 +235,7 @@ def _in_look(grey: Any, look: str) -> Any:
 
 def _table(root: Path) -> str:
     """Top-1 of the three models on each set, in percent, with Wilson's 95 % interval."""
-    record = json.loads((root / "wiseft/wiseft.json").read_text())
+    record = json.loads((root / _SWEEP / "wiseft.json").read_text())
     chosen = f"{record['chosen_alpha']:.2f}"
     alphas = {"zero-shot": "0.00", "FLYP": "1.00", "FLYP + WiSE-FT": chosen}
     rows = {}

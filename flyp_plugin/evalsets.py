@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flyp_plugin.checkpoints import load_tokenizer, model_from_args, refuse_existing, replacing
+from flyp_plugin.checkpoints import refuse_existing, replacing
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier, val_preprocess
 from flyp_plugin.metrics import evaluate, table
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
+from flyp_plugin.record import Record
 from flyp_plugin.sources import RETRIES, expand_source, find_beside, stated_samples
+from flyp_plugin.targets import target_from_args
 
 _COLUMNS = ["set", "key", "label", "prediction", "probability", "group", "label_name", "prediction_name"]
 _log = logging.getLogger(__name__)
@@ -45,14 +47,18 @@ class EvalSet:
 
 
 def parse_eval_sets(
-    specs: Sequence[str], classnames: str | None = None, templates: str | None = None, own_first: bool = False
+    specs: Sequence[str],
+    classnames: str | None = None,
+    templates: str | None = None,
+    fallback: Mapping[str, str | Sequence[str] | None] | None = None,
 ) -> list[EvalSet]:
     """Evaluation sets from NAME=SHARDS, where SHARDS may also be a data folder, whose `test` split is used.
 
     Args:
         specs: as given with --eval-data.
         classnames, templates: replace the text files beside the shards, for all sets.
-        own_first: they only stand in where a set has no such file, as in training, whose flags they are.
+        fallback: for sets that have no such file: a path, or the lines, by the names of the files. In training these are
+            the flags of the training set.
 
     Raises:
         InputError: not NAME=SHARDS, a name given twice or unfit for a metric, no shards or class names.
@@ -70,9 +76,12 @@ def parse_eval_sets(
                 f"--eval-data gives the name {name!r} twice ({sets[name].source}, {source}); rename one."
             )
         shards = [shard for part in source.split("::") for shard in expand_source(part, "test")]
-        given = {"classnames.txt": classnames, "zeroshot_classification_templates.txt": templates}
-        if own_first:
-            given = {file: find_beside(shards, file) or value for file, value in given.items()}
+        given: dict[str, Any] = {
+            "classnames.txt": classnames,
+            "zeroshot_classification_templates.txt": templates,
+        }
+        for file, other in (fallback or {}).items():
+            given[file] = given[file] or find_beside(shards, file) or other
         sets[name] = EvalSet(name, shards, resolve_prompts(shards, *given.values()), source)
     return list(sets.values())
 
@@ -106,13 +115,24 @@ def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[
             bar.update(len(batch["labels"]))
 
 
+def eval_sets_from_args(args: argparse.Namespace, known: Record | None) -> list[EvalSet]:
+    """The sets of --eval-data, else those of the run's training; a set without class names takes the run's --classnames."""
+    specs = args.eval_data or (known.get("eval_data", []) if known else [])
+    files = {"classnames": "classnames.txt", "templates": "zeroshot_classification_templates.txt"}
+    given = known.get("classes_given", []) if known else []
+    return parse_eval_sets(specs, args.classnames, args.templates, {files[n]: known.get(n) for n in given})  # type: ignore[union-attr]
+
+
 def eval_command(args: argparse.Namespace) -> None:
     """`flyp eval`: score a checkpoint on the sets given; the table or the JSON goes to stdout."""
-    sets = parse_eval_sets(args.eval_data, args.classnames, args.templates)
+    target = target_from_args(args, args.checkpoint)
+    sets = eval_sets_from_args(args, target.record)
+    if not sets:
+        raise InputError("there is nothing to score on; give --eval-data NAME=SHARDS.")
     if args.predictions:
         refuse_existing(args.predictions, args.force)
-    model = model_from_args(args, args.checkpoint)
-    tokenizer, preprocess = load_tokenizer(args.model, args.force_context_length), val_preprocess(model)
+    model = target.model(args)
+    tokenizer, preprocess = target.spec.tokenizer(), val_preprocess(model)
     classifiers = {  # first, for a learned head may lack a class
         eval_set.name: ImageClassifier.from_model(
             model, tokenizer, eval_set.prompts, args.precision, use_tqdm=sys.stderr.isatty()
@@ -126,7 +146,7 @@ def eval_command(args: argparse.Namespace) -> None:
             loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
             on_batch = partial(_write, row, eval_set) if row else None
             results[eval_set.name] = evaluate(classifier, loader, on_batch=on_batch)
-    text = json.dumps({"checkpoint": args.checkpoint, "model": args.model, "results": results}, indent=1)
+    text = json.dumps({"checkpoint": target.weights, "model": target.spec.name, "results": results}, indent=1)
     sys.stdout.write((text if args.json else table(results, "set")) + "\n")
     if args.predictions:
         _log.info(f"Wrote each image's prediction to {args.predictions}.")

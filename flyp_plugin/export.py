@@ -23,24 +23,19 @@ from timm.data import create_transform
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from flyp_plugin.checkpoints import (
-    PREPROCESSING,
-    Model,
-    load_tokenizer,
-    model_from_args,
-    refuse_existing,
-    replacing,
-    towers,
-)
+from flyp_plugin.checkpoints import Model, refuse_existing, replacing, towers
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.learned import HEAD
-from flyp_plugin.prompts import resolve_prompts
+from flyp_plugin.model_spec import PREPROCESSING, plain
+from flyp_plugin.prompts import ClassPrompts, resolve_prompts
+from flyp_plugin.record import Record, of_model
 from flyp_plugin.sources import expand_source
+from flyp_plugin.targets import target_from_args
 
 # what an export has: configuration, weights, and what Hugging Face's tokenizers write
 _WRITTEN = re.compile(
-    r"(open_clip_)?(config\.json|model\.safetensors)|.*(token|vocab|sentencepiece|spiece|merges).*\.(json|txt|model)"
+    r"flyp\.json|(open_clip_)?(config\.json|model\.safetensors)|.*(token|vocab|sentencepiece|spiece|merges).*\.(json|txt|model)"
 )
 _log = logging.getLogger(__name__)
 
@@ -53,28 +48,21 @@ def export_command(args: argparse.Namespace) -> None:
     """
     out = Path(args.out)
     _refuse_other(out, args.force)
-    prompts = None
-    if args.format == "timm" and (args.data or (args.classnames and args.templates)):
-        only_train = args.data and Path(args.data, "train").is_dir() and not Path(args.data, "test").is_dir()
-        shards = expand_source(args.data, "train" if only_train else "test") if args.data else []
-        prompts = resolve_prompts(shards, args.classnames, args.templates)
-    model = model_from_args(args, args.checkpoint, "fp32")
+    target = target_from_args(args, args.checkpoint)
+    prompts = _prompts(args, target.record) if args.format == "timm" else None
+    model, config, tokenizer = (
+        target.model(args, "fp32"),
+        dict(target.spec.model_cfg),
+        target.spec.tokenizer(),
+    )
     learned = getattr(model, HEAD, None)
     if prompts is None and learned is not None:
         prompts = learned.class_prompts
-    config = open_clip.get_model_config(args.model.replace("/", "-") if ":" not in args.model else args.model)
-    if args.force_quick_gelu:
-        config["quick_gelu"] = True
-    if args.force_image_size:
-        config["vision_cfg"]["image_size"] = model.visual.image_size
-    if args.force_context_length:
-        config["text_cfg"]["context_length"] = args.force_context_length
-    if args.force_custom_text:
-        config["custom_text"] = True
-    tokenizer = load_tokenizer(args.model, args.force_context_length)
+    known = Record({**(target.record.content if target.record else {}), **of_model(target.spec)})
     if args.format == "open_clip":
         with replacing_folder(out, args.force) as folder:
             save_open_clip(model, config, tokenizer, folder)
+            known.write(folder)
         call = f"open_clip.create_model_and_transforms('local-dir:{out}')"
         if not hasattr(open_clip.factory, "parse_model_name"):
             call += f", from open_clip 3.0 on (this is {open_clip.__version__})"
@@ -91,13 +79,26 @@ def export_command(args: argparse.Namespace) -> None:
             weights = {key: tensor.contiguous() for key, tensor in twin.state_dict().items()}
             save_file(weights, folder / "model.safetensors")
             (folder / "config.json").write_text(json.dumps(timm_config, indent=1) + "\n", encoding="utf-8")
+            known.write(folder)
         call = f"timm (1.0.26 or newer), timm.create_model('local-dir:{out}', pretrained=True)"
     _log.info(f"Wrote {out}/: {', '.join(sorted(os.listdir(out)))}. Read it with {call}.")
 
 
+def _prompts(args: argparse.Namespace, known: Record | None) -> ClassPrompts | None:
+    """The classes of a timm classifier: by --data, or flags, else those that the run was trained on; None: not known."""
+    if args.data:
+        only_train = Path(args.data, "train").is_dir() and not Path(args.data, "test").is_dir()
+        shards = expand_source(args.data, "train" if only_train else "test")
+        return resolve_prompts(shards, args.classnames, args.templates)
+    classnames, templates = (
+        getattr(args, name) or (known and known.get(name)) for name in ("classnames", "templates")
+    )
+    return ClassPrompts.from_files(classnames, templates) if classnames and templates else None
+
+
 def save_open_clip(model: Model, config: dict[str, Any], tokenizer: Any, folder: Path) -> None:
     """The model as open_clip's hub folders have it: configuration, weights, and any tokenizer files."""
-    preprocess = {key: model.visual.preprocess_cfg[key] for key in PREPROCESSING}
+    preprocess = {key: plain(model.visual.preprocess_cfg[key]) for key in PREPROCESSING}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
     weights = {key: tensor.contiguous() for key, tensor in towers(model.state_dict()).items()}

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -10,9 +11,11 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
-from flyp_plugin.checkpoints import Model, load_model, load_tokenizer
+from flyp_plugin.checkpoints import Model, build_model, resolve
+from flyp_plugin.errors import InputError
 from flyp_plugin.learned import HEAD, ClassHead
 from flyp_plugin.prompts import ClassPrompts
+from flyp_plugin.record import FILE, find, weights_in
 from flyp_plugin.text import short_text
 
 
@@ -118,9 +121,8 @@ class ImageClassifier(nn.Module):
     Example, a folder of images:
         >>> from pathlib import Path
         >>> from PIL import Image
-        >>> from flyp_plugin import ClassPrompts, ImageClassifier
-        >>> prompts = ClassPrompts(["cat", "dog"], ["a photo of a {c}."])
-        >>> classifier = ImageClassifier.from_checkpoint("ViT-B-16", "epoch_10.pt", prompts)
+        >>> from flyp_plugin import ImageClassifier
+        >>> classifier = ImageClassifier.from_run("logs/birds")
         >>> for path in Path("photos").glob("*.jpg"):
         ...     name, probability = classifier.predict([Image.open(path)])[0]
         ...     print(path, name, f"{probability:.2f}")
@@ -179,14 +181,48 @@ class ImageClassifier(nn.Module):
         """A classifier from open_clip's model name and a checkpoint's path (or a pretrained tag).
 
         Args:
-            kwargs: passed to open_clip.create_model, e.g. force_quick_gelu=True.
+            kwargs: flags of open_clip, e.g. force_quick_gelu=True. What is known of the weights (a tag, a record
+                beside them) need not be given.
 
         Raises:
             InputError: weights that cannot be read or are another architecture's; class names that a learned head lacks.
         """
-        model = load_model(model_name, path, precision, device, **kwargs)
-        tokenizer = load_tokenizer(model_name, kwargs.get("force_context_length"))
-        return cls.from_model(model, tokenizer, prompts, precision).eval()
+        spec = resolve(model_name, os.fspath(path), kwargs)
+        model = build_model(spec, os.fspath(path), precision, device)
+        return cls.from_model(model, spec.tokenizer(), prompts, precision).eval()
+
+    @classmethod
+    def from_run(
+        cls,
+        run: str | os.PathLike,
+        epoch: str | int | None = None,
+        prompts: ClassPrompts | None = None,
+        precision: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "ImageClassifier":
+        """The classifier that a run has trained, with the model, preprocessing and classes of its record (flyp.json).
+
+        Args:
+            run: the run's folder, logs/NAME, or a checkpoint in it or merged from it.
+            epoch: of a folder: 'best', 'last' or a number; None: the merged weights where there are some, else the last.
+            prompts: other classes; None: those of the training set.
+            precision: as open_clip's --precision; None: the run's.
+
+        Raises:
+            InputError: no record, a checkpoint that was deleted, or weights that cannot be read.
+        """
+        known = find(run)
+        if known is None:
+            raise InputError(
+                f"{run} has no {FILE}, so it is no run of flyp train; see ImageClassifier.from_checkpoint."
+            )
+        weights = weights_in(known, None if epoch is None else str(epoch)) if Path(run).is_dir() else run
+        spec, precision = known.spec, precision or known.get("precision") or "fp32"
+        model = build_model(spec, os.fspath(weights), precision, device)
+        prompts = prompts or known.prompts
+        if prompts is None:
+            raise InputError(f"{known.folder}/{FILE} names no classes; give prompts.")
+        return cls.from_model(model, spec.tokenizer(), prompts, precision).eval()
 
     @property
     def preprocess(self) -> Callable:

@@ -5,9 +5,10 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,34 +16,42 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg
 
 import flyp_plugin
+from flyp_plugin import record
 from flyp_plugin.checkpoints import (
-    FORCED,
-    PREPROCESSING,
     Model,
     StateDict,
-    load_tokenizer,
-    model_from_args,
+    build_model,
     read_state_dict,
     refuse_existing,
     replacing,
     save,
-    sha256,
     weights_file,
 )
 from flyp_plugin.errors import InputError
-from flyp_plugin.evalsets import loader_from_args, parse_eval_sets
-from flyp_plugin.flags import as_words
+from flyp_plugin.evalsets import eval_sets_from_args, loader_from_args
 from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
 from flyp_plugin.jobs import alone
 from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
+from flyp_plugin.model_spec import ModelSpec, is_place
+from flyp_plugin.record import Record, merged_name, sha256
+from flyp_plugin.targets import choose_weights, device_of, fill_in, find_record, spec_from_args
 from flyp_plugin.wiseft import average, check_same, choose, interpolate, sweep
 
 Results = Mapping[float, Mapping[str, Metrics]]  # of each alpha on each set, the ID set first
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What is merged: the fine-tuned checkpoints, of which the mean is taken, and what they started from."""
+
+    finetuned: list[str]
+    pretrained: str  # a tag, a path, or '' for the weights of an hf-hub: or local-dir: model
+    spec: ModelSpec
+    known: Record | None
 
 
 def wiseft_command(args: argparse.Namespace) -> None:
@@ -52,35 +61,33 @@ def wiseft_command(args: argparse.Namespace) -> None:
         InputError: as its parts; all but a full disk before anything is written.
     """
     alphas = parse_alphas(args.alphas if args.alpha is None else str(args.alpha))
-    sets = parse_eval_sets(args.eval_data or [], args.classnames, args.templates, args.own_first)
-    out = Path(args.out)
+    ends = _ends(args)
+    sets = eval_sets_from_args(args, ends.known)
+    out = _out(args, ends.known)
     _check_outputs(out, alphas, bool(sets), args.force)
-    paths = args.average or [args.finetuned]
-    ends = [read_state_dict(path) for path in paths]
-    model, pretrained = _start(args, head_of(ends[0]))
-    _check_classes([*ends, pretrained], [*paths, args.pretrained])
-    finetuned = average(ends) if args.average else ends[0]
-    check_same(pretrained, finetuned, " + ".join(paths), args.pretrained)
+    states = [read_state_dict(path) for path in ends.finetuned]
+    tokenizer = ends.spec.tokenizer()
+    model, pretrained = _start(args, ends, head_of(states[0]), tokenizer)
+    _check_classes([*states, pretrained], [*ends.finetuned, ends.pretrained])
+    finetuned = average(states) if args.average else states[0]
+    check_same(pretrained, finetuned, " + ".join(ends.finetuned), ends.pretrained or ends.spec.name)
     finetuned = {key: tensor.to(model.logit_scale.device) for key, tensor in finetuned.items()}
     results: Results = {alpha: {} for alpha in alphas}
     chosen = alphas[0]
     with alone(out):
         _check_outputs(out, alphas, bool(sets), args.force)  # another sweep may just have ended
         if sets:
-            tokenizer, preprocess = (
-                load_tokenizer(args.model, args.force_context_length),
-                val_preprocess(model),
-            )
-            loader = partial(loader_from_args, preprocess=preprocess, args=args)
+            loader = partial(loader_from_args, preprocess=val_preprocess(model), args=args)
             results = sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
             chosen = choose(results, sets[0].name)
-        names = ["wiseft.json"]
+        names = [record.FILE, "wiseft.json"]
         for alpha in alphas if args.save_all else [chosen]:
             names.append(merged_name(alpha))
             merged = interpolate(pretrained, finetuned, alpha)
             weights = {key: tensor.cpu().contiguous() for key, tensor in merged.items()}
             save(weights, out / merged_name(alpha))
-        text = json.dumps(_record(args, paths, results, chosen, sets[0].name if sets else None), indent=1)
+        _record_of_merged(args, ends).write(out)
+        text = json.dumps(_results(ends, results, chosen, sets[0].name if sets else None), indent=1)
         with replacing(out / "wiseft.json") as part:
             part.write_text(text + "\n", encoding="utf-8")
         if len(alphas) > 1:
@@ -94,9 +101,81 @@ def wiseft_command(args: argparse.Namespace) -> None:
     others = sorted(path.name for path in out.glob("wise_ft_alpha=*.pt") if path.name not in names)
     if others:
         _log.warning(f"Not of this merge, but still in {out}/ from one before: {', '.join(others)}.")
-    words = ["flyp", "export", str(out / merged_name(chosen)), *model_flags(args, model), "--data",
-             sets[0].source if sets else "DIR", "--format", "timm", "--out", str(out / "classifier")]  # fmt: skip
-    _log.info(f"Next: {shlex.join(words)}")
+    run = out.parent if ends.known and out == _default_out(ends.known) else out
+    _log.info(f"Next: {shlex.join(['flyp', 'export', str(run), '--format', 'timm', '--out', 'classifier'])}")
+
+
+def _ends(args: argparse.Namespace) -> _Ends:
+    """The end points from RUN, --finetuned or --average, and --pretrained; fills in the flags that the run knows.
+
+    Raises:
+        InputError: none or too many of them are given, they do not belong together, or the pretrained weights are gone or
+            have changed.
+    """
+    given = args.average or [end for end in (args.run, args.finetuned) if end]
+    if not given or (args.run and (args.average or args.finetuned)):
+        raise InputError(
+            "give what to merge as one of RUN (logs/birds), --finetuned PATH or --average PATH PATH ...; the flags are "
+            "in --help."
+        )
+    pairs = [(path, find_record(path)) for path in given]
+    finetuned = [
+        str(choose_weights(known, path, args.epoch or "last")) if os.path.isdir(path) else path
+        for path, known in pairs
+    ]
+    records = [known for _, known in pairs if known]
+    record.same_meaning(records)
+    known = records[0] if records else None
+    if args.pretrained is None:
+        pretrained = _start_of(known, given[0])
+    else:
+        pretrained = args.pretrained
+        before = record.find(pretrained)
+        if known and before:
+            record.same_meaning([before, known])
+    fill_in(args, known)
+    return _Ends(finetuned, pretrained, spec_from_args(args, pretrained, known), known)
+
+
+def _start_of(known: Record | None, given: str) -> str:
+    """The weights that a run started from, as its record has them, found to be the same still."""
+    if known is None:
+        raise InputError(
+            f"there is no {record.FILE} beside {given} that says what it started from; give --pretrained."
+        )
+    start, digest = known.pretrained, known.get("pretrained", {}).get("sha256")
+    if not start and not is_place(known.spec.name):
+        raise InputError(
+            f"{known.folder} was trained from random weights; give --pretrained, if you know better."
+        )
+    if digest and not os.path.isfile(start):
+        raise InputError(f"{start}, from which {known.folder} was trained, is not there; give --pretrained.")
+    if digest and sha256(start) != digest:
+        raise InputError(
+            f"{start} is not the file from which {known.folder} was trained (its SHA-256 has changed); give --pretrained."
+        )
+    return start
+
+
+def _default_out(known: Record) -> Path:
+    assert known.folder is not None  # noqa: S101 - records that are found have one
+    return known.folder / "wiseft"
+
+
+def _out(args: argparse.Namespace, known: Record | None) -> Path:
+    if args.out:
+        return Path(args.out)
+    if known is None or not (known.folder and (known.folder / "checkpoints").is_dir()):
+        raise InputError("--out is missing; give a folder for the merged weights.")
+    return _default_out(known)
+
+
+def _record_of_merged(args: argparse.Namespace, ends: _Ends) -> Record:
+    """The run's record, with what flags have changed; of loose weights, what is known of the model."""
+    content = {**(ends.known.content if ends.known else {}), **record.of_model(ends.spec)}
+    if args.pretrained is not None or not ends.known:
+        content["pretrained"] = record.source(ends.pretrained)
+    return Record(content)
 
 
 def parse_alphas(text: str) -> list[float]:
@@ -141,10 +220,6 @@ def _check_alpha(alpha: float) -> None:
         )
 
 
-def merged_name(alpha: float) -> str:
-    return f"wise_ft_alpha={alpha:.2f}.pt"
-
-
 def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) -> None:
     draw = len(alphas) > 1
     if draw and not scored:
@@ -163,24 +238,20 @@ def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) ->
         refuse_existing(out / name, force)
 
 
-def _start(args: argparse.Namespace, learned: ClassHead | None) -> tuple[Model, dict[str, torch.Tensor]]:
+def _start(
+    args: argparse.Namespace, ends: _Ends, learned: ClassHead | None, tokenizer: Callable
+) -> tuple[Model, dict[str, torch.Tensor]]:
     """A working model in --precision, and the pretrained weights in float32.
 
     Against a learned head, the pretrained model's is the zero-shot head of the same classes and templates.
     """
-    source = model_from_args(args, args.pretrained, "fp32")
+    source = build_model(ends.spec, ends.pretrained, "fp32", device_of(args))
     if learned is not None and not hasattr(source, HEAD):
-        setattr(
-            source,
-            HEAD,
-            zeroshot_as_learned(
-                source, load_tokenizer(args.model, args.force_context_length), learned.class_prompts
-            ),
-        )
+        setattr(source, HEAD, zeroshot_as_learned(source, tokenizer, learned.class_prompts))
     pretrained = {key: tensor.clone() for key, tensor in source.state_dict().items()}
     if args.precision in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
         return source, pretrained
-    model = model_from_args(args, args.pretrained)
+    model = build_model(ends.spec, ends.pretrained, args.precision, device_of(args))
     if hasattr(source, HEAD):
         setattr(model, HEAD, getattr(source, HEAD))
     return model, pretrained
@@ -197,35 +268,18 @@ def _check_classes(states: Sequence[StateDict], paths: Sequence[str]) -> None:
             )
 
 
-def model_flags(args: argparse.Namespace, model: Model) -> list[str]:
-    """The flags that make `model` again from a checkpoint, which does not tell a tag's preprocessing."""
-    config = open_clip.get_model_config(args.model.replace("/", "-")) or {}
-    quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
-    flags = {"model": args.model, "model_config": args.model_config}
-    flags |= {name: getattr(args, name) for name in FORCED}
-    flags["force_quick_gelu"] = quick and not config.get("quick_gelu")
-    for name in PREPROCESSING:
-        value = model.visual.preprocess_cfg[name]
-        value = value if isinstance(value, str) else tuple(value)
-        flags[f"image_{name}"] = None if value == getattr(PreprocessCfg(), name) else value
-    return as_words(flags)
-
-
-def _record(
-    args: argparse.Namespace, finetuned: list[str], results: Results, chosen: float, chosen_by: str | None
-) -> dict[str, Any]:
-    def source(given: str, path: str) -> dict[str, str]:
-        return {"given": given, "sha256": sha256(path)}
-
+def _results(ends: _Ends, results: Results, chosen: float, chosen_by: str | None) -> dict[str, Any]:
+    """The content of wiseft.json."""
+    paths = {"finetuned": ends.finetuned, "pretrained": [weights_file(ends.spec, ends.pretrained)]}
+    inputs = {
+        name: [{"given": path, "sha256": sha256(path)} for path in some] for name, some in paths.items()
+    }
     return {
-        "model": args.model,
+        "model": ends.spec.name,
         "chosen_alpha": chosen,
         "chosen_by": chosen_by and f"{chosen_by}/top1",
         "alphas": {f"{alpha:.2f}": metrics for alpha, metrics in results.items()},
-        "inputs": {
-            "pretrained": source(args.pretrained, weights_file(args.model, args.pretrained)),
-            "finetuned": [source(path, path) for path in finetuned],
-        },
+        "inputs": {**inputs, "pretrained": {**inputs["pretrained"][0], "given": ends.pretrained}},
         "versions": {module.__name__: module.__version__ for module in (flyp_plugin, open_clip, torch)},
     }
 

@@ -11,13 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flyp_plugin.checkpoints import FORCED, PREPROCESSING, default_device
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.evalsets import EvalSet, loader_from_args
-from flyp_plugin.flags import as_words
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Metrics, Tally, best, score
-from flyp_plugin.sources import IMAGE_KEY
+from flyp_plugin.model_spec import is_place
 
 _log = logging.getLogger(__name__)
 
@@ -87,13 +85,15 @@ class Monitor:
         if not trained:
             return []
         chosen = best(trained)
-        folder = Path(args.logs, args.name, "checkpoints")
-        saved = [e for e in (chosen, max(trained)) if (folder / f"epoch_{e}.pt").exists()]
+        folder = Path(args.logs, args.name)
         lines = [f"Best epoch on {self.sets[0].name}: {chosen}, top-1 {100 * trained[chosen]:.2f}."]
-        if saved and args.pretrained:
-            out = Path(args.logs, args.name, "wiseft")
-            command = ["flyp", *wiseft_command(args, folder / f"epoch_{saved[0]}.pt", out)]
-            lines.append(f"Next, merge it with the pretrained weights:\n  {shlex.join(command)}")
+        saved = {epoch for epoch in trained if (folder / f"checkpoints/epoch_{epoch}.pt").exists()}
+        if saved and (args.pretrained or is_place(args.model)):
+            other = chosen != max(saved) and chosen in saved
+            more = f" (the last epoch; --epoch best takes epoch {chosen})" if other else ""
+            lines.append(
+                f"Next, merge it with the pretrained weights: flyp wiseft {shlex.quote(str(folder))}{more}"
+            )
         return lines
 
     def _share_buffers(self, model: torch.nn.Module) -> None:
@@ -109,18 +109,3 @@ class Monitor:
             for other in others:
                 tally.merge(other)
         return tally.metrics()
-
-
-def wiseft_command(args: Namespace, finetuned: Path, out: Path) -> list[str]:
-    """`wiseft ...`, which merges the checkpoint `finetuned` of a run with `args` and scores it as that run was scored."""
-    command = ["wiseft", "--model", args.model, "--pretrained", args.pretrained]
-    command += ["--finetuned", str(finetuned)]
-    values = {**vars(args), "own_first": bool(args.classnames or args.templates)}
-    defaults = {"label_key": "cls", "image_key": IMAGE_KEY, "device": default_device()}
-    names = ["model_config", "classnames", "templates", "group_key", "own_first", "force_quick_gelu", *FORCED]
-    names += ["label_key", "image_key", *(f"image_{name}" for name in PREPROCESSING), "device"]
-    names += ["precision", "batch_size", "workers"]
-    command += as_words({name: values.get(name) for name in names if values.get(name) != defaults.get(name)})
-    for spec in args.eval_data:
-        command += ["--eval-data", spec]
-    return [*command, "--out", str(out)]

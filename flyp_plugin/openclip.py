@@ -33,11 +33,11 @@ import numpy as np
 import torch
 
 from flyp_plugin import run_folder
-from flyp_plugin.checkpoints import save
+from flyp_plugin.checkpoints import one_reader, save
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import NO_ROOM, InputError
 from flyp_plugin.jobs import alone
-from flyp_plugin.learned import HEAD
+from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.samples import sample_seed
 
 if TYPE_CHECKING:
@@ -330,17 +330,19 @@ class _Seams:
             raise _unfit("takes its arguments from elsewhere than open_clip_train.main.parse_args")
         if self.plan.args.rank == 0:  # a run without a name has one by now, which may be that of another
             self.lock()
-            if self.latest and self.model is None:
-                run_folder.check_settings(self.plan.args)
+        if self.model is not None and not is_place(name):  # the teacher of --distill-model
+            kwargs["force_quick_gelu"] = ModelSpec.of(name, pretrained or "").quick_gelu
         try:
-            created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
-        except Exception as error:
-            reason = shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
-            mend = "check that the weights are this model's and can be had"
-            if f"{HEAD}." in str(error):
-                mend = "they have a learned head: `flyp export --format open_clip` writes the towers alone"
+            with one_reader():
+                created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
+        except (RuntimeError, OSError) as error:
+            # of weights that are another model's, and those that cannot be downloaded
+            if not re.match(r"Error\(s\) in loading state_dict|.*[Dd]ownload", str(error)):
+                raise
+            reason = shorten(str(error), 300, placeholder=" ...")
             raise InputError(
-                f"open_clip could not make {name} with --pretrained {pretrained!r} ({reason}); {mend}."
+                f"open_clip could not load the weights {pretrained or name} into {name} ({reason}); check that they are this "
+                "model's, and the network where they are downloaded."
             ) from error
         if not (isinstance(created, tuple) and len(created) == 3 and isinstance(created[0], torch.nn.Module)):
             raise _unfit("makes something other than a model and its two transforms")
@@ -355,6 +357,7 @@ class _Seams:
         if not (isinstance(preprocess, tuple) and len(preprocess) == 2):
             raise _unfit("calls get_data with something other than two transforms")
         if args.rank == 0:
+            run_folder.write_record(self.plan.record(), self.plan.resumed, Path(args.logs, args.name))
             run_folder.forget_after(epoch, Path(args.logs, args.name))
             if self.latest:
                 run_folder.say_where_it_starts(epoch, args)
@@ -364,8 +367,8 @@ class _Seams:
         data = original(others, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
         if not isinstance(data, dict):
             raise _unfit(f"has open_clip_train.main.get_data return a {type(data).__name__}")
-        self.preprocess_val, self.tokenizer = preprocess[1], tokenizer
-        dataset = self.plan.train_data(preprocess[0], tokenizer, as_dict)
+        self.preprocess_val, self.tokenizer = preprocess[1], self.plan.spec.tokenizer()
+        dataset = self.plan.train_data(preprocess[0], self.tokenizer, as_dict)
         data["train"] = self.train = _data_info(dataset, args, self)
         if self.plan.evaluates:  # main() evaluates where this key is; zero_shot_eval below answers
             data.setdefault("imagenet-val", None)

@@ -47,22 +47,26 @@ class ClassPrompts:
         _check_templates(self.templates, "the list of templates", "entry")
 
     @classmethod
-    def from_files(cls, classnames: str, templates: str) -> "ClassPrompts":
+    def from_files(cls, classnames: str | Sequence[str], templates: str | Sequence[str]) -> "ClassPrompts":
         """Read class names and templates, one a line, from files or URLs.
 
         Args:
-            classnames: a path, a URL, or `imagenet` (open_clip's list).
-            templates: a path, a URL, `openai` or `simple` (open_clip's lists), or one template, with its `{c}`.
+            classnames: a path, a URL, `imagenet` (open_clip's list), or the names themselves.
+            templates: a path, a URL, `openai` or `simple` (open_clip's lists), one template, with its `{c}`, or several.
 
         Raises:
             InputError: a file that is not there, is not UTF-8 or has a mistake in it, with its line.
         """
-        if classnames in CLASSNAMES:
+        if not isinstance(classnames, str):
+            names = list(classnames)
+        elif classnames in CLASSNAMES:
             names = list(CLASSNAMES[classnames])
         else:
             names = _read_lines(classnames, "class names", "--classnames", list(CLASSNAMES))
             _check_classnames(names, classnames, "line")
-        if templates in TEMPLATES:  # functions of the name, in open_clip
+        if not isinstance(templates, str):
+            lines = list(templates)
+        elif templates in TEMPLATES:  # functions of the name, in open_clip
             lines = [template("{c}") for template in TEMPLATES[templates]]
         elif _PLACE.search(templates):
             lines = [templates]
@@ -170,7 +174,9 @@ def as_it_is(item: Any) -> Any:
 
 
 def resolve_prompts(
-    shards: Sequence[str], classnames: str | None = None, templates: str | None = None
+    shards: Sequence[str],
+    classnames: str | Sequence[str] | None = None,
+    templates: str | Sequence[str] | None = None,
 ) -> ClassPrompts:
     """The prompts that belong to `shards`: what is given, or else the text files beside them or one folder above.
 
@@ -198,7 +204,7 @@ def resolve_prompts(
     return prompts
 
 
-def _check_order(names: list[str], path: str, own: str) -> None:
+def _check_order(names: list[str], path: str | Sequence[str], own: str) -> None:
     """InputError where a name that is given is another line of the list beside the shards, which their labels number."""
     there, here = (
         {name: line for line, name in reversed(list(enumerate(some, 1)))}

@@ -9,19 +9,13 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from flyp_plugin import record
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import as_words
-from flyp_plugin.sources import write_atomically
+from flyp_plugin.model_spec import ModelSpec
+from flyp_plugin.record import RESULTS, Record
+from flyp_plugin.sources import is_url, write_atomically
 
-RESULTS = "checkpoints/results.jsonl"
-_RECORDS = ("out.log", "params.txt")
-# of params.txt: what says where a run is, how it is watched and on what it runs; all else changes its weights
-_ANYTHING = re.compile(
-    "resume|name|logs|.*_path|workers|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
-    "wandb.*|tensorboard|log_.*|debug|save_.*|delete_.*|remote_.*|copy_codebase|retries|max_lost|group_key|cache_dir|"
-    "imagenet_.*|demo|help_.*|no_flyp_defaults"
-)
-_NEVER = ("model", "objective")  # their weights are others
+_RECORDS = ("out.log", "params.txt", record.FILE)
 _log = logging.getLogger(__name__)
 
 
@@ -64,34 +58,53 @@ def clear_up(folder: Path) -> None:
             _log.warning(f"{path} is incomplete and is left out: it is now {aside}.")
 
 
-def check_settings(args: Namespace) -> None:
-    """Compare a resumed run's settings with its params.txt, before open_clip writes that anew; warns of others.
+def resumed_record(args: Namespace) -> Record | None:
+    """The record of the run that --resume goes on with; None of a new run, or one that has none."""
+    if not args.resume or is_url(args.resume):
+        return None
+    if args.resume == "latest":
+        return record.read(Path(args.logs, args.name)) if args.name else None
+    return record.find(args.resume)
 
-    Raises:
-        InputError: the weights could not be those of the run.
-    """
-    path = Path(args.logs, args.name, "params.txt")
-    if not args.resume or not path.exists():
-        return
-    before = dict(re.findall(r"(?m)^(\w+): (.*)$", path.read_text(errors="replace")))
-    others = {
-        name: (before[name], str(value))
-        for name, value in vars(args).items()
-        if before.get(name, str(value)) != str(value) and not _ANYTHING.fullmatch(name)
-    }
-    for name in _NEVER:
-        if name in others:
-            then, now = others[name]
-            raise InputError(
-                f"the run in {path.parent} is one with --{name} {then} and not {now}; give another --name, or the "
-                "flags that it was begun with."
-            )
+
+def refuse_other_run(resumed: Record, args: Namespace, spec: ModelSpec) -> None:
+    """InputError where the flags make the weights of the run that is resumed mean something else."""
+    others = [
+        f"--{name} {resumed.get(name)} and not {getattr(args, name)}"
+        for name in ("model", "objective")
+        if resumed.get(name) != getattr(args, name)
+    ]
+    others += resumed.spec.differences(spec)
+    if others:
+        raise InputError(
+            f"the run in {resumed.folder} is one with {others[0]}; give another --name, or the flags that it was begun with."
+            if others[0].startswith("--")
+            else f"the run in {resumed.folder} was begun otherwise ({others[0]} now); give another --name, or leave that flag out."
+        )
+
+
+def write_record(now: Record, before: Record | None, folder: Path) -> None:
+    """Write flyp.json. Where a resumed run had other settings, they are kept in a file beside it, and named."""
+    others = record.differences(before, now) if before and before.folder == folder else {}
     if others:
         changes = ", ".join(
-            f"{as_words({name: 1})[0]} {now} ({then})" for name, (then, now) in others.items()
+            f"--{name.replace('_', '-')} {_short(after)} ({_short(was)})"
+            for name, (was, after) in others.items()
         )
-        kept = _set_aside(path)
+        kept = _set_aside(folder / record.FILE)
         _log.warning(f"Other settings than before (in brackets; all of those are now in {kept}): {changes}.")
+        if others.keys() & {"workers", "ranks", "batch_size"}:
+            _log.warning(
+                "So the order of batches, and with it the weights, are not those of an uninterrupted run."
+            )
+    if not before and (folder / "params.txt").exists() and any(folder.glob("checkpoints/epoch_*.pt")):
+        _log.warning(f"{folder} has no {record.FILE}, so its settings cannot be compared with these.")
+    now.write(folder)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 60 else f"{text[:50]}..."
 
 
 def _set_aside(path: Path) -> Path:

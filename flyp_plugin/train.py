@@ -21,16 +21,19 @@ import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import QuickGELU
 
-from flyp_plugin import checkpoints, cli, objectives, openclip, run_folder, shards
+from flyp_plugin import checkpoints, cli, objectives, openclip, record, run_folder, shards
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
 from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, LP_C, as_words, parser
 from flyp_plugin.heads import image_features, zeroshot_as_learned
-from flyp_plugin.learned import HEAD, class_rows, fit_head
+from flyp_plugin.learned import HEAD, class_rows, fit_head, head_of
+from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, is_place, plain
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.prompts import resolve_prompts
+from flyp_plugin.record import Record
 from flyp_plugin.sources import count_samples, expand_sources, is_url
 from flyp_plugin.text import shorten
 
@@ -64,7 +67,11 @@ class FlypRun:
         if args.model_config:
             checkpoints.add_model_config(args.model_config)
         checkpoints.check_names(args.model, args.pretrained)
-        checkpoints.state_of_file(args.pretrained)  # is whole, and numbers
+        if head_of(checkpoints.state_of_file(args.pretrained)):  # which also finds it whole, and numbers
+            raise InputError(
+                f"{args.pretrained} has a learned head, which open_clip cannot load; `flyp export --format open_clip` writes "
+                "its towers alone."
+            )
         if args.resume not in (None, "latest") and not is_url(args.resume):
             checkpoints.read_state_dict(args.resume)
         if args.name == "":
@@ -73,13 +80,16 @@ class FlypRun:
         _check_reports(args.report_to)
         if rank == 0:
             run_folder.check_free(args)
+        self.resumed = run_folder.resumed_record(args)
+        self.spec = _spec(args, self.resumed)
         self.objective = objectives.OBJECTIVES[args.objective]
         self.changes = objectives.changes(args)  # flags that need another loss than open_clip's
         objectives.check_flags(args)
         _check_shots(args)
         self.shards, self.weights = _shards(args)
         self.prompts = resolve_prompts(self.shards, args.classnames, args.templates)
-        self.eval_sets = parse_eval_sets(args.eval_data, args.classnames, args.templates, own_first=True)
+        given = {"classnames.txt": args.classnames, "zeroshot_classification_templates.txt": args.templates}
+        self.eval_sets = parse_eval_sets(args.eval_data, fallback=given)
         for eval_set in self.eval_sets if self.objective.learned_head else ():
             class_rows(self.prompts.classnames, eval_set.prompts.classnames, f"--eval-data {eval_set.name}")
         self.few = self._take_shots() if args.shots is not None else None
@@ -93,6 +103,7 @@ class FlypRun:
         if "warmup" in self.defaults and args.warmup > most:
             self.defaults["warmup"] = f"{most} (a tenth of the steps, which are few)"
             args.warmup = most
+        self.settings = record.training_settings(vars(args), samples=self.num_samples, ranks=world_size)
         self.monitor: Monitor | None = None
         self.image_size = 0
 
@@ -106,6 +117,26 @@ class FlypRun:
         self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None
         return few
 
+    def record(self) -> Record:
+        """What the checkpoints of this run mean; see record.py."""
+        args = self.args
+        content = record.of_model(self.spec)
+        content |= {
+            name: getattr(args, name) for name in ("model_config", "precision", "objective", "eval_data")
+        }
+        content |= {name: getattr(self.prompts, name) for name in ("classnames", "templates")}
+        content["classes_given"] = [name for name in ("classnames", "templates") if getattr(args, name)]
+        content["keys"] = {name: getattr(args, name) for name in ("image_key", "label_key", "group_key")}
+        content["training"] = self.settings
+        if self.resumed and args.pretrained in (
+            "",
+            self.resumed.pretrained,
+        ):  # it comes from the checkpoint now
+            content["pretrained"] = self.resumed.get("pretrained", {})
+        else:
+            content["pretrained"] = record.source(args.pretrained)
+        return Record(content)
+
     @property
     def evaluates(self) -> bool:
         return bool(self.eval_sets)
@@ -113,6 +144,7 @@ class FlypRun:
     def on_model(self, model: torch.nn.Module) -> None:
         """Refuse the wrong loss, make the text tower short, and the model what its objective wants."""
         args = self.args
+        _check_built(model, self.spec)
         sigmoid = getattr(model, "logit_bias", None) is not None and args.objective == "flyp"
         if sigmoid and not args.siglip and not args.softmax_loss:
             raise InputError(
@@ -127,8 +159,7 @@ class FlypRun:
             )
         size = getattr(model.visual, "image_size", 0)  # int or (height, width)
         self.image_size = size if isinstance(size, int) else max(size)
-        context_length = getattr(args, "force_context_length", None)
-        tokenizer = open_clip.get_tokenizer(args.model, context_length=context_length)
+        tokenizer = self.spec.tokenizer()
         if not args.full_text:
             two = tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
             compiled = args.torchcompile  # wants few shapes, and none that depend on the data
@@ -231,6 +262,7 @@ class FlypRun:
             steps = "One fit to the features of all images in place of epochs and steps."
         for line in (
             f"FLYP's defaults in use: {named}. All else is open_clip's, or yours.",
+            f"Model: {self.spec}; weights: {args.pretrained or 'random or its own'}.",
             f"Objective: {', '.join(self.changes) or 'FLYP'}.",
             f"Samples: {self.num_samples} an epoch, in {len(self.shards)} shards.",
             f"Prompts: {classes} classes x {templates} templates = {len(prompts)}.",
@@ -242,7 +274,7 @@ class FlypRun:
 
     def _warn_of_random_weights(self) -> None:
         args = self.args
-        if not (args.pretrained or args.resume or checkpoints.has_own_weights(args.model)):
+        if not (args.pretrained or args.resume or is_place(args.model)):
             _log.warning(
                 "There is no --pretrained: training starts from random weights, which know no prompt."
             )
@@ -284,6 +316,51 @@ def _defaults(rest: Sequence[str], world_size: int) -> dict[str, str]:
 def _flags(values: dict[str, str], world_size: int = 1) -> list[str]:
     """As a command line; with several ranks FLYP's loss is over the batches of all of them."""
     return [*as_words(values), *(("--local-loss", "--gather-with-grad") if values and world_size > 1 else ())]
+
+
+def _spec(args: argparse.Namespace, resumed: Record | None) -> ModelSpec:
+    """The model that is trained, and open_clip's flags in `args` set so that open_clip makes this one.
+
+    It is that of the run that is resumed, else of the run that --pretrained comes from, else the one of --model and its tag.
+
+    Raises:
+        InputError: flags that contradict the run that is resumed, or a tag; a configuration that has changed.
+    """
+    flags = {name: getattr(args, name, None) for name in FLAGS}
+    if resumed:
+        spec = resumed.spec.with_flags(flags)
+        run_folder.refuse_other_run(resumed, args, spec)
+    else:
+        spec = checkpoints.resolve(args.model, args.pretrained, flags)
+    made = {f"image_{name}": spec.preprocess_cfg[name] for name in PREPROCESSING}
+    made |= {**spec.forced, "force_quick_gelu": spec.quick_gelu}
+    changed = spec.differences(ModelSpec.of(args.model, args.pretrained).with_flags({**flags, **made}))
+    if changed:
+        raise InputError(
+            f"open_clip's configuration of {args.model} is not the one that the weights were trained with ({changed[0]}); "
+            "give that one with --model-config."
+        )
+    for name, value in made.items():
+        setattr(args, name, value)
+    return spec
+
+
+def _check_built(model: Any, spec: ModelSpec) -> None:
+    """InputError where open_clip has made another model than it was asked for, as before 2.30 of OpenAI's weights."""
+    has = {key: plain(value) for key, value in model.visual.preprocess_cfg.items()}
+    other = [
+        f"{key} {has[key]}, not {value}"
+        for key, value in spec.preprocess_cfg.items()
+        if has.get(key, value) != value
+    ]
+    native = isinstance(model, CLIP) or not hasattr(model.visual, "trunk")
+    if native and spec.quick_gelu != any(isinstance(module, QuickGELU) for module in model.modules()):
+        other.append(f"another activation than {spec.activation}")
+    if other:
+        raise InputError(
+            f"open_clip_torch {open_clip.__version__} has made {spec.name} with {other[0]}; leave the flag out that asks for "
+            "it, or install a newer open_clip_torch."
+        )
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
