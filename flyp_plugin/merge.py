@@ -30,7 +30,7 @@ from flyp_plugin.checkpoints import (
     weights_file,
 )
 from flyp_plugin.errors import InputError
-from flyp_plugin.evalsets import eval_sets_from_args, loader_from_args
+from flyp_plugin.evalsets import EvalSet, eval_sets_from_args, loader_from_args
 from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
 from flyp_plugin.jobs import alone
 from flyp_plugin.learned import HEAD, ClassHead, head_of
@@ -86,7 +86,8 @@ def wiseft_command(args: argparse.Namespace) -> None:
             merged = interpolate(pretrained, finetuned, alpha)
             weights = {key: tensor.cpu().contiguous() for key, tensor in merged.items()}
             save(weights, out / merged_name(alpha))
-        _record_of_merged(args, ends).write(out)
+        merged_record = _record_of_merged(args, ends, sets)
+        merged_record.write(out)
         text = json.dumps(_results(ends, results, chosen, sets[0].name if sets else None), indent=1)
         with replacing(out / "wiseft.json") as part:
             part.write_text(text + "\n", encoding="utf-8")
@@ -102,7 +103,8 @@ def wiseft_command(args: argparse.Namespace) -> None:
     if others:
         _log.warning(f"Not of this merge, but still in {out}/ from one before: {', '.join(others)}.")
     run = out.parent if ends.known and out == _default_out(ends.known) else out
-    _log.info(f"Next: {shlex.join(['flyp', 'export', str(run), '--format', 'timm', '--out', 'classifier'])}")
+    data = "" if merged_record.prompts else " --data DIR"
+    _log.info(f"Next: flyp export {shlex.quote(str(run))}{data} --format timm --out classifier")
 
 
 def _ends(args: argparse.Namespace) -> _Ends:
@@ -170,9 +172,11 @@ def _out(args: argparse.Namespace, known: Record | None) -> Path:
     return _default_out(known)
 
 
-def _record_of_merged(args: argparse.Namespace, ends: _Ends) -> Record:
-    """The run's record, with what flags have changed; of loose weights, what is known of the model."""
+def _record_of_merged(args: argparse.Namespace, ends: _Ends, sets: Sequence[EvalSet]) -> Record:
+    """The run's record, with what flags have changed; of loose weights, what is known: model, and classes of the ID set."""
     content = {**(ends.known.content if ends.known else {}), **record.of_model(ends.spec)}
+    if sets and not ends.known:
+        content |= {name: getattr(sets[0].prompts, name) for name in ("classnames", "templates")}
     if args.pretrained is not None or not ends.known:
         content["pretrained"] = record.source(ends.pretrained)
     return Record(content)

@@ -357,7 +357,8 @@ class _Seams:
         if not (isinstance(preprocess, tuple) and len(preprocess) == 2):
             raise _unfit("calls get_data with something other than two transforms")
         if args.rank == 0:
-            run_folder.write_record(self.plan.record(), self.plan.resumed, Path(args.logs, args.name))
+            if epoch < args.epochs:  # else nothing is trained
+                run_folder.write_record(self.plan.record(), self.plan.resumed, Path(args.logs, args.name))
             run_folder.forget_after(epoch, Path(args.logs, args.name))
             if self.latest:
                 run_folder.say_where_it_starts(epoch, args)

@@ -22,6 +22,60 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
+class Restoring(torch.nn.Module):
+    """Its archive has a method that torch.jit.load calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight
+
+    @torch.jit.export
+    def __setstate__(self, weight: torch.Tensor):
+        self.weight = weight
+
+    def forward(self, x):
+        return self.weight * x
+
+
+def test_reads_openais_archive_and_its_state_dict(tmp_path):
+    """Their files hold three sizes beside the weights, and QuickGELU has to be said."""
+    root()
+    model = open_clip.create_model(MODEL).eval()
+    archive = torch.nn.Module()
+    for name, part in [*model.named_children(), *model.named_parameters(recurse=False)]:
+        setattr(archive, name, part)
+    for name, number in (("input_resolution", 32), ("context_length", 32), ("vocab_size", 49408)):
+        archive.register_buffer(name, torch.tensor(number))
+    archive.forward = lambda images: archive.visual(images)
+    torch.jit.trace(archive.half(), torch.randn(1, 3, 32, 32).half(), check_trace=False).save(
+        tmp_path / "openai.pt"
+    )
+    torch.save(archive.state_dict(), tmp_path / "state.pt")
+    expected = {key: tensor.half() for key, tensor in model.state_dict().items()}
+    for path in tmp_path.iterdir():
+        read = read_state_dict(path)
+        assert read.keys() == expected.keys() and all(torch.equal(read[key], expected[key]) for key in read)
+        built = load_model(MODEL, path).state_dict()
+        assert all(torch.equal(tensor, expected[key].to(tensor.dtype)) for key, tensor in built.items())
+
+
+def test_memory_that_ends_is_not_told_as_wrong_weights(monkeypatch):
+    root()
+
+    def out_of_memory(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    for place, name in ((open_clip, "create_model"), (open_clip, "load_checkpoint")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, out_of_memory)
+            with pytest.raises(RuntimeError, match="^CUDA out of memory"):
+                load_model(MODEL, checkpoint(MODEL, 15))
+
+
 def test_reads_what_open_clip_and_torch_save(tmp_path):
     weights = {"a": torch.randn(3), "n": torch.tensor(4)}
     wrapped = {f"module._orig_mod.{key}": tensor for key, tensor in weights.items()}
@@ -50,7 +104,7 @@ def mistakes(folder):
     (folder / "words.pt").write_text("elephants are grey\n")
     torch.save({"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, folder / "nan.pt")
     torch.save({"a": torch.tensor([1.0, float("-inf")])}, folder / "inf.pt")
-    torch.jit.script(torch.nn.Linear(2, 2)).save(folder / "jit.pt")
+    torch.jit.script(Restoring()).save(folder / "jit.pt")
 
 
 def test_bad_files_are_one_sentence_and_their_code_does_not_run(tmp_path):
@@ -64,11 +118,11 @@ def test_bad_files_are_one_sentence_and_their_code_does_not_run(tmp_path):
         "cut.safetensors": "is not a whole checkpoint",
         "none.pt": "holds no weights",
         "list.pt": "holds no weights",
-        "jit.pt": "TorchScript",
+        "jit.pt": "refused: it is a TorchScript archive that would run code",
         "text.pt": "is not a whole checkpoint",
         "words.pt": "is not a whole checkpoint",
-        "nan.pt": r"no finite numbers \(in 1 of 2 tensors, first a\): its training has",
-        "inf.pt": r"no finite numbers \(in 1 of 1 tensors, first a\)",
+        "nan.pt": r"NaN or infinite \(in 1 of 2 tensors, first a\): its training has",
+        "inf.pt": r"NaN or infinite \(in 1 of 1 tensors, first a\)",
         "gone.pt": "there is no checkpoint",
     }
     for name, message in expected.items():
@@ -106,8 +160,8 @@ def test_unknown_models_tags_and_a_hub_that_does_not_answer(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("no route to host\nlong story")
 
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", fail)
-    with pytest.raises(InputError, match=r"could not be had \(.*no route to host.*\)") as error:
+    monkeypatch.setattr(open_clip, "download_pretrained", fail)
+    with pytest.raises(InputError, match=r"could not be downloaded \(.*no route to host.*\)") as error:
         load_model("RN50", "yfcc15m")
     assert "\n" not in str(error.value)
 

@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
 def test_all_that_it_writes_is_in_its_folder(finished):
     folder, _ = finished
     assert [path.name for path in folder.iterdir()] == ["flyp-demo"]
-    assert (folder / "flyp-demo/wiseft/frontier.png").exists()
+    assert (folder / "flyp-demo/logs/flyp/wiseft/frontier.png").exists()
     assert (folder / "flyp-demo/classifier/model.safetensors").exists()
     assert not list(folder.rglob("*.part"))
 
@@ -42,7 +42,7 @@ def test_all_that_it_writes_is_in_its_folder(finished):
 def test_it_ends_with_the_table_and_the_classifier_read_back(finished):
     folder, said = finished
     said = said.partition("== Done\n")[2].splitlines()
-    record = json.loads((folder / "flyp-demo/wiseft/wiseft.json").read_text())
+    record = json.loads((folder / "flyp-demo/logs/flyp/wiseft/wiseft.json").read_text())
     assert [line[:9].strip() for line in said[1:4]] == ["zero-shot", "FLYP", "FLYP + Wi"]
     for line, alpha in zip(said[1:], ("0.00", "1.00", f"{record['chosen_alpha']:.2f}")):
         figures = [float(cell.split()[0]) for cell in line[27:].split("]") if cell.strip()]
@@ -68,10 +68,10 @@ def test_a_second_start_runs_what_is_missing_alone(finished):
     folder, first = finished
     root = folder / "flyp-demo"
     before = (root / "logs/flyp/checkpoints/epoch_1.pt").stat().st_mtime_ns
-    (root / "wiseft/frontier.png").unlink()
+    (root / "logs/flyp/wiseft/frontier.png").unlink()
     second = run(folder)
     assert second.count("is there") == 11 and "flyp wiseft" in second
-    assert (root / "wiseft/frontier.png").exists()
+    assert (root / "logs/flyp/wiseft/frontier.png").exists()
     assert (root / "logs/flyp/checkpoints/epoch_1.pt").stat().st_mtime_ns == before
     assert second.partition("== Done")[2] == first.partition("== Done")[2]
 

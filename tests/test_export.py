@@ -173,7 +173,7 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_when_all_is_well(
             export("tiny-digits", out, "open_clip", "--force")
     assert (out / "config.json").read_text() == before and os.listdir(tmp_path) == ["it"]
     export("tiny-digits", out, "open_clip", "--force")
-    assert sorted(os.listdir(out)) == ["open_clip_config.json", "open_clip_model.safetensors"]
+    assert sorted(os.listdir(out)) == ["flyp.json", "open_clip_config.json", "open_clip_model.safetensors"]
     assert os.listdir(tmp_path) == ["it"]
 
 

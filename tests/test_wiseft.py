@@ -2,7 +2,6 @@ import json
 import os
 import resource
 import shlex
-import shutil
 import sys
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from flyp_plugin.errors import InputError
 from flyp_plugin.merge import draw_frontier, parse_alphas
 from flyp_plugin.wiseft import average, choose, interpolate
-from tests.helpers_eval import checkpoint, flyp, root
+from tests.helpers_eval import NAMES, checkpoint, flyp, root
 
 MODEL = "tiny-digits"
 PRETRAINED, FINETUNED = 15, 80
@@ -188,7 +187,7 @@ def test_sweep_in_low_precision_equals_evaluation_of_the_merged_file(tmp_path, c
 def test_merged_file_is_the_formula_loads_in_open_clip_and_holds_only_weights(tmp_path):
     flyp(*argv(tmp_path, "--alpha", 0.5))
     path = tmp_path / "wise_ft_alpha=0.50.pt"
-    assert sorted(os.listdir(tmp_path)) == [path.name, "wiseft.json"]
+    assert sorted(os.listdir(tmp_path)) == ["flyp.json", path.name, "wiseft.json"]
     merged = torch.load(path, weights_only=True)
     model, _, _ = open_clip.create_model_and_transforms(MODEL, pretrained=str(path))
     for key, tensor in model.state_dict().items():
@@ -220,12 +219,12 @@ def test_average_comes_before_the_interpolation(tmp_path):
     assert len(json.loads((tmp_path / "wiseft.json").read_text())["inputs"]["finetuned"]) == 2
 
 
-def test_writes_the_chosen_alpha_the_record_the_picture_and_a_table(tmp_path, capsys, caplog):
+def test_writes_the_chosen_alpha_the_record_the_picture_and_a_table(tmp_path, capsys, caplog, monkeypatch):
     caplog.set_level("INFO")
     flyp(*argv(tmp_path, *sets(), "--alphas", "0:1:0.5", "--per-set"))
     record = json.loads((tmp_path / "wiseft.json").read_text())
     merged = f"wise_ft_alpha={record['chosen_alpha']:.2f}.pt"
-    assert sorted(os.listdir(tmp_path)) == sorted([merged, "wiseft.json", "frontier.png"])
+    assert sorted(os.listdir(tmp_path)) == sorted([merged, "flyp.json", "wiseft.json", "frontier.png"])
     assert PIL.Image.open(tmp_path / "frontier.png").size == (900, 675)
     table = capsys.readouterr().out.strip().split("\n")
     assert table[0].split() == ["alpha", "val", "top1", "ood", "top1", "mean", "OOD"] and len(table) == 4
@@ -235,31 +234,30 @@ def test_writes_the_chosen_alpha_the_record_the_picture_and_a_table(tmp_path, ca
         and record["versions"]["torch"] == torch.__version__
     )
     command = next(record.message for record in caplog.records if record.message.startswith("Next: flyp "))
+    monkeypatch.chdir(tmp_path)
     flyp(*shlex.split(command)[2:])
-    assert (tmp_path / "classifier" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "classifier/config.json").read_text())["label_names"] == NAMES
 
 
-def test_the_next_command_tells_the_preprocessing_that_came_with_the_pretrained_weights(tmp_path, caplog):
-    caplog.set_level("INFO")
+def test_merged_loose_weights_keep_the_flags_they_were_read_with(tmp_path):
     flags = ["--force-quick-gelu", "--image-mean", 0.5, 0.5, 0.5, "--image-resize-mode", "squash"]
-    flyp(*argv(tmp_path, "--alpha", 0.5, *flags))
-    assert " ".join([*map(str, flags), "--data DIR"]) in caplog.text
-
-
-def test_own_first_leaves_a_set_its_templates_and_gives_one_without_those_given(tmp_path, capsys):
-    bare = tmp_path / "bare"
-    shutil.copytree(f"{root()}/data", bare)
-    (bare / "zeroshot_classification_templates.txt").unlink()
-    both = [*sets(), "--eval-data", f"bare={bare}"]
-    other = ["--templates", "zebra {c} {c} lamp"]
-
-    def swept(*more):
-        flyp(*argv(tmp_path / "out", *both, "--alphas", "0,1", "--force", "--json", *more))
-        return read(capsys)["alphas"]["1.00"]
-
-    own, given, mixed = swept(), swept(*other), swept(*other, "--own-first")
-    assert own["val"] != given["val"]
-    assert mixed == {"val": own["val"], "ood": own["ood"], "bare": given["bare"]}
+    flyp(*argv(tmp_path / "merged", "--alpha", 0.5, *flags))
+    flyp(
+        "export",
+        tmp_path / "merged",
+        "--data",
+        f"{root()}/data",
+        "--format",
+        "timm",
+        "--out",
+        tmp_path / "timm",
+    )
+    config = json.loads((tmp_path / "timm/config.json").read_text())
+    assert config["model_args"]["act_layer"] == "quick_gelu"
+    assert (config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["crop_mode"]) == (
+        [0.5, 0.5, 0.5],
+        "squash",
+    )
 
 
 def test_frontier_of_one_set_and_of_many(tmp_path):
