@@ -107,7 +107,7 @@ class ClassPrompts:
     def describe_same_tokens(self, groups: Sequence[Sequence[int]]) -> str:
         """A sentence on `groups` of class indices whose prompts have the same tokens."""
         shown = "; ".join(
-            " and ".join(f"{self.classnames[i]!r} (class {i})" for i in group[:_SHOWN])
+            " and ".join(f"{self.classnames[i][:80]!r} (class {i})" for i in group[:_SHOWN])
             for group in groups[:_SHOWN]
         )
         more = f"; and {len(groups) - _SHOWN} more" if len(groups) > _SHOWN else ""

@@ -59,7 +59,7 @@ def from_folder(source: str, **columns: str) -> tuple[list[Row], list[str]]:
         _log.info(
             f"Left out {len(others)} that are not {IMAGES} files, or are links to folders, such as {min(others)}."
         )
-    _tell_written(folder.name for folder in folders)
+    _tell_spelled(folder.name for folder in folders)
     return sorted(rows), [normal(folder.name) for folder in folders]
 
 
@@ -163,7 +163,7 @@ def from_table(
         raise InputError(f"{path} has no lines{there}; there is nothing to write.")
     if split is None:
         _tell_forgotten(values, set(needed.values()), split_col, path)
-    _tell_written(spellings)
+    _tell_spelled(spellings)
     return rows, sorted({label for _, label, _ in rows})
 
 
@@ -280,13 +280,13 @@ def image_ending(name: str) -> str | None:
     return ending if ending in IMAGE_KEY.split(";") else None
 
 
-def _tell_written(spellings: Iterable[str]) -> None:
-    """Say that class names are written otherwise than they are in the source, where they are."""
+def _tell_spelled(spellings: Iterable[str]) -> None:
+    """Say that class names are taken otherwise than they are spelled in the source, where they are."""
     other = sorted(name for name in set(spellings) if name.strip() != normal(name))
     if other:
         _log.info(
-            f"{len(other)} class names with other white space, invisible characters or accents apart from their letters "
-            f"are written plainly, such as {printable(normal(other[0]))!r}."
+            "Class names are taken without what cannot be seen in them (white space other than single blanks, accents "
+            f"apart from their letters): {len(other)} here, such as {printable(normal(other[0]))!r}."
         )
 
 

@@ -444,24 +444,25 @@ def is_member(name: str) -> bool:
     return not re.match(r"__[^/]*__($|/)", name) and not name.rpartition("/")[2].startswith(".")
 
 
-def _groups(path: str) -> Iterator[tuple[str, set[str]]]:
+def _groups(path: str) -> Iterator[tuple[str, Iterator[str]]]:
     """(key, endings of the members) of each sample in a local tar, grouped as samples.read_samples does."""
     with tarfile.open(path, tarinfo=Header) as tar:
         names = (
             _MEMBER.fullmatch(member.name) for member in tar if member.isreg() and is_member(member.name)
         )
         for key, members in groupby((found.groups() for found in names if found), lambda member: member[0]):
-            yield key, {ending.lower() for _, ending in members}
+            yield key, (ending.lower() for _, ending in members)
 
 
 def _with_image(path: str, image_key: str) -> Iterator[str]:
     images = set(image_key.split(";"))
-    return (key for key, endings in _groups(path) if images & endings)
+    # known with the image, whatever breaks after it
+    return (key for key, endings in _groups(path) if any(ending in images for ending in endings))
 
 
 def first_endings(path: str) -> list[str]:
     """The endings of the members of the first sample in a local tar."""
-    return sorted(next(_groups(path), ("", set()))[1])
+    return next((sorted(endings) for _, endings in _groups(path)), [])
 
 
 def why_apart(path: str) -> str | None:
@@ -479,7 +480,8 @@ def why_apart(path: str) -> str | None:
 def _why_apart(path: str, written: int) -> str | None:
     first: dict[str, set[str]] = {}
     try:
-        for key, endings in _groups(path):
+        for key, members in _groups(path):
+            endings = set(members)
             if first.setdefault(key, endings) is not endings and first[key].isdisjoint(endings):
                 return (
                     f"the members of sample {key} ({', '.join(sorted(first[key] | endings)[:5])}) are not next to each "
