@@ -471,7 +471,7 @@ def _check_lost(skipped: Skipped, samples: int, max_lost: float, where: str) -> 
     if skipped.lost > max_lost * samples:
         raise InputError(
             f"{where}: {skipped.lost} of {samples} samples are lost, more than --max-lost {max_lost:g} allows, the "
-            f"first: {skipped.first}; mend the data (`flyp shards check`), or allow more."
+            f"first: {skipped.first}; fix the data (`flyp shards check`), or allow more."
         )
 
 

@@ -66,7 +66,8 @@ def head_of(state: Mapping[str, Tensor]) -> ClassHead | None:
 
 
 def _read(prompts: Tensor) -> ClassPrompts:
-    return ClassPrompts(**json.loads(bytes(prompts.cpu().numpy())))
+    places = ("the learned head's class names, entry", "the learned head's templates, entry")
+    return ClassPrompts(**json.loads(bytes(prompts.cpu().numpy())), places=places)
 
 
 def exact_logits(features: Tensor, weight: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def _expand_folder(source: str, split: str) -> list[str]:
             if stated is not None and stated.strip() != str(len(tars)):
                 raise InputError(
                     f"{folder}/nshards.txt says {stated.strip()!r} shards but the folder has {len(tars)}; "
-                    "write the set again, or mend nshards.txt."
+                    "write the set again, or fix nshards.txt."
                 )
             # joined, for str(Path("./pipe:x.tar")) would be a command
             return [os.path.join(folder if str(folder) != "." else "./", tar.name) for tar in tars]
