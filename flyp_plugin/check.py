@@ -13,9 +13,18 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from flyp_plugin.errors import InputError
+from flyp_plugin.errors import InputError, printable
+from flyp_plugin.names import same_names
 from flyp_plugin.shards import in_processes, local_shards
-from flyp_plugin.sources import IMAGE_KEY, TAR_ERRORS, count_shard, read_sizes
+from flyp_plugin.sources import (
+    IMAGE_KEY,
+    TAR_ERRORS,
+    count_shard,
+    first_endings,
+    read_length,
+    read_sizes,
+    why_apart,
+)
 
 if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
@@ -26,13 +35,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Findings:
-    """What is in some shards: problems are sentences by their kind, `samples` are the images with a good label."""
+    """What is in some shards: problems are sentences by their kind, `samples` are the images with a good label.
+
+    `deep` are images of 16 bits, which others read otherwise.
+    """
 
     images: int = 0
     samples: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     pixels: list[tuple[int, int]] = field(default_factory=list)
+    deep: int = 0
     keys: list[str] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))
 
@@ -45,16 +58,22 @@ def check(
     image_key: str = IMAGE_KEY,
     workers: int = 1,
 ) -> Findings:
-    """Read each sample of local `shards`, decode each image, and compare with sizes.json."""
+    """Read each sample of local `shards`, decode each image, and compare with sizes.json and __len__.
+
+    Those are about samples with one of the default image members, so they are left alone under another `image_key`.
+    """
     found = Findings()
     look = partial(_check_shard, num_classes=num_classes, label_key=label_key, image_key=image_key)
-    stated = _stated_sizes(shards, found.problems)
+    stated = _stated_sizes(shards, found.problems) if image_key == IMAGE_KEY else {}
+    images: Counter[str] = Counter()
     first: dict[tuple[str, str], str] = {}
     for shard, part in zip(shards, in_processes(look, shards, workers, "checking")):
         found.samples += part.samples
         found.labels += part.labels
         found.formats += part.formats
         found.pixels += part.pixels
+        found.deep += part.deep
+        images[os.path.dirname(shard)] += part.images
         for kind, problems in part.problems.items():
             found.problems[kind] += problems
         if stated.get(shard, part.images) != part.images:
@@ -64,7 +83,24 @@ def check(
             if identity in first:
                 found.problems["repeated keys"].append(f"{shard}, sample {key}, also in {first[identity]}")
             first.setdefault(identity, shard)
+    if image_key == IMAGE_KEY:
+        _compare_lengths(shards, images, found.problems)
     return found
+
+
+def _compare_lengths(shards: Sequence[str], images: Counter[str], problems: dict[str, list[str]]) -> None:
+    """Whether __len__ of each folder that is checked as a whole, and has no sizes.json, is its number of images."""
+    for folder, number in images.items():
+        try:
+            length = read_length(folder or ".") if not Path(folder, "sizes.json").exists() else None
+        except InputError as error:
+            problems["wrong __len__"].append(str(error))
+            continue
+        whole = {str(path) for path in Path(folder).glob("[!.]*.tar")} == {
+            str(Path(shard)) for shard in shards
+        }
+        if whole and length not in (None, number):
+            problems["wrong __len__"].append(f"{folder or '.'}: {number} images, not {length}")
 
 
 def _stated_sizes(shards: Sequence[str], problems: dict[str, list[str]]) -> dict[str, int]:
@@ -82,6 +118,9 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
     from flyp_plugin.samples import labelled, read_samples
 
     found = Findings()
+    if (apart := why_apart(shard)) is not None:  # else each of its samples lacks something
+        found.problems["shards that are not sorted by name"].append(printable(apart))
+        return found
     unreadable: list[str] = []
     lonely: list[str] = []
     for sample in read_samples([shard], lambda what, lost: unreadable.append(what)):
@@ -100,7 +139,7 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
 
 
 def _check_image(sample: dict[str, Any], found: Findings) -> None:
-    from flyp_plugin.samples import open_image, place, reason
+    from flyp_plugin.samples import is_deep, open_image, place, reason
 
     try:
         with warnings.catch_warnings():
@@ -112,23 +151,33 @@ def _check_image(sample: dict[str, Any], found: Findings) -> None:
         return
     found.formats[image.format or "?"] += 1
     found.pixels.append(image.size)
+    found.deep += is_deep(image)
 
 
 def count_command(args: argparse.Namespace) -> None:
     """flyp shards count"""
     pairs = [(source, split) for source in args.source for split in _splits(source, args.split)]
     shards = [shard for pair in pairs for shard in local_shards(*pair)]
-    sizes = dict(zip(shards, in_processes(_count, shards, 1, "counting")))
+    sizes = dict(zip(shards, in_processes(partial(_count, image_key=args.image_key), shards, 1, "counting")))
     if args.json:
         print(json.dumps({"shards": sizes, "total": sum(sizes.values())}))
     else:
         print("\n".join(f"{size:>10}  {shard}" for shard, size in sizes.items()))
         print(f"{sum(sizes.values()):>10}  in {len(sizes)} shards")
+    for shard in shards:
+        if (apart := why_apart(shard)) is not None:
+            _log.warning(f"{shard} cannot be used as it is: {printable(apart)}.")
+        elif not sizes[shard]:
+            members = printable(", ".join(first_endings(shard)))
+            _log.warning(
+                f"{shard} has no sample with a {args.image_key.replace(';', '/')} member; the members of its first are "
+                f"{members[:200] or 'none'}. --image-key names the one that holds the image."
+            )
 
 
-def _count(shard: str) -> int:
+def _count(shard: str, image_key: str) -> int:
     try:
-        return count_shard(shard)
+        return count_shard(shard, image_key)
     except TAR_ERRORS as error:
         reason = str(error).partition(":")[0]
         raise InputError(f"{shard} cannot be read as a tar ({reason}); write or download it again.") from None
@@ -142,7 +191,7 @@ def check_command(args: argparse.Namespace) -> int:
     for split in _splits(args.source, args.split):
         shards = local_shards(args.source, split)
         prompts = resolve_prompts(shards, args.classnames, args.templates)
-        if names not in (None, prompts.classnames):
+        if names is not None and not same_names(names, prompts.classnames):
             _log.warning(f"The class names of {shards[0]} are another list than those of the split before.")
         names = prompts.classnames
         keys = {"label_key": args.label_key, "image_key": args.image_key}
@@ -183,8 +232,27 @@ def _report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") -> 
         "formats": dict(found.formats.most_common()),
         "sizes": [f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1])],
         "prompts": [prompts(i * len(names) // 5, i % len(prompts.templates)) for i in range(5)],
+        "notes": _notes(found, prompts),
         "problems": found.problems,
     }
+
+
+def _notes(found: Findings, prompts: "ClassPrompts") -> list[str]:
+    """What is no mistake in the data and yet to be known."""
+    import open_clip
+
+    from flyp_plugin.prompts import ClassPrompts, PromptTokens
+
+    # names that CLIP's tokenizer takes for one are so in the shortest template, if they are in any
+    shortest = ClassPrompts(prompts.classnames, [min(prompts.templates, key=len)])
+    same = PromptTokens(shortest, open_clip.tokenizer.SimpleTokenizer()).same
+    notes = [prompts.describe_same_tokens(same)] if same else []
+    if found.deep:
+        notes.append(
+            f"{found.deep} images of 16 bits: the plugin uses their upper 8; timm's and torchvision's own loaders, and so an "
+            "exported classifier in them, make them white."
+        )
+    return notes
 
 
 def _table(place: str, report: dict[str, Any]) -> str:
@@ -199,6 +267,7 @@ def _table(place: str, report: dict[str, Any]) -> str:
         "  sizes: {} / {} / {} (min / median / max by area)".format(*report["sizes"]),
         "  prompts: " + " | ".join(dict.fromkeys(report["prompts"])),
     ]
+    lines += [f"  note: {note}" for note in report["notes"]]
     for kind, problems in report["problems"].items():
         lines += [f"  {len(problems)} {kind}:", *(f"    {problem}" for problem in problems[:SHOWN])]
         lines += [f"    and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []

@@ -193,7 +193,7 @@ def _add_shards(commands: Commands) -> None:
     add = parser.add_argument_group("for a CSV").add_argument
     add("--image-col", metavar="COL", help="image paths")
     add("--label-col", metavar="COL", help="class names, or indices into the class names that are given")
-    add("--split", metavar="VALUE", help="take the lines with this value (default: all lines)")
+    add("--split", metavar="VALUE", help="take the lines with this value; '' takes all")
     add("--split-col", metavar="COL", help="in this column (default: split)")
     add("--group-col", metavar="COL", help="written as .group members, for worst-group accuracy")
     add("--root", metavar="DIR", help="the image paths start here (default: the CSV's folder)")
@@ -213,6 +213,7 @@ def _add_shards(commands: Commands) -> None:
     add = command("count", "check:count_command", help, "  flyp shards count data").add_argument
     add("source", metavar="SOURCE", nargs="+", help=some)
     add("--split", default=None, help=of)
+    add("--image-key", default=IMAGE_KEY, metavar="KEYS", help="count samples with one of these (default: %(default)s)")
     add("--json", **as_json)
 
     help = "read all shards and decode all images; list what is wrong, with exit status 1"

@@ -322,7 +322,7 @@ class ClassPromptDataset(IterableDataset):
         self.num_samples = self._samples * self.world_size
         self.num_batches = math.ceil(self._samples / batch_size)
         self._epoch, self._max_lost = 0, max_lost
-        stated, mean = stated_sizes(self.shards), num_samples // len(self.shards)
+        stated, mean = stated_sizes(self.shards, image_key), num_samples // len(self.shards)
         whole = sum(stated.get(shard, mean) for shard in self.shards)
         self._all_seen = self.world_size == 1 and shard_weights is None and num_samples >= whole
         num_classes, world = len(self.prompts.classnames), (self.rank, self.world_size)
@@ -447,7 +447,7 @@ class LabelledDataset(IterableDataset):
         if not self.shards:
             raise InputError("the list of shards is empty; give at least one tar.")
         world = rank, world_size
-        keys, samples_in = (image_key, label_key), partial(_size, stated_sizes(self.shards), 1)
+        keys, samples_in = (image_key, label_key), partial(_size, stated_sizes(self.shards, image_key), 1)
         reader = _Reader(self.shards, preprocess, batch_size, num_classes, *keys, *world, retries, samples_in)
         self._alone, self._max_lost = world_size == 1, max_lost
         self._loader = _loader(_EvalStream(reader, group_key), num_workers)
@@ -471,7 +471,7 @@ def _check_lost(skipped: Skipped, samples: int, max_lost: float, where: str) -> 
     if skipped.lost > max_lost * samples:
         raise InputError(
             f"{where}: {skipped.lost} of {samples} samples are lost, more than --max-lost {max_lost:g} allows, the "
-            f"first: {skipped.first}; mend the data (`flyp shards check`), or allow more."
+            f"first: {skipped.first}; fix the data (`flyp shards check`), or allow more."
         )
 
 

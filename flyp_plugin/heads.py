@@ -16,6 +16,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.learned import HEAD, ClassHead
 from flyp_plugin.prompts import ClassPrompts
 from flyp_plugin.record import FILE, find, weights_in
+from flyp_plugin.samples import to_rgb
 from flyp_plugin.text import short_text
 
 
@@ -240,12 +241,13 @@ class ImageClassifier(nn.Module):
         """The most likely class of each image and its probability.
 
         Args:
-            images: a sequence of PIL images, or preprocessed images (B, 3, H, W).
+            images: a sequence of PIL images of any mode, which become RGB as in training and `flyp eval`
+                (samples.to_rgb), or preprocessed images (B, 3, H, W).
 
         Returns:
             (class name, probability) of each image.
         """
         if not isinstance(images, torch.Tensor):
-            images = torch.stack([self.preprocess(image) for image in images])
+            images = torch.stack([self.preprocess(to_rgb(image)) for image in images])
         best = self(images.to(self.head.device)).softmax(dim=1).max(dim=1)
         return [(self.classnames[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]

@@ -4,7 +4,6 @@ The zero-shot head, and classifiers from either, are heads.py's. What trains a h
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyp_plugin.errors import InputError
+from flyp_plugin.names import numbered
 from flyp_plugin.prompts import ClassPrompts
 
 HEAD = "class_head"  # its name in the model, and so its key in checkpoints
@@ -66,7 +66,8 @@ def head_of(state: Mapping[str, Tensor]) -> ClassHead | None:
 
 
 def _read(prompts: Tensor) -> ClassPrompts:
-    return ClassPrompts(**json.loads(bytes(prompts.cpu().numpy())))
+    places = ("the learned head's class names, entry", "the learned head's templates, entry")
+    return ClassPrompts(**json.loads(bytes(prompts.cpu().numpy())), places=places)
 
 
 def exact_logits(features: Tensor, weight: Tensor) -> Tensor:
@@ -76,13 +77,14 @@ def exact_logits(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the set") -> list[int]:
-    """Where the names `wanted` are in `known`; of a name that is there twice, as in ImageNet, the first is the first.
+    """Where the names `wanted` are in `known`, compared as in names.py; of a name that is there twice, as in ImageNet,
+    the first is the first.
 
     Raises:
         InputError: a name that is not there.
     """
-    rows = {key: row for row, key in enumerate(_numbered(known))}
-    missing = [name for name, number in _numbered(wanted) if (name, number) not in rows]
+    rows = {key: row for row, key in enumerate(numbered(known))}
+    missing = [key[0] for key in numbered(wanted) if key not in rows]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
@@ -90,12 +92,7 @@ def class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the se
             f"the learned head has no class {missing[0]!r}{more} of {where}, only the {len(known)} that it was trained "
             f"on ({some}); give class names that are among them."
         )
-    return [rows[key] for key in _numbered(wanted)]
-
-
-def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
-    seen: Counter[str] = Counter()
-    return [(name, seen.update([name]) or seen[name]) for name in names]  # type: ignore[func-returns-value]
+    return [rows[key] for key in numbered(wanted)]
 
 
 def fit_head(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Tensor:

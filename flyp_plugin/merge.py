@@ -266,7 +266,7 @@ def _check_classes(states: Sequence[StateDict], paths: Sequence[str]) -> None:
     heads = [head_of(state) for state in states]
     names = [head and head.class_prompts.classnames for head in heads]
     for path, other in zip(paths, names):
-        if other != names[0]:
+        if not same_names(other or [], names[0] or []) or (other is None) != (names[0] is None):
             raise InputError(
                 f"{path} and {paths[0]} have not learned a head of the same classes; merge runs on the same class names."
             )

@@ -3,8 +3,9 @@
 import logging
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from flyp_plugin.errors import CONTROLS, InputError
+from flyp_plugin.errors import CONTROLS, InputError, printable
+from flyp_plugin.names import normal, numbered, repeated_names, what_else
 from flyp_plugin.sources import all_beside, find_beside, lines_of
 
 CLASSNAMES = {"imagenet": open_clip.IMAGENET_CLASSNAMES}
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 DEFAULT_TEMPLATE = "a photo of a {c}."
 _PLACE = re.compile(r"\{c?\}")
+_SHOWN = 5  # of the classes that a warning names
 _CHUNK = 16384  # prompts tokenised at once; above this number several processes share the work
 _log = logging.getLogger(__name__)
 
@@ -28,11 +31,13 @@ class ClassPrompts:
     """The prompts of a classification set: every class name in every template (FLYP, section 3).
 
     Args:
-        classnames: C names; a name's position is its class index.
+        classnames: C names; a name's position is its class index. A name that is there twice is a warning.
         templates: T templates; `{c}` or `{}` is where the class name goes. Nothing else in braces is touched.
+        places: where the two lists are from, for messages.
 
     Raises:
-        InputError: an empty list, a name given twice, or a template without a place for the class.
+        InputError: an empty list, a blank name, one text in place of a list, or a template without a place for the
+            class.
 
     Example:
         >>> prompts = ClassPrompts(["cat", "dog"], ["a photo of a {c}.", "a sketch of a {c}."])
@@ -40,11 +45,18 @@ class ClassPrompts:
         'a photo of a dog.'
     """
 
-    def __init__(self, classnames: Sequence[str], templates: Sequence[str]):
+    def __init__(
+        self,
+        classnames: Sequence[str],
+        templates: Sequence[str],
+        places: tuple[str, str] = ("the list of class names, entry", "the list of templates, entry"),
+    ):
+        if isinstance(classnames, str) or isinstance(templates, str):
+            raise InputError("class names and templates are lists; give ['cat', 'dog'], not one text.")
         self.classnames = list(classnames)
         self.templates = list(templates)
-        _check_classnames(self.classnames, "the list of class names", "entry")
-        _check_templates(self.templates, "the list of templates", "entry")
+        _check_classnames(self.classnames, places[0])
+        _check_templates(self.templates, places[1])
 
     @classmethod
     def from_files(cls, classnames: str | Sequence[str], templates: str | Sequence[str]) -> "ClassPrompts":
@@ -55,25 +67,20 @@ class ClassPrompts:
             templates: a path, a URL, `openai` or `simple` (open_clip's lists), one template, with its `{c}`, or several.
 
         Raises:
-            InputError: a file that is not there, is not UTF-8 or has a mistake in it, with its line.
+            InputError: a file that is not there, is not UTF-8, is Python or JSON in place of a name or template a
+                line, or has a mistake in it, with its line.
         """
+        places = [
+            f"{it}, line" if isinstance(it, str) else "the list, entry" for it in (classnames, templates)
+        ]
         if not isinstance(classnames, str):
-            names = list(classnames)
+            classes = list(classnames)
         elif classnames in CLASSNAMES:
-            names = list(CLASSNAMES[classnames])
+            classes = list(CLASSNAMES[classnames])
         else:
-            names = _read_lines(classnames, "class names", "--classnames", list(CLASSNAMES))
-            _check_classnames(names, classnames, "line")
-        if not isinstance(templates, str):
-            lines = list(templates)
-        elif templates in TEMPLATES:  # functions of the name, in open_clip
-            lines = [template("{c}") for template in TEMPLATES[templates]]
-        elif _PLACE.search(templates):
-            lines = [templates]
-        else:
-            lines = _read_lines(templates, "templates", "--templates", list(TEMPLATES))
-            _check_templates(lines, templates, "line")
-        return cls(names, lines)
+            classes = _read_lines(classnames, "class names", "--classnames", list(CLASSNAMES))
+        lines = read_templates(templates) if isinstance(templates, str) else templates
+        return cls(classes, lines, (places[0], places[1]))
 
     def __call__(self, label: int, template: int) -> str:
         """The prompt of class index `label` in template number `template`."""
@@ -88,8 +95,33 @@ class ClassPrompts:
         return [lambda name, template=template: fill(template, name) for template in self.templates]  # type: ignore[misc]
 
     def tokenize(self, tokenizer: Callable) -> "PromptTokens":
-        """All prompts through `tokenizer` (open_clip.get_tokenizer's) once; see PromptTokens."""
-        return PromptTokens(self, tokenizer)
+        """All prompts through `tokenizer` (open_clip.get_tokenizer's) once; see PromptTokens.
+
+        A warning names what the text tower cannot see: prompts that are cut, and classes of the same tokens.
+        """
+        tokens = PromptTokens(self, tokenizer)
+        if tokens.cut:
+            _log.warning(
+                f"{len(tokens.cut)} of {len(self)} prompts are longer than the model's {tokens.context_length} tokens "
+                f"and are cut there, the first of them: {tokens.cut[0][:80]!r}"
+            )
+        same = [group for group in tokens.same if len({normal(self.classnames[i]) for i in group}) > 1]
+        if same:  # equal names have been named before
+            _log.warning(self.describe_same_tokens(same))
+        return tokens
+
+    def describe_same_tokens(self, groups: Sequence[Sequence[int]]) -> str:
+        """A sentence on `groups` of class indices whose prompts have the same tokens."""
+        shown = "; ".join(
+            " and ".join(f"{self.classnames[i][:80]!r} (class {i})" for i in group[:_SHOWN])
+            for group in groups[:_SHOWN]
+        )
+        more = f"; and {len(groups) - _SHOWN} more" if len(groups) > _SHOWN else ""
+        number = "classes have" if len(groups) == 1 else f"{len(groups)} groups of classes have each"
+        return (
+            f"{number} prompts of the same tokens, so the text tower cannot tell them apart: {shown}{more}; give them "
+            "names that differ in more than case, accents' encoding or punctuation marks."
+        )
 
 
 class PromptTokens:
@@ -101,6 +133,10 @@ class PromptTokens:
     Args:
         prompts: the class prompts.
         tokenizer: list of N texts -> int64 (N, context length), as open_clip.get_tokenizer gives.
+
+    Attributes:
+        cut: the prompts that are longer than the context.
+        same: groups of class indices whose prompts have the same tokens in every template.
     """
 
     def __init__(self, prompts: ClassPrompts, tokenizer: Callable):
@@ -123,12 +159,8 @@ class PromptTokens:
         for part, _ in parts:
             rows[start : start + len(part), : part.shape[1]] = part
             start += len(part)
-        cut = [prompt for _, cut_here in parts for prompt in cut_here]
-        if cut:
-            _log.warning(
-                f"{len(cut)} of {len(prompts)} prompts are longer than the model's {self.context_length} tokens and "
-                f"are cut there, the first of them: {cut[0][:80]!r}"
-            )
+        self.cut = [prompt for _, cut_here in parts for prompt in cut_here]
+        self.same = _equal_rows(self.table)
 
     @property
     def table(self) -> np.ndarray:
@@ -142,6 +174,17 @@ class PromptTokens:
         return torch.from_numpy(tokens)
 
 
+def _equal_rows(table: np.ndarray) -> list[list[int]]:
+    """Groups of indices along the first axis whose parts are equal; almost all are told apart by their first row."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for row in range(len(table)):
+        groups[table[row, 0].tobytes()].append(row)
+    wholes: dict[bytes, list[int]] = defaultdict(list)
+    for row in (row for group in groups.values() if len(group) > 1 for row in group):
+        wholes[table[row].tobytes()].append(row)
+    return [group for group in wholes.values() if len(group) > 1]
+
+
 class _Chunks(Dataset):
     """Some classes' prompts at a time: tokens (rows, width) without common padding, and the prompts that were cut."""
 
@@ -153,8 +196,8 @@ class _Chunks(Dataset):
         return math.ceil(len(self.prompts.classnames) / self.classes)
 
     def __getitem__(self, item: int) -> tuple[np.ndarray, list[str]]:
-        names = self.prompts.classnames[item * self.classes :][: self.classes]
-        texts = [fill(template, name) for name in names for template in self.prompts.templates]
+        classes = self.prompts.classnames[item * self.classes :][: self.classes]
+        texts = [fill(template, name) for name in classes for template in self.prompts.templates]
         tokens = self.tokenizer(texts).numpy()
         used = np.flatnonzero((tokens != self.pad).any(axis=0))
         full = np.flatnonzero(tokens[:, -1] != self.pad)
@@ -204,16 +247,13 @@ def resolve_prompts(
     return prompts
 
 
-def _check_order(names: list[str], path: str | Sequence[str], own: str) -> None:
+def _check_order(given: list[str], path: str | Sequence[str], own: str) -> None:
     """InputError where a name that is given is another line of the list beside the shards, which their labels number."""
-    there, here = (
-        {name: line for line, name in reversed(list(enumerate(some, 1)))}
-        for some in (lines_of(own) or [], names)
-    )
-    for name, line in sorted(there.items(), key=lambda item: item[1]):
-        if here.get(name, line) != line:
+    here = {key: line for line, key in enumerate(numbered(given), 1)}
+    for line, key in enumerate(numbered(lines_of(own) or []), 1):
+        if here.get(key, line) != line:
             raise InputError(
-                f"{name!r} is line {here[name]} of {path} and line {line} of {own}; the labels in the shards are line "
+                f"{key[0]!r} is line {here[key]} of {path} and line {line} of {own}; the labels in the shards are line "
                 "numbers of the latter, so give the same order."
             )
 
@@ -221,6 +261,16 @@ def _check_order(names: list[str], path: str | Sequence[str], own: str) -> None:
 def fill(template: str, name: str) -> str:
     """`template` with `name` in each place marked `{c}` or `{}`; all other text is left as it is."""
     return _PLACE.sub(lambda _: name, template)
+
+
+def read_templates(templates: str) -> list[str]:
+    """Templates by a path, a URL, the name of open_clip's list, or one template itself; see ClassPrompts.from_files."""
+    if templates in TEMPLATES:  # functions of the name, in open_clip
+        return [template("{c}") for template in TEMPLATES[templates]]
+    if _PLACE.search(templates):
+        _refuse_code([templates], f"the template {templates[:80]!r}", "templates")
+        return [templates]
+    return _read_lines(templates, "templates", "--templates", list(TEMPLATES))
 
 
 def _read_lines(path: str, what: str, flag: str, builtin: list[str]) -> list[str]:
@@ -236,38 +286,56 @@ def _read_lines(path: str, what: str, flag: str, builtin: list[str]) -> list[str
         raise InputError(
             f"{path}, line {lines.index('') + 1}, is blank; delete the line, or write what belongs there."
         )
+    _refuse_code(lines, path, what)
+    if what == "class names" and len(lines) == 1 and re.search("[,;|]", lines[0]):
+        raise InputError(
+            f"{path} has one line, {lines[0][:80]!r}, which would be one class; write one of the {what} on each line."
+        )
     return lines
 
 
-def _check_classnames(names: list[str], place: str, unit: str) -> None:
-    if not names:
-        raise InputError(f"{place} is empty; give at least one class name.")
-    tolerated = {name for name, count in Counter(CLASSNAMES["imagenet"]).items() if count > 1}
-    first: dict[str, int] = {}
-    for number, name in enumerate(names, 1):
+def _refuse_code(lines: list[str], place: str, what: str) -> None:
+    """InputError where a list is in another syntax: the text tower would read the quote marks and commas."""
+    if (form := what_else(lines)) is not None:
+        example = "a photo of a {c}." if what == "templates" else "golden retriever"
+        raise InputError(
+            f"{place} is {form} ({printable(lines[0][:40])!r}, ...); write each of the {what} on a line of its own, with "
+            f"nothing around it: {example}"
+        )
+
+
+def _check_classnames(classes: list[str], place: str) -> None:
+    if not classes:
+        raise InputError(f"{place.rpartition(',')[0]} is empty; give at least one class name.")
+    for number, name in enumerate(classes, 1):
         if not name.strip():
-            raise InputError(f"{place}, {unit} {number}, is blank; write the class name there.")
-        _check_text(name, place, unit, number)
-        if first.setdefault(name, number) != number and name not in tolerated:
-            raise InputError(
-                f"{place}, {unit} {number}, repeats the class name {name!r} of {unit} {first[name]}; two classes need "
-                "two names, or no prompt can tell them apart."
-            )
+            raise InputError(f"{place} {number}, is blank; write the class name there.")
+        _check_text(name, place, number)
+    for name, positions in repeated_names(classes).items():
+        _warn_once(
+            f"{place} {positions[1] + 1}, repeats the class name {name!r} of {place.rpartition(' ')[2]} "
+            f"{positions[0] + 1}: no prompt can tell the two classes apart."
+        )
 
 
-def _check_templates(templates: list[str], place: str, unit: str) -> None:
+@cache  # a list is read for each set that has it
+def _warn_once(what: str) -> None:
+    _log.warning(what)
+
+
+def _check_templates(templates: list[str], place: str) -> None:
     if not templates:
-        raise InputError(f"{place} is empty; give at least one template, such as 'a photo of a {{c}}.'.")
+        raise InputError(
+            f"{place.rpartition(',')[0]} is empty; give at least one template, such as 'a photo of a {{c}}.'."
+        )
     for number, template in enumerate(templates, 1):
-        _check_text(template, place, unit, number)
+        _check_text(template, place, number)
         if not _PLACE.search(template):
             raise InputError(
-                f"{place}, {unit} {number}, {template!r}, has no place for the class name; write {{c}} where it goes."
+                f"{place} {number}, {template!r}, has no place for the class name; write {{c}} where it goes."
             )
 
 
-def _check_text(text: str, place: str, unit: str, number: int) -> None:
+def _check_text(text: str, place: str, number: int) -> None:
     if CONTROLS.search(text):
-        raise InputError(
-            f"{place}, {unit} {number}, {text[:80]!r}, has a control character in it; write text alone."
-        )
+        raise InputError(f"{place} {number}, {text[:80]!r}, has a control character in it; write text alone.")

@@ -25,11 +25,23 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys
 
 from flyp_plugin.errors import InputError, printable
-from flyp_plugin.sources import IMAGE_KEY, RETRIES, Header, is_remote, may_pass, opened, waits
+from flyp_plugin.sources import (
+    IMAGE_KEY,
+    RETRIES,
+    Header,
+    is_member,
+    is_remote,
+    may_pass,
+    opened,
+    waits,
+    why_apart,
+)
 
 Sample = dict[str, Any]
 # What an image may be, whatever its ending. Not PostScript: Pillow has another program run it
 FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# What image files of these formats are called
+ENDINGS = {"jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "avif"}
 _log = logging.getLogger(__name__)
 
 
@@ -118,7 +130,7 @@ def _members(shard: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:
             tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar,
         ):
             for member in tar:
-                if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
+                if member.isreg() and is_member(member.name):
                     yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": shard}  # type: ignore[union-attr]
                 tar.members = []  # type: ignore[attr-defined]
             whole = True
@@ -138,7 +150,8 @@ def labelled(
     """Samples as {"key", "shard", "image": bytes, "label": int, "group": str}; without an image they are skipped.
 
     Raises:
-        InputError: a label that is missing, not an integer or not in 0..num_classes-1: the class list is wrong.
+        InputError: a label that is missing, not an integer or not in 0..num_classes-1: the class list is wrong. Or a
+            tar that is not sorted by name, where that is why a label is missing.
     """
     for sample in samples:
         key, shard = sample["__key__"], sample["__url__"]
@@ -148,18 +161,18 @@ def labelled(
         if (image is None or text is None) and sample["__broken__"]:  # between the two, and is counted
             continue
         if image is None:
-            skip(f"{place(found)}, has no {image_key.replace(';', '/')} member")
+            skip(f"{place(found)}, has no {image_key.replace(';', '/')} member{_why_no_image(sample)}")
             continue
         if text is None:
-            members = printable(", ".join(name for name in sample if not name.startswith("__")))
+            members = printable(", ".join(_members_of(sample)))
             raise InputError(
-                f"{place(found)}, has no label '{label_key}' (its members: {members[:200]}); name the member that "
-                "holds the class index with --label-key."
+                f"{place(found)}, has no label '{label_key}' (its members: {members[:200]}); "
+                f"{printable(why_apart(shard) or _label_elsewhere(sample))}."
             )
         if not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text):
             raise InputError(
                 f"{place(found)}: the label {text[:40]!r} is not an integer; --label-key names the member with "
-                "the class index."
+                "the class index, which is the line number, from 0, of a name in classnames.txt, not the name."
             )
         label = int(text)
         if not 0 <= label < num_classes:
@@ -169,6 +182,40 @@ def labelled(
             )
         group = {} if group_key is None else {"group": (_member(sample, group_key) or "").strip()}
         yield {**found, "image": image, "label": label, **group}
+
+
+def _members_of(sample: Sample) -> list[str]:
+    return [name for name in sample if not name.startswith("__")]
+
+
+def _why_no_image(sample: Sample) -> str:
+    """What to do about a sample without an image where its members, or its tar, tell; else nothing."""
+    apart = why_apart(sample["__url__"])
+    if apart is not None:
+        return printable(f": {apart}")
+    for name in _members_of(sample):
+        ending = name.rpartition(".")[2]
+        if ending == name and ending in ENDINGS:
+            return f", but '{ending}': give --image-key {ending}"
+        if ending in ENDINGS:
+            return printable(
+                f", but '{name[:80]}': a sample's key ends at the first dot of its file name, so write the rest without "
+                "dots (img_v2_1.png, not img.v2.1.png)"
+            )
+    return ""
+
+
+def _label_elsewhere(sample: Sample) -> str:
+    """Which member may hold the label: the one integer among them, if there is one."""
+    integers = [name for name in _members_of(sample) if re.fullmatch(rb"\s*[0-9]{1,9}\s*", sample[name])]
+    if len(integers) == 1:
+        return f"'{integers[0]}' holds an integer: if that is the class index, give --label-key {integers[0]}"
+    if len(_members_of(sample)) == 1 and is_remote(sample["__url__"]):
+        return (
+            "if its label comes later in the tar, make the tar again, sorted by name (tar --sort=name), or else name the "
+            "member that holds the class index with --label-key"
+        )
+    return "name the member that holds the class index with --label-key"
 
 
 def prompted(samples: Iterable[Sample], num_templates: int, *seed: object) -> Iterator[Sample]:
@@ -214,6 +261,24 @@ def open_image(raw: bytes) -> Image.Image:
     return Image.open(io.BytesIO(raw), formats=_formats())
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The one way from a PIL image of any mode to the RGB image that a transform gets, in training and evaluation.
+
+    Of 16 bits of grey the upper 8 are taken, where `image.convert("RGB")` makes nearly all white; else it is that.
+
+    Raises:
+        Nearly anything, where the image's file is broken: it is decoded here.
+    """
+    if is_deep(image):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image's grey values have 16 bits (which Pillow may hold in 32)."""
+    return image.mode.startswith("I")
+
+
 @cache
 def _formats() -> list[str]:
     Image.init()
@@ -233,9 +298,7 @@ def decoded(
             image = open_image(sample["image"])
             if jpeg_draft and image.format == "JPEG":
                 image.draft("RGB", (jpeg_draft, jpeg_draft))
-            if image.mode.startswith("I"):  # 16 bits of grey, of which `convert` would make white
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-            image = image.convert("RGB")
+            image = to_rgb(image)
         except Exception as error:  # noqa: BLE001 (PIL raises nearly anything on a broken file)
             skip(f"{place(sample)}: {reason(error)}")
             continue

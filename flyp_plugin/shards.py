@@ -5,10 +5,10 @@ A sample is KEY.(jpg|jpeg|png|webp) + KEY.cls, as in CLIP_benchmark. Image bytes
 
 import argparse
 import io
-import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -25,8 +25,18 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
+from flyp_plugin.names import normal, repeated_names, same_names, what_else
 from flyp_plugin.rows import from_folder, from_table, image_ending, unreadable
-from flyp_plugin.sources import IMAGE_KEY, expand_sources, find_beside, is_remote, read_text, write_atomically
+from flyp_plugin.sources import (
+    IMAGE_KEY,
+    expand_sources,
+    find_beside,
+    is_remote,
+    lines_of,
+    read_text,
+    write_atomically,
+    write_sizes,
+)
 
 if TYPE_CHECKING:  # prompts and samples import torch: the functions that need them import them
     from flyp_plugin.prompts import ClassPrompts
@@ -54,6 +64,7 @@ def write(
         source: the folder, or a CSV or TSV file with a header line.
         dest: the split folder, such as data/train; class names and templates go into the folder above it.
         classnames: the class order: a file or `imagenet`. None: classnames.txt above `dest`, or else sorted names.
+            Names are compared as in names.py, and classnames.txt keeps the list's own spelling.
         templates: a file, `openai`, `simple` or one template. None: the file above `dest`, else 'a photo of a {c}.'.
         shard_size: most samples in a shard. None: SHARD_SIZE, or fewer, so that there are MIN_SHARDS shards.
         seed: of the shuffle before writing; the same source and seed give the same bytes.
@@ -61,7 +72,8 @@ def write(
         columns: of a CSV: image_col and label_col; split_col and split, group_col, root where wanted.
 
     Raises:
-        InputError: `dest` is not empty, an image is missing, a class is not in the list, the disk is full, ...
+        InputError: `dest` is not empty, an image is missing, a class is not in the list or is twice in it, the disk is
+            full, ... (of a CSV see rows.from_table).
     """
     folder = _free(dest)
     if os.path.isdir(source) and folder.is_relative_to(os.path.abspath(source)):
@@ -191,17 +203,20 @@ def local_shards(source: str, split: str) -> list[str]:
 
 def _class_prompts(found: list, data: Path, classnames: str | None, templates: str | None) -> "ClassPrompts":
     """The set's class names, by the list that is given or there, or as found; and its templates."""
-    from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts
+    from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts, read_templates
 
     there = {name: str(data / name) for name in (CLASSNAMES, TEMPLATES) if (data / name).exists()}
     order = classnames or there.get(CLASSNAMES)
     templates = templates or there.get(TEMPLATES) or DEFAULT_TEMPLATE
-    prompts = ClassPrompts.from_files(order or "imagenet", templates)
     if order:
+        prompts = ClassPrompts.from_files(order, templates)
         _log.info(f"Class order: that of {order}, {len(prompts.classnames)} names.")
     else:
-        numbers = all(name.isdecimal() for name in found)
-        prompts = ClassPrompts(sorted(set(found), key=int if numbers else str), prompts.templates)
+        numbers = all(re.fullmatch(r"-?[0-9]+(\.[0-9]*)?", name) for name in found)
+        if (form := what_else(found)) is not None and not numbers:
+            raise InputError(f"the class names found, {found[0]!r}, ..., are {form}; write the names alone.")
+        classes = sorted(set(found), key=float if numbers else str)
+        prompts = ClassPrompts(classes, read_templates(templates))
         _log.info(f"Class order: sorted, {len(prompts.classnames)} names, for {data / CLASSNAMES}.")
         if numbers:
             _log.warning(f"The class names are numbers ({prompts(0, 0)!r}); --classnames FILE names them.")
@@ -216,8 +231,15 @@ def _class_prompts(found: list, data: Path, classnames: str | None, templates: s
 
 def _class_indices(labels: set[str], classnames: Sequence[str]) -> dict[str, int]:
     """Class index of each label: labels are class names or, where none is one, class indices."""
-    by_name = {name: index for index, name in enumerate(classnames)}
+    by_name = {normal(name): index for index, name in enumerate(classnames)}
     by_index = {str(index): index for index in range(len(classnames))}
+    twice = repeated_names(classnames)
+    if ambiguous := sorted(labels & twice.keys()):
+        first, second = (position + 1 for position in twice[ambiguous[0]][:2])
+        raise InputError(
+            f"the class {ambiguous[0]!r} is line {first} and line {second} of the class names, so its name does not say "
+            "which; give a CSV with class indices (line numbers from 0) as labels."
+        )
     if labels <= by_name.keys():
         return by_name
     if labels.isdisjoint(by_name) and labels <= by_index.keys():
@@ -267,7 +289,7 @@ def _new_split(folder: Path, sizes: dict[str, int]) -> Iterator[Path]:
     try:
         write_atomically(part / "nshards.txt", f"{len(sizes)}\n")
         yield part
-        write_atomically(part / "sizes.json", json.dumps(sizes, indent=1) + "\n")
+        write_sizes(part, sizes)
         os.replace(part, folder)
     except OSError as error:
         reason = error.strerror or error
@@ -305,10 +327,10 @@ def _write_tar(shard: Path, samples: Iterable[dict[str, Any]]) -> None:
 
 def _is_there(path: Path, lines: Sequence[str]) -> bool:
     """Whether a file is there; InputError where it holds other lines."""
-    text = read_text(str(path))
-    if text is not None and [line.strip() for line in text.strip().split("\n")] != [x.strip() for x in lines]:
+    there = lines_of(str(path))
+    if there is not None and not same_names(there, lines):
         raise InputError(f"{path} holds another list than this set's; write to another data folder.")
-    return text is not None
+    return there is not None
 
 
 def _put(path: Path, lines: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from http.client import HTTPException, IncompleteRead
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +24,7 @@ import braceexpand
 from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
+from flyp_plugin.names import same_names
 
 IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as open_clip has it
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)  # what reading a broken one raises
@@ -32,6 +34,8 @@ TEXT_RETRIES = 4  # for a text file, which a person may be waiting for
 MOST_TEXT, MOST_MEMBER = 100 << 20, 1 << 30  # bytes of a text file and of a tar's member
 MOST_SHARDS = 1_000_000  # that nshards.txt may ask for
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # a server's answers that may be others soon
+# Members of a sample: as in webdataset, files in a row that have one name up to its first dot
+_MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _log = logging.getLogger(__name__)
 
 
@@ -156,7 +160,7 @@ def _expand_folder(source: str, split: str) -> list[str]:
             if stated is not None and stated.strip() != str(len(tars)):
                 raise InputError(
                     f"{folder}/nshards.txt says {stated.strip()!r} shards but the folder has {len(tars)}; "
-                    "write the set again, or mend nshards.txt."
+                    "write the set again, or fix nshards.txt."
                 )
             # joined, for str(Path("./pipe:x.tar")) would be a command
             return [os.path.join(folder if str(folder) != "." else "./", tar.name) for tar in tars]
@@ -189,11 +193,11 @@ def find_beside(shards: Sequence[str], name: str) -> str | None:
     """Path of the text file `name` in the folder of the first shard or the one above; None where neither has it.
 
     Raises:
-        InputError: shards in other folders have another `name`.
+        InputError: shards in other folders have another `name`; lines are compared as in names.py.
     """
     paths = all_beside(shards, name)
     for path in paths[1:]:
-        if lines_of(path) != lines_of(paths[0]):
+        if not same_names(lines_of(path) or [], lines_of(paths[0]) or []):
             flag = "--classnames" if name == "classnames.txt" else "--templates"
             raise InputError(
                 f"{path} is not the same list as {paths[0]}, so their shards do not go together; give {flag}, or write "
@@ -229,16 +233,20 @@ def _beside(shard: str, name: str) -> str | None:
 def count_samples(shards: Sequence[str], image_key: str = IMAGE_KEY) -> int:
     """Number of samples in `shards`: from sizes.json or __len__ beside them, else from the headers of local tars.
 
-    What was counted is remembered in a sizes.json in the form that open_clip reads, where the folder has none.
+    Beside local tars a count is believed only where it is newer than they are (by the nanosecond, and also than a
+    rename or a link) and of the default `image_key`, which is what sizes.json is about; what is not believed is counted
+    anew. So files that came in any order, by a copy or a download, are counted once. Counts of remote tars are believed.
+    What was counted is remembered in sizes.json in the form that open_clip reads, {tar: samples}, where the folder has
+    none or one that was out of date.
 
     Raises:
         InputError: remote shards without sizes.json, or a sizes.json that is not what it should be.
     """
     total = 0
     for folder, names in _by_folder(shards).items():
-        sizes = None if folder is None else _read_sizes(folder, names)
-        if sizes is not None:
-            total += sizes
+        stated = None if folder is None else _stated(folder, names, image_key)
+        if stated is not None:
+            total += stated
         elif folder is None or is_url(folder):
             raise InputError(
                 f"the number of samples in {shards[0]} is not known (no sizes.json beside it); give it with "
@@ -249,13 +257,16 @@ def count_samples(shards: Sequence[str], image_key: str = IMAGE_KEY) -> int:
     return total
 
 
-def stated_samples(shards: Sequence[str]) -> int | None:
-    """Number of samples in `shards` as sizes.json or __len__ beside them state it; None where they do not."""
+def stated_samples(shards: Sequence[str], image_key: str = IMAGE_KEY) -> int | None:
+    """Number of samples in `shards` as sizes.json or __len__ beside them state it; None where they are not believed."""
     try:
-        sizes = [folder and _read_sizes(folder, names) for folder, names in _by_folder(shards).items()]
+        stated = [
+            None if folder is None else _stated(folder, names, image_key)
+            for folder, names in _by_folder(shards).items()
+        ]
     except InputError:
         return None
-    return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+    return None if None in stated else sum(stated)  # type: ignore[arg-type]
 
 
 def _by_folder(shards: Sequence[str]) -> dict[str | None, list[str]]:
@@ -266,15 +277,57 @@ def _by_folder(shards: Sequence[str]) -> dict[str | None, list[str]]:
     return folders
 
 
-def _read_sizes(folder: str, names: Sequence[str]) -> int | None:
-    sizes = read_sizes(folder)
-    if sizes is not None:
+def _stated(folder: str, names: Sequence[str], image_key: str) -> int | None:
+    """The samples in the tars `names` of a folder as counts in it that are believed have it; None where there are none."""
+    if read_sizes(folder) is not None:
+        sizes = _believed_sizes(folder, image_key)
         return sum(sizes[name] for name in names) if all(name in sizes for name in names) else None
-    text = read_text(_on_hub(f"{folder}/__len__", "raw"))
+    length = read_length(folder)
     # __len__ is the whole folder's, and says nothing of a part of it
-    if text is None or (
-        not is_url(folder) and any(p.name not in names for p in Path(folder).glob("[!.]*.tar"))
-    ):
+    if length is None or sorted(names) != sorted(_tars_in(folder) or ()):
+        return None
+    newer = is_url(folder) or all(_is_newer(folder, "__len__", name) for name in names)
+    return length if newer and (is_url(folder) or image_key == IMAGE_KEY) else None
+
+
+def _tars_in(folder: str) -> list[str] | None:
+    """Names of all tars in a folder; of a remote one by its nshards.txt, None where it has none."""
+    if not is_url(folder):
+        return [path.name for path in Path(folder).glob("[!.]*.tar")]
+    stated = (read_text(_on_hub(f"{folder}/nshards.txt", "raw")) or "").strip()
+    return [f"{i}.tar" for i in range(int(stated))] if re.fullmatch("[0-9]{1,6}", stated) else None
+
+
+def _believed_sizes(folder: str, image_key: str) -> dict[str, int]:
+    """Of read_sizes what is believed: see count_samples."""
+    sizes = read_sizes(folder) or {}
+    if is_url(folder):
+        return sizes
+    if image_key != IMAGE_KEY:
+        return {}
+    return {name: size for name, size in sizes.items() if _is_newer(folder, "sizes.json", name)}
+
+
+def _is_newer(folder: str, counts: str, tar: str) -> bool:
+    """Whether a file of counts in a local folder was written after the tar came to be what it is."""
+    path = os.path.join(folder, tar)
+    try:
+        link, file = os.lstat(path), os.stat(path)
+        # the change time, too: a file that is moved or copied to a name may bring an old time of writing
+        changed = max(link.st_mtime_ns, link.st_ctime_ns, file.st_mtime_ns, file.st_ctime_ns)
+        return os.stat(os.path.join(folder, counts)).st_mtime_ns > changed
+    except (OSError, ValueError):
+        return False
+
+
+def read_length(folder: str) -> int | None:
+    """The number of samples in `folder`, local or not, as __len__ in it has it; None where there is none.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    text = read_text(_on_hub(f"{folder}/__len__", "raw"))
+    if text is None:
         return None
     if not re.fullmatch(r"\s*[0-9]{1,18}\s*", text):
         raise _no_counts(f"{folder}/__len__")
@@ -299,9 +352,9 @@ def read_sizes(folder: str) -> dict[str, int] | None:
     return sizes
 
 
-def stated_sizes(shards: Sequence[str]) -> dict[str, int]:
-    """The number of samples of those of the tars for which sizes.json beside them states it."""
-    sizes = {folder: folder and read_sizes(folder) for folder in _by_folder(shards)}
+def stated_sizes(shards: Sequence[str], image_key: str = IMAGE_KEY) -> dict[str, int]:
+    """The number of samples of those of the tars for which sizes.json beside them states it and is believed."""
+    sizes = {folder: folder and _believed_sizes(folder, image_key) for folder in _by_folder(shards)}
     by_shard = {s: (sizes.get(os.path.dirname(s) or ".") or {}).get(os.path.basename(s)) for s in shards}
     return {shard: size for shard, size in by_shard.items() if size is not None}
 
@@ -324,15 +377,39 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
             _log.warning(f"{path} cannot be read to its end as a tar ({reason}); {found} samples count.")
         sizes[name] = found
     counted = sum(sizes[name] for name in names)
-    remembered = Path(folder, "sizes.json")
-    if whole and counted and not remembered.exists():  # nothing at all: the image key may be wrong
+    before, believed = read_sizes(folder), _believed_sizes(folder, image_key)
+    out_of_date = {
+        name for name in before or () if os.path.exists(os.path.join(folder, name))
+    } - believed.keys()
+    old, kept = "", ""
+    if image_key == IMAGE_KEY and (out_of_date or (before is None and os.path.exists(f"{folder}/__len__"))):
+        old = ", for what counts there are is not newer than all of them"
+    # nothing at all: the image key may be wrong; a part of what is out of date: the rest would look new, too
+    if (
+        whole
+        and counted
+        and image_key == IMAGE_KEY
+        and (before is None or out_of_date)
+        and out_of_date <= sizes.keys()
+    ):
         try:
-            write_atomically(remembered, json.dumps(sizes, indent=1) + "\n")
-            kept = f"; remembered in {remembered}"
+            write_sizes(folder, believed | sizes)
+            kept = f"; remembered in {folder}/sizes.json"
         except OSError:
             kept = " (which cannot be written to)"
-        _log.info(f"Counted {counted} samples in {len(sizes)} shards of {folder}{kept}.")
+    _log.info(f"Counted {counted} samples in {len(sizes)} shards of {folder}{old}{kept}.")
     return counted
+
+
+def write_sizes(folder: str | Path, sizes: dict[str, int]) -> None:
+    """Write sizes.json, {tar: samples}, into a local folder, so that it is newer than those tars."""
+    path = Path(folder, "sizes.json")
+    write_atomically(path, json.dumps(sizes, indent=1) + "\n")
+    for _ in range(10):  # a clock that ticks every 4 or 10 milliseconds
+        if all(_is_newer(str(folder), path.name, name) for name in sizes):
+            return
+        time.sleep(0.005)
+        os.utime(path)
 
 
 class Header(tarfile.TarInfo):
@@ -362,15 +439,57 @@ def count_shard(path: str, image_key: str = IMAGE_KEY) -> int:
     return sum(1 for _ in _with_image(path, image_key))
 
 
-def _with_image(path: str, image_key: str) -> Iterator[str]:
-    """Keys of the samples that have an image: as in webdataset, members in a row with one name up to its first dot."""
-    endings = image_key.split(";")
+def is_member(name: str) -> bool:
+    """Whether a file in a tar is read at all: not what begins with a dot, as macOS' ._ files, nor webdataset's __NAME__."""
+    return not re.match(r"__[^/]*__($|/)", name) and not name.rpartition("/")[2].startswith(".")
+
+
+def _groups(path: str) -> Iterator[tuple[str, Iterator[str]]]:
+    """(key, endings of the members) of each sample in a local tar, grouped as samples.read_samples does."""
     with tarfile.open(path, tarinfo=Header) as tar:
-        names = (member.name.rpartition("/") for member in tar if member.isreg())
-        split = ((folder, *name.partition(".")) for folder, _, name in names)
-        for (folder, key), members in groupby(split, lambda name: name[:2]):
-            if key and any(ending.lower() in endings for *_, ending in members):
-                yield f"{folder}/{key}"
+        names = (
+            _MEMBER.fullmatch(member.name) for member in tar if member.isreg() and is_member(member.name)
+        )
+        for key, members in groupby((found.groups() for found in names if found), lambda member: member[0]):
+            yield key, (ending.lower() for _, ending in members)
+
+
+def _with_image(path: str, image_key: str) -> Iterator[str]:
+    images = set(image_key.split(";"))
+    # known with the image, whatever breaks after it
+    return (key for key, endings in _groups(path) if any(ending in images for ending in endings))
+
+
+def first_endings(path: str) -> list[str]:
+    """The endings of the members of the first sample in a local tar."""
+    return next((sorted(endings) for _, endings in _groups(path)), [])
+
+
+def why_apart(path: str) -> str | None:
+    """A sentence where some sample's members are not next to each other in a local tar; None where all are, or remote.
+
+    A key that comes again with the same members is another matter: two samples of one key.
+    """
+    try:
+        return None if is_remote(path) else _why_apart(path, os.stat(path).st_mtime_ns)
+    except OSError:
+        return None
+
+
+@lru_cache(64)
+def _why_apart(path: str, written: int) -> str | None:
+    first: dict[str, set[str]] = {}
+    try:
+        for key, members in _groups(path):
+            endings = set(members)
+            if first.setdefault(key, endings) is not endings and first[key].isdisjoint(endings):
+                return (
+                    f"the members of sample {key} ({', '.join(sorted(first[key] | endings)[:5])}) are not next to each "
+                    f"other in {path}; make the tar again, sorted by name: tar --sort=name -cf {path} FOLDER"
+                )
+    except TAR_ERRORS:
+        pass  # what was read before the break is in order
+    return None
 
 
 def write_atomically(path: Path, text: str) -> None:

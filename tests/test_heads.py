@@ -1,7 +1,9 @@
+import numpy as np
 import open_clip
 import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 
 from flyp_plugin.heads import ImageClassifier, build_zeroshot_head
 from flyp_plugin.prompts import ClassPrompts
@@ -50,6 +52,13 @@ def test_predict_gives_names_and_probabilities(images):
         probabilities = classifier(images).softmax(1)
     assert [name for name, _ in predictions] == [NAMES[i] for i in probabilities.argmax(1)]
     assert [p for _, p in predictions] == probabilities.amax(1).tolist()
+
+
+def test_predict_takes_16_bits_as_training_does():
+    classifier = ImageClassifier.from_checkpoint(MODEL, checkpoint(MODEL, 80), PROMPTS)
+    pictures = [np.asarray(picture.convert("L")) for picture in digits()[0][1000:1020]]
+    deep = [Image.fromarray(picture.astype(np.uint16) * 256 + 7) for picture in pictures]
+    assert classifier.predict(deep) == classifier.predict([Image.fromarray(picture) for picture in pictures])
 
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "bf16", "pure_bf16"])

@@ -433,6 +433,7 @@ def test_a_learned_head_is_restricted_by_name(tuned, digits, tmp_path, capsys):
 
 def test_names_that_are_there_twice_keep_their_order():
     assert class_rows(["crane", "cat", "crane"], ["crane", "crane", "cat"]) == [0, 2, 1]
+    assert class_rows(["sea lion", "caf\u00e9"], ["cafe\u0301", "sea\u00a0 lion"]) == [1, 0]
     assert class_rows(open_clip.IMAGENET_CLASSNAMES, open_clip.IMAGENET_CLASSNAMES) == list(range(1000))
 
 

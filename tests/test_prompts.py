@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flyp_plugin import ClassPrompts
 from flyp_plugin.errors import InputError
+from flyp_plugin.names import normal, numbered, repeated_names, same_names
 from flyp_plugin.prompts import PromptTokens, fill, resolve_prompts
 
 
@@ -110,10 +111,6 @@ def test_trailing_newlines_crlf_and_bom_are_no_part_of_a_name(lists, raw):
         (b"\n \n", r"names.txt is empty"),
         (b"cat\n\ndog\n", r"names.txt, line 2, is blank; delete the line"),
         (b"\ncat\n", r"names.txt, line 1, is blank"),
-        (
-            b"cat\ndog\n cat\n",
-            r"names.txt, line 3, repeats the class name 'cat' of line 1; two classes need two",
-        ),
         (b"cat\nna\xefve\n", r"names.txt, line 2, is not UTF-8; save the file as UTF-8"),
     ],
 )
@@ -146,6 +143,117 @@ def test_a_file_that_is_not_there_is_told_with_its_flag(lists, tmp_path):
         ClassPrompts.from_files("imagenet", "a photo of a {0}")
     with pytest.raises(InputError, match="could not be read"):
         ClassPrompts.from_files(str(tmp_path), "simple")
+
+
+def test_a_name_given_twice_is_a_warning_that_names_both_lines(lists, caplog):
+    with caplog.at_level(logging.WARNING, "flyp_plugin"):
+        assert lists(b"cat\nsea lion\n sea\xc2\xa0lion\n").classnames[2] == "sea\u00a0lion"
+        lists(b"cat\nsea lion\n sea\xc2\xa0lion\n")
+    (record,) = caplog.records  # once, however often the list is read
+    assert "names.txt, line 3, repeats the class name 'sea lion' of line 2" in record.getMessage()
+
+
+def test_one_text_in_place_of_a_list_is_an_error():
+    with pytest.raises(InputError, match="are lists; give"):
+        ClassPrompts("cat", ["{c}"])
+    with pytest.raises(InputError, match="are lists; give"):
+        ClassPrompts(["cat"], "a {c}.")
+
+
+@pytest.mark.parametrize(
+    "names,form",
+    [
+        ('"cat",\n"dog",\n', "in quote marks"),
+        ("'cat'\n'dog'\n", "in quote marks"),
+        ('["cat", "dog"]', "in quote marks"),
+        ("classes = [\n    'cat',  \n    # pets\n    'dog',\n]\n", "in quote marks"),
+        ('{"classes": [\n "cat",\n "dog"\n]}\n', "in quote marks"),
+        ("{0: 'tench, Tinca tinca',\n 1: 'goldfish'}\n", "in quote marks"),
+        ("lambda c: f'a {c}',\nlambda c: f'the {c}',\n", "Python"),
+        ("- cat\n- dog\n", "a list with marks"),
+        ("0,cat\n1,dog\n", "numbered"),
+        ("index,name\n0,cat\n1,dog\n", "numbered"),
+        ("names:\n0: cat\n1: dog\n", "numbered"),
+        ("cat, dog, owl\n", "one line"),
+    ],
+)
+def test_class_names_in_another_syntax_are_refused(lists, names, form):
+    with pytest.raises(InputError, match=rf"names\.txt (is|has) {form}.* on (a line of its own|each line)"):
+        lists(names.encode())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["black-footed ferret, polecat, Mustela nigripes", "crane"],
+        ['"big" cat', "6' tall", "don't walk", "rock 'n' roll"],
+        ["'n' or 'm'", '"x" sign', "[SIC]", "f(x)", "lambda", "{c}", "()", "-"],
+        ["001.Black footed Albatross", "002.Laysan Albatross"],
+        ["0", "1", "2"],
+        ["7, 8", "9, 10"],
+        ['"quoted"', "cat"],
+    ],
+)
+def test_quotes_commas_and_numbers_in_class_names_are_text(lists, names):
+    assert lists("\n".join(names).encode()).classnames == names
+
+
+@pytest.mark.parametrize(
+    "templates",
+    [
+        "    'a photo of a {}.',\n    'a blurry photo of a {}.',\n",
+        "templates = [\n    lambda c: f'a {c}.',\n]\n",
+        '["a photo of a {c}.", "the {c}."]\n',
+        '"a photo of a {c}."\n',
+    ],
+)
+def test_templates_in_another_syntax_are_refused(lists, templates):
+    with pytest.raises(InputError, match=r"templates\.txt is .*: a photo of a \{c\}\."):
+        lists(b"cat\ndog\n", templates.encode())
+    with pytest.raises(InputError, match=r"the template .* is .*: a photo of a \{c\}\."):
+        ClassPrompts.from_files("imagenet", templates)
+
+
+def test_templates_may_have_quotes_and_braces(lists):
+    templates = ['"{c}" written on a sign.', "{}", "a {c}, in 'art'"]
+    assert lists(b"cat\ndog\n", "\n".join(templates).encode()).templates == templates
+
+
+# names that look alike
+
+
+@pytest.mark.parametrize(
+    "one,other",
+    [
+        ("sea  lion", "sea lion"),
+        ("polar\u00a0bear", "polar bear"),
+        ("cafe\u0301", "caf\u00e9"),
+        (" cat\t", "cat"),
+        ("zero\u200bwidth\ufeff", "zerowidth"),
+    ],
+)
+def test_names_that_look_alike_are_one_name(one, other):
+    assert normal(one) == normal(other) == other
+    assert same_names([one, "x"], [other, "x"]) and not same_names([one, "x"], ["x", other])
+    assert repeated_names(["x", one, other]) == {other: [1, 2]}
+    assert numbered([one, "x", other]) == [(other, 1), ("x", 1), (other, 2)]
+    assert normal("Dog") != normal("dog")  # other words, perhaps: their tokens are looked at
+
+
+def test_lists_that_differ_in_what_is_not_seen_go_together(tmp_path):
+    for name, names in (
+        ("a", "sea lion\ncaf\u00e9\nsea lion\n"),
+        ("b", "sea\u00a0lion\ncafe\u0301\nsea  lion\n"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "classnames.txt").write_text(names)
+    shards = [str(tmp_path / name / "0.tar") for name in "ab"]
+    assert len(resolve_prompts(shards, templates="{c}").classnames) == 3
+    given = str(tmp_path / "b" / "classnames.txt")
+    assert resolve_prompts(shards, given, "{c}").classnames[0] == "sea\u00a0lion"
+    (tmp_path / "c.txt").write_text("sea lion\nsea lion\ncaf\u00e9\n")
+    with pytest.raises(InputError, match=r"'caf\u00e9' is line 3 of .*c\.txt and line 2 of"):
+        resolve_prompts(shards, str(tmp_path / "c.txt"), "{c}")
 
 
 def test_imagenets_own_repetitions_are_tolerated_in_a_file(lists):
@@ -279,11 +387,42 @@ def test_cut_prompts_are_one_warning_with_their_number_and_the_first(tokenizer, 
     long, longer = "word " * 76, "word " * 90
     with caplog.at_level(logging.WARNING, "flyp_plugin"):
         tokens = ClassPrompts(["cat", long, longer], ["{c}", "my {c}"]).tokenize(tokenizer)
+    same = f"{long[:80]!r} (class 1) and {longer[:80]!r} (class 2)"  # cut to the same 77 tokens
+    tokens_same = (
+        f"classes have prompts of the same tokens, so the text tower cannot tell them apart: {same}; give them names that "
+        "differ in more than case, accents' encoding or punctuation marks."
+    )
     assert [record.getMessage() for record in caplog.records] == [
         "4 of 6 prompts are longer than the model's 77 tokens and are cut there, the first of them: "
-        + repr(long[:80])
+        + repr(long[:80]),
+        tokens_same,
     ]
     assert torch.equal(tokens.take([2], [1]), tokenizer(["my " + longer]))
+
+
+def test_classes_of_the_same_tokens_are_named(tokenizer, caplog):
+    pairs = [
+        ("Dog", "dog"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("salt & pepper", "salt &amp; pepper"),
+        ("don\u2019t walk", "don't walk"),
+    ]
+    names = ["cat", *(name for pair in pairs for name in pair), "dogs"]
+    with caplog.at_level(logging.WARNING, "flyp_plugin"):
+        tokens = ClassPrompts(names, ["{c}", "a photo of a {c}."]).tokenize(tokenizer)
+    assert tokens.same == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    told = caplog.records[-1].getMessage()
+    assert (
+        "'Dog' (class 1) and 'dog' (class 2); " in told and "4 groups" not in told
+    )  # the accents are one name
+    assert "3 groups of classes" in told and "'salt & pepper' (class 5)" in told
+
+
+def test_classes_that_one_template_tells_apart_are_not_named(tokenizer, caplog):
+    long = "word " * 80
+    with caplog.at_level(logging.WARNING, "flyp_plugin"):
+        tokens = ClassPrompts(["cat", "dog"], [long + "{c}", "{c}"]).tokenize(tokenizer)
+    assert tokens.same == [] and ["longer than" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_prompt_that_just_fits_is_not_reported(tokenizer, caplog):

@@ -20,7 +20,7 @@ from tests.digits import NAMES
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
-NOT_OURS = {"--rdzv-endpoint", "--nnodes", "--repo-type"}  # torchrun's, hf's
+NOT_OURS = {"--rdzv-endpoint", "--nnodes", "--repo-type", "--sort"}  # torchrun's, hf's, tar's
 
 
 def code(section=""):

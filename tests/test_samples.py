@@ -19,6 +19,7 @@ from flyp_plugin.samples import (
     random_states_kept,
     read_samples,
     sample_seed,
+    to_rgb,
 )
 from tests import tars
 
@@ -226,6 +227,46 @@ def test_a_missing_label_stops_with_the_members_that_are_there():
         list(labelled([sample(png=b"", txt=b"3")], 4, pytest.fail))
 
 
+def test_the_member_that_holds_an_integer_is_proposed():
+    with pytest.raises(InputError, match=r"'label' holds an integer: .* --label-key label"):
+        list(labelled([sample(png=b"", label=b"3\n", txt=b"a cat")], 4, pytest.fail))
+
+
+@pytest.mark.parametrize("labels_first", [False, True])
+def test_a_tar_not_sorted_by_name_is_named_as_the_cause(tmp_path, labels_first):
+    members = sorted(
+        tars.samples(range(4)).items(), key=lambda member: member[0].endswith("cls") != labels_first
+    )
+    shard = tars.write(tmp_path / "0.tar", tars.tar_of(members))
+    with pytest.raises(InputError, match=r"has no label .*; the members of sample s0000 .* tar --sort=name"):
+        read(shard)
+
+
+def test_a_remote_tar_with_lone_images_is_perhaps_not_sorted():
+    with pytest.raises(InputError, match=r"if its label comes later in the tar"):
+        list(labelled([sample(png=b"") | {"__url__": "pipe:cat x"}], 4, pytest.fail))
+
+
+@pytest.mark.parametrize("hidden", ["._s0000.cls", ".DS_Store", "t/._x.png"])
+def test_hidden_members_do_not_part_a_sample(tmp_path, hidden):
+    (first, *rest) = tars.samples([0]).items()
+    shard = tars.write(tmp_path / "0.tar", tars.tar_of([first, (hidden, b"\0\5\x16\7"), *rest]))
+    assert read(shard) == (["s0000"], [0], [])
+
+
+@pytest.mark.parametrize(
+    "members,why",
+    [
+        ({"tif": b""}, "but 'tif': give --image-key tif"),
+        ({"v2.0001.png": b"", "v2.0002.png": b""}, "but 'v2.0001.png': a sample's key ends at the first dot"),
+    ],
+)
+def test_why_a_sample_has_no_image_is_told(members, why):
+    skipped: list[str] = []
+    assert not list(labelled([sample(cls=b"0", **members)], 1, skipped.append))
+    assert why in skipped[0]
+
+
 def test_a_sample_without_an_image_is_skipped_and_counted():
     skipped: list[str] = []
     found = labelled([sample("a", cls=b"0"), sample("b", cls=b"0", png=b"")], 1, skipped.append)
@@ -323,6 +364,19 @@ def test_images_come_to_the_transform_as_rgb():
             "RGB",
             (4, 3),
         )
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_of_16_bits_of_grey_the_upper_8_are_taken(dtype):
+    deep = Image.fromarray(np.array([[0, 255, 256, 65535]], dtype=dtype))
+    assert [pixel[0] for pixel in to_rgb(deep).getdata()] == [0, 0, 1, 255]
+
+
+def test_other_modes_become_rgb_as_pillow_converts_them():
+    grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4) * 20)
+    for mode in ("L", "RGBA", "P", "1", "LA", "CMYK", "F"):
+        image = grey.convert(mode)
+        assert to_rgb(image).tobytes() == image.convert("RGB").tobytes()
 
 
 def test_an_unreadable_image_is_skipped_and_counted_with_its_place():

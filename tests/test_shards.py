@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -243,6 +244,151 @@ def test_numbers_as_class_names_are_in_numerical_order(tmp_path, caplog):
     assert "--classnames FILE names them" in caplog.text
 
 
+def table(tmp_path, text: str | bytes, **options):
+    """Write images 0.png ... 7.png and what a CSV with the columns path and label lists; the class names."""
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "list.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    columns = {"image_col": "path", "label_col": "label"} | options
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    write(str(tmp_path / "list.csv"), str(tmp_path / "out" / "train"), **columns)
+    return (tmp_path / "out" / "classnames.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        (
+            "path,label\n0.png,cat\n1.png,crane, bird\n",
+            r"line 3, has 3 fields and the header 2.*\(\"crane, bird\"\)",
+        ),
+        ("path,label\n0.png,cat\n\n1.png\n", "line 4, has 1 fields and the header 2"),
+        ('path,label\n0.png, "crane, bird"\n', "line 2, has a blank before the quote mark of '\"crane'"),
+        ('path,label\n0.png,cat\n1.png, "dog"\n', "line 3, has a blank before the quote mark"),
+        ('path\tlabel\n0.png\t"big" cat\n', "line 2, cannot be read as CSV .*double those within it"),
+        ('path\tlabel\n0.png\tcat\n1.png\t"odd\n2.png\tdog\n3.png\t"x"\n', r"line 3 \(and the lines up to 5"),
+        (
+            'path,label\n0.png,cat\n1.png,"dog\n2.png,cat\n',
+            r"line 3 \(and the lines up to 4.*unexpected end of data",
+        ),
+        (
+            'path,label\n0.png,"cat\n1.png,dog"\n2.png,owl\n',
+            "line 2: the label begins with 'cat' and goes on",
+        ),
+        ("path,label\n0.png,cat\n1.png,d\0g\n", "line 3, has a NUL"),
+        ("path,label,label\n0.png,cat,dog\n", "--label-col label is 2 columns"),
+        ("path,label\n", "has no lines"),
+        ("", "--image-col path is not a column: the columns of .* are none"),
+        ("path,label\n0.png,'cat'\n1.png,'dog'\n", "the class names found, \"'cat'\", .* are in quote marks"),
+    ],
+)
+def test_a_line_that_may_be_read_otherwise_is_an_error(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        table(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text,names",
+    [
+        ('path,label\n0.png,"crane, bird"\n1.png,"crane, machine"\n', ["crane, bird", "crane, machine"]),
+        ("path, label \n0.png,cat\n1.png,dog\n", ["cat", "dog"]),
+        ("path,label\r\n0.png,cat\r\n\r\n1.png,dog\r\n", ["cat", "dog"]),
+        ("\ufeff\npath;label;note\n0.png;cat;a, b, c\n1.png;dog;\n", ["cat", "dog"]),
+        ('"note, and more, or less";path;label\n"x";0.png;cat\ny;1.png;dog\n', ["cat", "dog"]),
+        ('path,label,note\n0.png,cat,"two\nlines"\n1.png,dog,\n', ["cat", "dog"]),
+        ('path\tlabel\n0.png\t6" plate\n1.png\t"a ""big"" cat"\n', ['6" plate', 'a "big" cat']),
+        ("path|label\n0.png|cat\n1.png|dog\n   \n", ["cat", "dog"]),
+        ("note,note,path,label\n,,0.png,cat\n,,1.png,dog\n", ["cat", "dog"]),
+    ],
+)
+def test_what_is_csv_is_read(tmp_path, text, names):
+    assert table(tmp_path, text) == names
+
+
+def test_a_column_name_with_blanks_may_be_given_with_or_without(tmp_path):
+    text = "path, label\n0.png,cat\n1.png,dog\n"
+    assert table(tmp_path, text, label_col=" label") == table(tmp_path, text) == ["cat", "dog"]
+
+
+SPLIT = ["train", "train", "test", "train ", "Train", "training", "test", "val"]
+
+
+def split_table(column: str, values=SPLIT) -> str:
+    names = "".join(f"{i}.png,{'cat' if i % 2 else 'dog'},{value}\n" for i, value in enumerate(values))
+    return f"path,label,{column}\n{names}"
+
+
+@pytest.mark.parametrize("column", ["split", "Split", " SPLIT "])
+def test_a_split_column_without_split_is_refused(tmp_path, column):
+    with pytest.raises(
+        InputError, match=r"with 'train' \(2\), 'test' \(2\), .* give --split 'train', or --split ''"
+    ):
+        table(tmp_path, split_table(column))
+    assert table(tmp_path, split_table(column), split="") == ["cat", "dog"]
+    assert count_samples(expand_source(f"{tmp_path}/out", "train")) == 8
+
+
+@pytest.mark.parametrize("values", [["0", "1"] * 4, ["id_val", "train", "ood_test", "x"] * 2])
+def test_a_column_that_looks_like_splits_is_named(tmp_path, values, caplog):
+    with caplog.at_level(logging.WARNING, "flyp_plugin"):
+        table(tmp_path, split_table("part", values))
+    assert ("has a column part with" in caplog.text) == ("train" in values)
+    with pytest.raises(InputError, match="has a column part with"):
+        table(tmp_path, split_table("part", values), split_col="part")
+
+
+def test_a_split_of_one_value_needs_no_flag(tmp_path, caplog):
+    assert table(tmp_path, split_table("split", ["train"] * 8)) == ["cat", "dog"]
+    assert "split" not in caplog.text
+
+
+def test_lines_whose_split_is_spelled_otherwise_are_named(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "flyp_plugin"):
+        table(tmp_path, split_table("split"), split="train")
+    assert "3 lines with 'train ' (1), 'Train' (1), 'training' (1) are left out" in caplog.text
+    assert count_samples(expand_source(f"{tmp_path}/out", "train")) == 2
+
+
+@pytest.mark.parametrize("value", ["0", "valid", "TRAIN"])
+def test_a_split_that_no_line_has_names_what_there_is(tmp_path, value):
+    text = split_table("split", ["0.0", "1.0", "val", "val", "train", "train", "train", "train"])
+    with pytest.raises(
+        InputError, match=rf"no lines with split '{value}' \(it has 'train' \(4\), 'val' \(2\)"
+    ):
+        table(tmp_path, text, split=value)
+
+
+def test_names_are_compared_by_how_they_look(tmp_path, caplog):
+    text = "path,label\n0.png,sea  lion\n1.png,polar\u00a0bear\n2.png,cafe\u0301\n"
+    (tmp_path / "names").write_text("caf\u00e9\nsea  lion\npolar\u00a0bear\n")
+    with caplog.at_level(logging.INFO, "flyp_plugin"):
+        assert table(tmp_path, text) == ["caf\u00e9", "polar bear", "sea lion"]
+    assert "3 here, such as" in caplog.text
+    written = table(tmp_path, text, classnames=str(tmp_path / "names"))
+    assert written == ["caf\u00e9", "sea  lion", "polar\u00a0bear"]  # as the list has it
+
+
+def test_folders_of_macos_are_the_classes_of_a_list_from_linux(tmp_path):
+    for form in ("NFC", "NFD"):
+        for name in ("caf\u00e9", "bar"):
+            folder = tmp_path / form / unicodedata.normalize(form, name)
+            folder.mkdir(parents=True)
+            (folder / "1.png").write_bytes(png(1))
+        write(str(tmp_path / form), str(tmp_path / "data" / form))
+    assert (tmp_path / "data" / "classnames.txt").read_text() == "bar\ncaf\u00e9\n"
+    assert sorted(label for _, label in samples(tmp_path / "data" / "NFD")) == [0, 1]
+
+
+def test_a_name_of_two_classes_is_no_label_but_an_index_is(tmp_path):
+    (tmp_path / "names").write_text("crane\ncat\ncrane\n")
+    names = {"classnames": str(tmp_path / "names")}
+    with pytest.raises(InputError, match="'crane' is line 1 and line 3 .*class indices"):
+        table(tmp_path, "path,label\n0.png,crane\n1.png,cat\n", **names)
+    assert table(tmp_path, "path,label\n0.png,0\n1.png,1\n2.png,2\n", **names) == ["crane", "cat", "crane"]
+    assert samples(tmp_path / "out" / "train") == Counter((png(i), i) for i in range(3))
+    assert flyp(["shards", "check", f"{tmp_path}/out"]) == 0
+
+
 def test_mistakes_in_a_folder_are_one_sentence(photos, tmp_path):
     def fails(match: str, source: Path, dest: str = "out/train", **options) -> None:
         with pytest.raises(InputError, match=match):
@@ -297,10 +443,10 @@ def test_mistakes_in_a_table_are_one_sentence(tmp_path):
     fails("--label-col label is not a column: the columns of .* are path, y, split", good, label_col="label")
     fails("--image-col is not given", good, image_col="")
     fails("--group-col place is not a column", good, group_col="place")
-    fails(r"no lines with split 'val' \(it has train\)", good, split="val")
+    fails(r"no lines with split 'val' \(it has 'train' \(2\)\)", good, split="val")
     fails("has no lines;", [])
     fails("line 3, has no y", [good[0], "1.png,,train"])
-    fails("line 3, has no y", [good[0], "1.png"])
+    fails("line 3, has 1 fields and the header 3", [good[0], "1.png"])
     fails(r"2 of 3 images .* are not there, first .*7.png \(line 3\)", [good[0], "7.png,1,", "8.png,1,"])
     fails(r"1.tif \(.*line 2\) is not a jpg", ["1.tif,1,train"])
     fails(
@@ -489,6 +635,55 @@ def test_check_shows_the_first_few_of_a_kind_and_their_number(tmp_path, capsys):
     assert flyp(["shards", "check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "9 unreadable images:" in out and "and 4 more" in out and out.count("0.tar, sample") == 5
+
+
+def test_check_notes_what_is_no_mistake(tmp_path, capsys):
+    (tmp_path / "classnames.txt").write_text("Dog\ndog\nowl\n")
+    deep = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(deep, "PNG")
+    files = {
+        "0.png": deep.getvalue(),
+        "0.cls": b"0",
+        "1.png": png(1),
+        "1.cls": b"1",
+        "2.png": png(2),
+        "2.cls": b"2",
+    }
+    write_tar(tmp_path / "train" / "0.tar", files)
+    assert flyp(["shards", "check", str(tmp_path), "--json"]) == 0
+    tokens, bits = json.loads(capsys.readouterr().out)[f"{tmp_path}/train"]["notes"]
+    assert "'Dog' (class 0) and 'dog' (class 1)" in tokens
+    assert bits.startswith("1 images of 16 bits: the plugin uses their upper 8")
+
+
+def test_check_and_count_name_a_tar_that_is_not_sorted(tmp_path, capsys, caplog):
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    files = {"1.png": png(1), "2.png": png(2), "1.cls": b"1", "2.cls": b"0"}
+    write_tar(tmp_path / "train" / "0.tar", files)
+    assert flyp(["shards", "check", str(tmp_path), "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)[f"{tmp_path}/train"]["problems"]
+    assert "tar --sort=name" in problems["shards that are not sorted by name"][0]
+    assert "labels that are missing or wrong" not in problems
+    flyp(["shards", "count", str(tmp_path)])
+    assert "0.tar cannot be used as it is: the members of sample 1" in caplog.text
+
+
+def test_count_counts_other_images_where_asked_and_names_them(tmp_path, capsys, caplog):
+    write_tar(tmp_path / "train" / "0.tar", {f"{i}.{end}": b"0" for i in range(3) for end in ("cls", "tif")})
+    flyp(["shards", "count", str(tmp_path), "--json"])
+    assert "the members of its first are cls, tif" in caplog.text
+    flyp(["shards", "count", str(tmp_path), "--json", "--image-key", "tif"])
+    assert [json.loads(line)["total"] for line in capsys.readouterr().out.splitlines()] == [0, 3]
+
+
+def test_check_compares_a_len_with_the_whole_folder_it_is_of(tmp_path, capsys):
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    for i in range(2):
+        write_tar(tmp_path / "train" / f"{i}.tar", {f"{i}.png": png(i), f"{i}.cls": b"0"})
+    (tmp_path / "train" / "__len__").write_text("7")
+    assert flyp(["shards", "check", f"{tmp_path}/train/0.tar", "--json"]) == 0
+    assert flyp(["shards", "check", str(tmp_path), "--json"]) == 1
+    assert "2 images, not 7" in capsys.readouterr().out
 
 
 def test_check_needs_class_names(tmp_path):

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
+import time
 
 import pytest
 
@@ -147,6 +149,16 @@ def test_text_that_is_not_utf8_is_told_with_its_line(tmp_path):
 # counts
 
 
+def state(path, text: str) -> None:
+    """Write a file of counts that is newer than the tars beside it also where clocks tick slowly."""
+    path.write_text(text)
+    os.utime(path, ns=(time.time_ns() + 10**9,) * 2)
+
+
+def age(path, seconds: float = 60) -> None:
+    os.utime(path, ns=(time.time_ns() - int(seconds * 1e9),) * 2)
+
+
 def test_samples_are_counted_from_headers_and_remembered(tmp_path, caplog):
     shards = tars.shards(tmp_path, 10, 3)
     with caplog.at_level(logging.INFO, "flyp_plugin"):
@@ -159,7 +171,7 @@ def test_samples_are_counted_from_headers_and_remembered(tmp_path, caplog):
 def test_sizes_json_is_believed_and_not_overwritten(tmp_path):
     shards = tars.shards(tmp_path, 10, 2)
     text = '{"0.tar": 100, "1.tar": 11}'
-    (tmp_path / "sizes.json").write_text(text)
+    state(tmp_path / "sizes.json", text)
     assert count_samples(shards) == 111
     assert count_samples(shards[:1]) == 100
     assert count_samples([*shards, *shards]) == 222
@@ -167,16 +179,108 @@ def test_sizes_json_is_believed_and_not_overwritten(tmp_path):
 
 def test_a_sizes_json_without_some_shard_is_left_alone_and_the_tars_counted(tmp_path):
     shards = tars.shards(tmp_path, 10, 2)
-    (tmp_path / "sizes.json").write_text('{"0.tar": 100}')
+    state(tmp_path / "sizes.json", '{"0.tar": 100}')
     assert count_samples(shards) == 10
     assert (tmp_path / "sizes.json").read_text() == '{"0.tar": 100}'
 
 
 def test_len_is_the_whole_folders(tmp_path):
     shards = tars.shards(tmp_path, 10, 2)
-    (tmp_path / "__len__").write_text("77\n")
+    state(tmp_path / "__len__", "77\n")
     assert count_samples(shards) == 77
     assert count_samples(shards[:1]) == 5
+    shutil.rmtree(tmp_path)
+    shards = tars.shards(tmp_path, 10, 2)
+    state(tmp_path / "__len__", "77\n")
+    assert count_samples([*shards, *shards]) == 20  # not 77: it is twice the folder
+
+
+@pytest.mark.parametrize("stated", ['{"0.tar": 99, "1.tar": 5}', '{"0.tar": 5, "1.tar": 5, "gone.tar": 7}'])
+def test_a_count_older_than_its_tars_is_counted_again(tmp_path, caplog, stated):
+    shards = tars.shards(tmp_path, 10, 2)
+    (tmp_path / "sizes.json").write_text(stated)
+    age(tmp_path / "sizes.json")
+    assert (sources.stated_samples(shards), sources.stated_sizes(shards)) == (None, {})
+    with caplog.at_level(logging.INFO, "flyp_plugin"):
+        assert count_samples(shards) == count_samples(shards) == 10
+    assert caplog.text.count("for what counts there are is not newer") == 1  # then it is remembered
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {"0.tar": 5, "1.tar": 5}
+    assert sources.stated_sizes(shards) == dict.fromkeys(shards, 5)
+
+
+def test_tars_written_again_at_once_are_counted_again(tmp_path):
+    shards = tars.shards(tmp_path, 10, 2)
+    assert count_samples(shards) == 10
+    tars.shards(tmp_path, 30, 2)  # in the same second
+    assert count_samples(shards) == 30
+
+
+@pytest.mark.parametrize("put", [os.replace, os.link, shutil.copy2, os.symlink])
+def test_an_older_tar_put_in_place_is_counted_again(tmp_path, put):
+    (shard,) = tars.shards(tmp_path / "set", 4, 1)
+    (other,) = tars.shards(tmp_path / "other", 9, 1)
+    age(other)
+    assert count_samples([shard]) == 4
+    time.sleep(0.02)
+    os.remove(shard)
+    put(other, shard)  # which keeps the time at which it was written
+    assert count_samples([shard]) == 9
+
+
+def test_a_part_counted_again_does_not_vouch_for_the_rest(tmp_path):
+    shards = tars.shards(tmp_path, 10, 2)
+    stated = '{"0.tar": 99, "1.tar": 98}'
+    (tmp_path / "sizes.json").write_text(stated)
+    age(tmp_path / "sizes.json")
+    assert count_samples(shards[:1]) == 5
+    assert (tmp_path / "sizes.json").read_text() == stated
+    assert count_samples(shards) == 10
+
+
+def test_an_old_len_is_counted_again_and_sizes_json_comes_before_it(tmp_path):
+    shards = tars.shards(tmp_path, 10, 2)
+    (tmp_path / "__len__").write_text("77\n")
+    age(tmp_path / "__len__")
+    assert sources.stated_samples(shards) is None
+    assert count_samples(shards) == sources.stated_samples(shards) == 10
+
+
+def test_another_image_key_neither_uses_nor_changes_the_counts(tmp_path):
+    members = {"a.png": b"", "a.depth": b"", "b.depth": b"", "c.depth": b""}
+    shard = tars.write(tmp_path / "0.tar", members)
+    assert count_samples([shard], "depth") == 3
+    assert not (tmp_path / "sizes.json").exists()
+    assert count_samples([shard]) == 1
+    assert count_samples([shard], "depth") == 3
+    assert sources.stated_sizes([shard], "depth") == {} and sources.stated_sizes([shard]) == {shard: 1}
+    os.remove(tmp_path / "sizes.json")
+    state(tmp_path / "__len__", "1")
+    assert (count_samples([shard]), count_samples([shard], "depth")) == (1, 3)
+
+
+def test_remote_counts_are_believed_but_no_len_for_a_part():
+    with tars.served({"/a/sizes.json": b'{"0.tar": 8}', "/b/__len__": b"9", "/b/nshards.txt": b"2"}) as (
+        url,
+        _,
+    ):
+        assert count_samples([f"{url}/a/0.tar"]) == 8
+        assert count_samples([f"{url}/b/0.tar", f"{url}/b/1.tar"]) == 9
+        assert "--train-num-samples" in raised(count_samples, [f"{url}/b/0.tar"])
+
+
+def test_hidden_members_are_no_part_of_a_sample_and_not_between_two(tmp_path):
+    members = {"t/._1.cls": b"", "t/1.cls": b"0", "t/._1.png": b"", "t/1.png": b"", "t/.DS_Store": b""}
+    shard = tars.write(tmp_path / "0.tar", members | {"__meta__/x.png": b"", "._2.png": b""})
+    assert sources.count_shard(shard) == 1 and sources.why_apart(shard) is None
+
+
+def test_members_apart_are_told_from_keys_that_come_twice(tmp_path):
+    apart = tars.write(tmp_path / "a.tar", {"1.png": b"", "2.png": b"", "1.cls": b"", "2.cls": b""})
+    assert "members of sample 1 (cls, png) are not next to each other" in sources.why_apart(apart)
+    assert f"tar --sort=name -cf {apart}" in sources.why_apart(apart)
+    twice = [("1.png", b""), ("1.cls", b""), ("2.png", b""), ("2.cls", b""), ("1.png", b""), ("1.cls", b"")]
+    assert sources.why_apart(tars.write(tmp_path / "b.tar", tars.tar_of(twice))) is None
+    assert sources.why_apart("pipe:cat x.tar") is sources.why_apart(str(tmp_path / "gone.tar")) is None
 
 
 @pytest.mark.parametrize(
@@ -290,9 +394,9 @@ def test_a_data_hub_gives_text_under_raw_and_tars_under_resolve(given):
 
 
 def test_a_class_list_may_be_a_url():
-    with tars.served({"/names.txt": b"cat\ncat\n", "/good.txt": b"cat\n"}) as (url, _):
+    with tars.served({"/names.txt": b"cat\n\ndog\n", "/good.txt": b"cat\n"}) as (url, _):
         assert resolve_prompts(["pipe:x"], f"{url}/good.txt", "{c}").classnames == ["cat"]
-        with pytest.raises(InputError, match=f"{url}/names.txt, line 2, repeats the class name 'cat'"):
+        with pytest.raises(InputError, match=f"{url}/names.txt, line 2, is blank"):
             resolve_prompts(["pipe:x"], f"{url}/names.txt", "{c}")
         with pytest.raises(InputError, match=f"no file {url}/gone.txt with class names"):
             resolve_prompts(["pipe:x"], f"{url}/gone.txt", "{c}")
