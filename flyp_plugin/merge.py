@@ -36,6 +36,7 @@ from flyp_plugin.jobs import alone
 from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
 from flyp_plugin.model_spec import ModelSpec, is_place
+from flyp_plugin.names import same_names
 from flyp_plugin.record import Record, merged_name, sha256
 from flyp_plugin.targets import choose_weights, device_of, fill_in, find_record, spec_from_args
 from flyp_plugin.wiseft import average, check_same, choose, interpolate, sweep
@@ -266,7 +267,7 @@ def _check_classes(states: Sequence[StateDict], paths: Sequence[str]) -> None:
     heads = [head_of(state) for state in states]
     names = [head and head.class_prompts.classnames for head in heads]
     for path, other in zip(paths, names):
-        if not same_names(other or [], names[0] or []) or (other is None) != (names[0] is None):
+        if (other is None) != (names[0] is None) or not same_names(other or [], names[0] or []):
             raise InputError(
                 f"{path} and {paths[0]} have not learned a head of the same classes; merge runs on the same class names."
             )
