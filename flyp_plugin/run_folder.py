@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import re
 import zipfile
 from argparse import Namespace
@@ -9,6 +10,9 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+import torch
+
+from flyp_plugin.checkpoints import read_state_dict
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import as_words
 from flyp_plugin.sources import write_atomically
@@ -17,7 +21,7 @@ RESULTS = "checkpoints/results.jsonl"
 _RECORDS = ("out.log", "params.txt")
 # of params.txt: what says where a run is, how it is watched and on what it runs; all else changes its weights
 _ANYTHING = re.compile(
-    "resume|name|logs|.*_path|workers|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
+    "resume.*|name|logs|.*_path|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
     "wandb.*|tensorboard|log_.*|debug|save_.*|delete_.*|remote_.*|copy_codebase|retries|max_lost|group_key|cache_dir|"
     "imagenet_.*|demo|help_.*|no_flyp_defaults"
 )
@@ -52,6 +56,35 @@ def check_checkpoints(folder: Path) -> None:
         raise InputError(
             f"{others[0]} is no checkpoint of this run, but --resume latest would take it for one; move it elsewhere."
         )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the most epochs in a run's folder, which a run is to be resumed from; None: there is none.
+
+    How many epochs is what a checkpoint itself says. open_clip goes by names: it prefers epoch_latest.pt, which is
+    older than the others where the run went on without --save-most-recent, and with that flag it knows no other file.
+    A folder is a checkpoint too: open_clip 4's, in parts.
+
+    Raises:
+        InputError: a file there is not a checkpoint of a training.
+    """
+    found = {path: _epochs(path) for path in folder.glob("checkpoints/epoch_*.pt")}
+    for path in folder.glob("checkpoints/epoch_*/_metadata_extra.pt"):  # which is written last
+        found[path.parent] = _epochs(path)
+    return max(found, key=lambda path: (found[path], path.name), default=None)  # of equals epoch_latest.pt
+
+
+def _epochs(path: Path) -> int:
+    try:
+        return int(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{path} holds no number of epochs, so it is not a checkpoint of this run, but --resume latest would take "
+            "it for one; move it elsewhere."
+        ) from None
+    except (RuntimeError, pickle.UnpicklingError):
+        read_state_dict(path)  # says what is wrong with it
+        raise
 
 
 def clear_up(folder: Path) -> None:
