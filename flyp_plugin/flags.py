@@ -35,6 +35,8 @@ IN_FP16 = ("fp16", "pure_fp16")
 FP16_EPS = "1e-4"
 # Of linear probes: CLIP's own example has 0.316 on features that are not normalised, about 10 long: this on ours
 LP_C = 31.6
+# What `flyp compare` chooses from
+TRIED = {"lr": "1e-6,3e-6,1e-5,3e-5", "lp-c": "1,10,100,1000"}
 MAX_LOST = 0.01  # of an epoch's samples
 OBJECTIVES = ("flyp", "ce", "lp", "lp-ft", "flyp-ce")  # what they are is in objectives.py
 COLLISIONS = ("keep", "mask", "soft")
