@@ -59,6 +59,17 @@ _PLACES: dict[str, tuple[str, int, str]] = {
     "zero_shot_eval": ("train", 4, ""),
     "train_one_epoch": ("main", 0, ""),  # as main() calls it: see _check_loop
 }
+# what reading a set may raise, and is told as it is
+_ANY = (
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ImportError,
+)
 _log = logging.getLogger(__name__)
 
 

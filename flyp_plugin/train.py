@@ -337,8 +337,13 @@ def _doubts(args: argparse.Namespace, steps: int) -> Iterator[str]:
             f"--precision {args.precision} keeps weights and AdamW's state in 16 bits, in which the squares of small "
             "gradients are 0; --precision amp keeps them in 32."
         )
-        if args.eps is not None and args.eps < float(FP16_EPS):
-            yield f"In {args.precision} an --eps of {args.eps:g} makes steps far larger than --lr; {FP16_EPS} is safe."
+        # below this the mean of squares is rounded to 0
+        gradient = math.sqrt(2**-25 / (1 - (args.beta2 or 0)))
+        if args.eps is not None and gradient > 10 * args.eps:
+            yield (
+                f"With --eps {args.eps:g} in {args.precision} a step may be {gradient / args.eps:.0f} times --lr; "
+                f"{FP16_EPS} is safe."
+            )
     if args.precision in ("bf16", "pure_bf16"):
         yield (
             f"--precision {args.precision} keeps weights in 16 bits, which round most steps of a --lr of {args.lr:g} away; "

@@ -119,7 +119,11 @@ def test_a_stale_epoch_latest_does_not_win_over_newer_epochs(again):
     (checkpoints / "epoch_latest.pt").unlink()  # without which open_clip would begin at the beginning
     said = again("--resume", "latest", "--epochs", "3", "--save-most-recent", "--delete-previous-checkpoint")
     assert "is finished: it has had 3 epochs" in said
-    assert sorted(path.name for path in checkpoints.glob("*.pt")) == ["epoch_1.pt", "epoch_2.pt", "epoch_3.pt"]
+    assert sorted(path.name for path in checkpoints.glob("*.pt")) == [
+        "epoch_1.pt",
+        "epoch_2.pt",
+        "epoch_3.pt",
+    ]
 
 
 def test_other_settings_are_named_and_another_model_or_objective_is_refused(again):
@@ -139,7 +143,9 @@ def test_other_settings_are_named_and_another_model_or_objective_is_refused(agai
 
 def test_another_number_of_workers_is_named_on_resume(again):
     """The order of the samples, and so the weights, would be others than of a run that was not stopped."""
-    assert re.search(r"Other settings than before .*: --workers 0 \(2\)\.", again("--resume", "latest", "--workers", "0"))
+    assert re.search(
+        r"Other settings than before .*: --workers 0 \(2\)\.", again("--resume", "latest", "--workers", "0")
+    )
 
 
 def test_a_checkpoint_that_cannot_be_resumed_from_is_a_sentence(digits, once, start, tmp_path):
