@@ -262,6 +262,7 @@ def _installed(seams: "_Seams") -> Iterator["_Seams"]:
         if args.device.startswith("cpu") or not torch.cuda.is_available():
             replace(torch.nn.parallel, "DistributedDataParallel", _CpuDistributed)
         replace(torch, "save", _saved_whole(torch.save))
+        replace(_module("main"), "start_sync_process", _ends_with_us(_of("main", "start_sync_process")))
         replace(logging.FileHandler, "handleError", _lines_are_lost())
         yield seams
     finally:
@@ -295,6 +296,17 @@ def _saved_whole(original: Callable) -> Callable:
             original(content, file, *args, **kwargs)
 
     return torch_save
+
+
+def _ends_with_us(start_sync_process: Callable) -> Callable:
+    """For --remote-sync, whose endless process Python would wait for where training ends in an error."""
+
+    def start(*args: Any) -> Any:
+        process = start_sync_process(*args)
+        process.daemon = True
+        return process
+
+    return start
 
 
 def _lines_are_lost() -> Callable:
