@@ -11,6 +11,7 @@ from typing import Any
 
 from flyp_plugin import __version__
 from flyp_plugin.errors import run
+from flyp_plugin.flags import TRIED
 from flyp_plugin.flags import parser as train_parser
 from flyp_plugin.sources import IMAGE_KEY
 
@@ -248,9 +249,10 @@ finished ones are skipped, so that the same command goes on with a comparison th
     add("--id-test", metavar="NAME", help="the set of --eval-data that is an ID test set, and so not in mean OOD")
     add("--methods", default="flyp,ce,lp,lp-ft", metavar="A,B,...",
         help="of flyp, ce, lp, lp-ft, flyp-ce; others are compared with the first (default: %(default)s)")
-    add("--lr", default="1e-6,3e-6,1e-5,3e-5", metavar="A,B,...", help="to choose from (default: %(default)s)")
-    add("--lp-c", default="1,10,100,1000", metavar="A,B,...", help="as many, in place of learning rates, for lp: its "
-        "inverse strength of regularisation (default: %(default)s)")
+    add("--lr", metavar="A,B,...", help=f"to choose from (default: {TRIED['lr']}, or the middle ones of these, as many as "
+        "there are of --lp-c)")
+    add("--lp-c", metavar="A,B,...", help="as many, in place of learning rates, for lp: its inverse strength of "
+        f"regularisation (default: {TRIED['lp-c']}, or the middle ones of these, as many as there are of --lr)")
     add("--seeds", default="0:3", metavar="A:B|A,B,...", help="without B (default: %(default)s)")
     add("--shots", metavar="K,L,...", help="so many images a class, drawn by the seed; a table for each")
     add("--templates", action="append", metavar="FILE", help="to train with (a file, openai, simple, or one template); "

@@ -20,7 +20,7 @@ from typing import Any
 
 from flyp_plugin import report
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import as_words
+from flyp_plugin.flags import TRIED, as_words
 from flyp_plugin.flags import parser as train_parser
 from flyp_plugin.jobs import DONE, JobFailed, Jobs, begin, in_turn
 from flyp_plugin.metrics import best
@@ -91,6 +91,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, Path(args.out)
         self.methods = parse_methods(args.methods)
+        args.lr, args.lp_c = with_defaults({"lr": args.lr, "lp-c": args.lp_c}).values()
         self.values = parse_values(self.methods, {"lr": args.lr, "lp-c": args.lp_c})
         self.seeds = parse_seeds(args.seeds)
         self.blocks = parse_blocks(args.shots, args.templates)
@@ -176,6 +177,21 @@ def parse_methods(text: str) -> list[str]:
             f"--methods {text!r} is not different ones of {', '.join(METHODS)}, joined by commas."
         )
     return methods
+
+
+def with_defaults(texts: Mapping[str, str | None]) -> dict[str, str]:
+    """The values to try, A,B,... for each flag; of a flag that is not given the middle ones of its defaults.
+
+    They are as many as the values of the flag that is given, so that no method is tuned better than another.
+    """
+    counts = [len(set(text.split(","))) for text in texts.values() if text is not None]
+    filled = {}
+    for flag, text in texts.items():
+        defaults = TRIED[flag].split(",")
+        count = min(*counts, len(defaults)) if counts else len(defaults)
+        start = (len(defaults) - count + 1) // 2
+        filled[flag] = ",".join(defaults[start : start + count]) if text is None else text
+    return filled
 
 
 def parse_values(methods: Sequence[str], texts: Mapping[str, str]) -> dict[str, list[float]]:

@@ -227,8 +227,9 @@ class ClassPromptDataset(IterableDataset):
     """Batches of (images, class prompts) from class-labelled webdataset shards, for FLYP (arXiv 2212.00638, sec. 3).
 
     Each image comes with its class name in one of the templates. The transform and the template of a sample are a
-    pure function of (seed, epoch, key), whatever the number of workers or ranks. Iterate over it directly: it starts
-    its own workers. Every pass is a new epoch; `set_epoch` says which.
+    pure function of (seed, epoch, key), whatever the number of workers or ranks; the order of the samples, and so the
+    batches, are one of (seed, epoch, ranks, workers). Iterate over it directly: it starts its own workers. Every pass
+    is a new epoch; `set_epoch` says which.
 
     Yields:
         images float (B, 3, H, W) and tokens int64 (B, L), as a tuple or as {"image", "text"}. An epoch is

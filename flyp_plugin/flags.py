@@ -1,7 +1,14 @@
-"""FLYP's own flags and defaults for training, which join open_clip's; nothing here takes long to import."""
+"""FLYP's own flags and defaults for training, which join open_clip's, and what is refused of open_clip's.
+
+Nothing here takes long to import.
+"""
 
 import argparse
-from collections.abc import Mapping
+import math
+import re
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from flyp_plugin.errors import InputError
@@ -20,8 +27,16 @@ DEFAULTS = {
     "precision": "fp32",
     "batch_size": str(GLOBAL_BATCH),
 }
+# The precisions that keep the weights themselves, and so AdamW's state, in 16 bits
+IN_FP16 = ("fp16", "pure_fp16")
+# AdamW divides by the root of the mean of squared gradients, plus eps. In fp16 the mean is 0 for gradients below 0.005
+# (with beta2 0.999) and eps is what is left, so that a step is up to 0.005 / eps times --lr: with 1e-8, which is 0 itself,
+# NaN; with 1e-6, 5000 times. Digits, 3 epochs from 37 % top-1 at lr 1e-4: fp32 43, eps 1e-3 41, 1e-6 10 (chance).
+FP16_EPS = "1e-3"
 # Of linear probes: CLIP's own example has 0.316 on features that are not normalised, about 10 long: this on ours
 LP_C = 31.6
+# What `flyp compare` chooses from
+TRIED = {"lr": "1e-6,3e-6,1e-5,3e-5", "lp-c": "1,10,100,1000"}
 MAX_LOST = 0.01  # of an epoch's samples
 OBJECTIVES = ("flyp", "ce", "lp", "lp-ft", "flyp-ce")  # what they are is in objectives.py
 COLLISIONS = ("keep", "mask", "soft")
@@ -35,6 +50,80 @@ def as_words(values: Mapping[str, Any]) -> list[str]:
             given = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, given)]
     return words
+
+
+# of open_clip's flags those that do nothing without another
+_NEEDS = {
+    "lock_image_unlocked_groups": "lock_image",
+    "lock_image_freeze_bn_stats": "lock_image",
+    "lock_text_unlocked_layers": "lock_text",
+    "lock_text_freeze_layer_norm": "lock_text",
+    "distill_model": "distill_pretrained",
+    "distill_pretrained": "distill_model",
+}
+# those of its own loader of captions, which reads --val-data alone here
+_LOADER = re.compile(
+    "csv_.*|text_key|json_text_.*|max_image_pixels|length_bucketing|bucket_.*|text_pad_multiple|audio_.*"
+)
+# and those for something other than training an image and a text tower on several ranks, with what is there for it
+_OTHERS = {
+    "horovod": "several ranks are torchrun's or Slurm's to start",
+    "trace": "open_clip traces a model for inference alone",
+    "use_naflex": "there are no NaFlex batches of class prompts",
+    "pretrained_audio": "there is no audio tower",
+}
+
+
+def check_open_clips(args: Namespace, plain: Namespace, world_size: int) -> None:
+    """InputError where a flag of open_clip's would end in a traceback or would, without a word, do nothing.
+
+    Args:
+        args: open_clip's flags as given, with FLYP's defaults.
+        plain: what open_clip's parser makes of an empty command line.
+        world_size: number of ranks.
+    """
+    for name in (name for name, value in vars(args).items() if value != getattr(plain, name, value)):
+        other = _NEEDS.get(name)
+        if other and not getattr(args, other):
+            raise InputError(f"{_flag(name)} does nothing without {_flag(other)}; add that, or leave it out.")
+        if name in _OTHERS:
+            raise InputError(f"{_flag(name)} is not for FLYP: {_OTHERS[name]}; leave it out.")
+        if _LOADER.fullmatch(name) and not args.val_data:
+            raise InputError(f"{_flag(name)} is for captions, which FLYP does not train on; leave it out.")
+    ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
+        # open_clip gives NumPy the sum of seed and rank
+        "seed": (f"0 to {2**32 - world_size}", lambda value: 0 <= value <= 2**32 - world_size),
+        "grad_clip_norm": ("more than 0", lambda value: 0 < value < math.inf),
+        "force_patch_dropout": ("0 or more and less than 1", lambda value: 0 <= value < 1),
+        "log_every_n_steps": ("1 or more", lambda value: value >= 1),
+        "log_metric_every_n_steps": ("1 or more", lambda value: value >= 1),
+        "epochs_cooldown": (f"0 to {args.epochs}", lambda value: 0 <= value <= args.epochs),
+    }
+    for name, (text, holds) in ranges.items():
+        value = getattr(args, name, None)
+        if value is not None and not holds(value):
+            raise InputError(f"{_flag(name)} {value} is out of range; give {text}.")
+    opt = getattr(args, "opt", "adamw")  # open_clip 2.28 has AdamW alone
+    # open_clip 4 has --opt-kwargs, and leaves an eps that is not given to timm
+    for name in ("lr",) if "opt_kwargs" in args else ("lr", "eps"):
+        if getattr(args, name) is None:
+            raise InputError(f"--opt {opt} has no default of --{name} in open_clip; give that too.")
+    if getattr(args, "momentum", None) is not None and "timm" not in opt:
+        raise InputError(
+            f"--momentum is for timm's optimizers (as --opt timm/sgd), not for {opt}; leave it out."
+        )
+    if getattr(args, "epochs_cooldown", None) is not None and args.lr_scheduler != "const-cooldown":
+        raise InputError("--epochs-cooldown does nothing without --lr-scheduler const-cooldown; add that.")
+    if args.copy_codebase and "site-packages" in str(getattr(find_spec("open_clip_train"), "origin", "")):
+        raise InputError(
+            "--copy-codebase would copy all of Python's packages, among which open_clip is installed; leave it out."
+        )
+    if args.use_bnb_linear and find_spec("bitsandbytes") is None:
+        raise InputError("--use-bnb-linear needs the package bitsandbytes: pip install bitsandbytes.")
+
+
+def _flag(name: str) -> str:
+    return as_words({name: True})[0]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -265,9 +265,9 @@ def _start(
 def _check_classes(states: Sequence[StateDict], paths: Sequence[str]) -> None:
     """InputError where learned heads that are to be put together are of other classes."""
     heads = [head_of(state) for state in states]
-    names = [head and head.class_prompts.classnames for head in heads]
+    names = [head.class_prompts.classnames if head else [] for head in heads]
     for path, other in zip(paths, names):
-        if (other is None) != (names[0] is None) or not same_names(other or [], names[0] or []):
+        if not same_names(other, names[0]):
             raise InputError(
                 f"{path} and {paths[0]} have not learned a head of the same classes; merge runs on the same class names."
             )

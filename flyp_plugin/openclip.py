@@ -19,6 +19,7 @@ import random
 import re
 import signal
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
@@ -38,6 +39,7 @@ from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import NO_ROOM, InputError
 from flyp_plugin.jobs import alone
 from flyp_plugin.model_spec import ModelSpec, is_place
+from flyp_plugin.record import newest_checkpoint
 from flyp_plugin.samples import sample_seed
 
 if TYPE_CHECKING:
@@ -113,6 +115,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         raise InputError(
             f"{reason} (see --help for FLYP's flags, --help-open-clip for open_clip's)."
         ) from None
+    except (ValueError, SyntaxError) as error:  # as of --aug-cfg, or by open_clip's own hand
+        raise InputError(f"open_clip cannot read its flags: {error} (see --help-open-clip).") from None
 
 
 def world() -> tuple[int, int]:
@@ -144,6 +148,7 @@ def run(plan: "FlypRun") -> int:
                 run_folder.clear_up(Path(args.logs, args.name))
                 if seams.latest:
                     run_folder.check_checkpoints(Path(args.logs, args.name))
+                    seams.newest = newest_checkpoint(Path(args.logs, args.name))
             if main([]) == -1:  # its parser's answer is the plan's
                 if not seams.named and not args.remote_sync:  # the name that its clock has made up is taken
                     run_folder.check_free(args)
@@ -161,10 +166,12 @@ def run(plan: "FlypRun") -> int:
                 raise
             folder = Path(args.logs, args.name or "")
             raise InputError(f"{folder} cannot be written to ({error.strerror}); {mend}.") from error
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, AssertionError) as error:
             _log.debug(error, exc_info=True)
             if _between_ranks(error):
                 raise _alone(args, error) from None
+            if not seams.started and (reason := _refusal(error)):
+                raise InputError(f"open_clip refuses these flags: {reason} (see --help-open-clip).") from None
             if not (args.resume and seams.model and seams.train is None):  # where it is read
                 raise
             raise InputError(
@@ -173,6 +180,15 @@ def run(plan: "FlypRun") -> int:
             ) from None
         plan.finish()
     return 0
+
+
+def _refusal(error: Exception) -> str:
+    """What open_clip or timm says against flags by an error of their own; empty where it comes from elsewhere."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    by_them = re.search(r"[/\\\\](open_clip_train|timm[/\\\\]optim)[/\\\\]", last.filename)
+    if not by_them or not isinstance(error, (AssertionError, ValueError)):
+        return ""
+    return str(error) or last.line or type(error).__name__
 
 
 def _between_ranks(error: Exception) -> bool:
@@ -236,6 +252,7 @@ def _installed(seams: "_Seams") -> Iterator["_Seams"]:
         if args.device.startswith("cpu") or not torch.cuda.is_available():
             replace(torch.nn.parallel, "DistributedDataParallel", _CpuDistributed)
         replace(torch, "save", _saved_whole(torch.save))
+        replace(_module("main"), "start_sync_process", _ends_with_us(_of("main", "start_sync_process")))
         replace(logging.FileHandler, "handleError", _lines_are_lost())
         yield seams
     finally:
@@ -271,6 +288,17 @@ def _saved_whole(original: Callable) -> Callable:
     return torch_save
 
 
+def _ends_with_us(start_sync_process: Callable) -> Callable:
+    """For --remote-sync, whose endless process Python would wait for where training ends in an error."""
+
+    def start(*args: Any) -> Any:
+        process = start_sync_process(*args)
+        process.daemon = True
+        return process
+
+    return start
+
+
 def _lines_are_lost() -> Callable:
     """For a log that cannot be written to: say so once and train on, in place of a traceback a line."""
     said = False
@@ -300,6 +328,7 @@ class _Seams:
         self.plan, self.stack, self.locked = plan, stack, False
         self.named = bool(plan.args.name)
         self.latest = plan.args.resume == "latest"  # in place of which main() puts what it finds
+        self.newest: Path | None = None  # on rank 0: the checkpoint that is to be resumed
         self.original: dict[str, Callable] = {}
         self.model: Any = None
         self.preprocess_val: Any = None
@@ -328,6 +357,7 @@ class _Seams:
     def create_model_and_transforms(self, name: str, pretrained: str | None = None, **kwargs: Any) -> tuple:
         if not hasattr(self.plan.args, "rank"):  # which main() adds
             raise _unfit("takes its arguments from elsewhere than open_clip_train.main.parse_args")
+        self._resume_newest()
         if self.plan.args.rank == 0:  # a run without a name has one by now, which may be that of another
             self.lock()
         if self.model is not None and not is_place(name):  # the teacher of --distill-model
@@ -351,6 +381,23 @@ class _Seams:
             self.plan.on_model(created[0])
         return created
 
+    def _resume_newest(self) -> None:
+        """Put the newest checkpoint, on every rank, in place of what main() has found by names."""
+        args = self.plan.args
+        if (
+            not self.latest or self.model is not None or args.remote_sync
+        ):  # of a bucket, main() lists the names
+            return
+        found = [self.newest]
+        if args.distributed:
+            torch.distributed.broadcast_object_list(found)
+        newest = found[0]
+        if args.rank == 0 and newest and newest != Path(args.resume or ""):
+            _log.info(f"The newest checkpoint is {newest}: this run is resumed from it.")
+        args.resume = newest and str(newest)
+        if "resume_is_sharded" in args:  # open_clip 4
+            args.resume_is_sharded = newest is not None and newest.is_dir()
+
     def get_data(
         self, args: Namespace, preprocess: tuple, epoch: int = 0, tokenizer: Any = None, **kwargs: Any
     ) -> dict:
@@ -365,7 +412,12 @@ class _Seams:
         original = self.original["get_data"]
         as_dict = "naflex_data_config" in inspect.signature(original).parameters  # open_clip 4
         others = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
-        data = original(others, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
+
+        def get(args: Namespace) -> dict:
+            return original(args, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
+
+        _try_own_evaluation(others, get)
+        data = get(others)
         if not isinstance(data, dict):
             raise _unfit(f"has open_clip_train.main.get_data return a {type(data).__name__}")
         self.preprocess_val, self.tokenizer = preprocess[1], self.plan.spec.tokenizer()
@@ -416,6 +468,45 @@ class _Seams:
             raise _unfit("trains on what does not come from open_clip_train.main.get_data")
         if self.started and self.plan.evaluates and self.scored != self.plan.args.epochs:
             raise _unfit("did not call open_clip_train.main.evaluate after the last epoch")
+
+
+def _try_own_evaluation(args: Namespace, get_data: Callable[[Namespace], dict]) -> None:
+    """Read a batch of each of open_clip's own evaluation sets, which would fail after an epoch, before it is saved.
+
+    Args:
+        args: open_clip's, without training data.
+        get_data: open_clip's, of nothing but such args.
+
+    Raises:
+        InputError: it cannot be read, or not be scored.
+    """
+    sets = ("val_data", "imagenet_val", "imagenet_v2")
+    for name in (name for name in sets if getattr(args, name)):
+        path = getattr(args, name)
+        one = {**vars(args), **dict.fromkeys(sets), name: path, "workers": 0}
+        reason = ""
+        try:
+            for info in get_data(Namespace(**one)).values():
+                if next(iter(info.dataloader), None) is None:
+                    reason = "it has no image with a text in .txt"
+            if name != "val_data":  # before open_clip 4 this needs NumPy before 2.4
+                _of("zero_shot", "accuracy")(torch.eye(5), torch.arange(5), topk=(1, 5))
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+            LookupError,
+            AssertionError,
+        ) as error:
+            _log.debug(error, exc_info=True)
+            reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
+        if reason:
+            raise InputError(
+                f"open_clip cannot evaluate --{name.replace('_', '-')} {path} ({reason}); give a labelled set as "
+                "--eval-data NAME=SHARDS in its place."
+            )
 
 
 def _data_info(dataset: ClassPromptDataset, args: Namespace, seams: _Seams) -> Any:

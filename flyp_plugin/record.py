@@ -29,6 +29,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ RESULTS = "checkpoints/results.jsonl"
 _MERGED = "wiseft"  # where `flyp wiseft` writes in a run
 # flags that say where a run is, how it is watched and what it runs on, or that stand elsewhere in the record
 _NOT_TRAINING = re.compile(
-    "resume|name|logs|.*_path|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
+    "resume.*|name|logs|.*_path|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
     "wandb.*|tensorboard|log_.*|debug|save_.*|delete_.*|remote_.*|copy_codebase|retries|max_lost|.*_key|cache_dir|"
     "imagenet_.*|demo|help_.*|no_flyp_defaults|model|model_config|pretrained|objective|precision|classnames|templates|"
     + "|".join(FLAGS)
@@ -189,6 +190,35 @@ def epochs(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the most epochs in a run's folder, which a run is to be resumed from; None: there is none.
+
+    How many epochs is what a checkpoint itself says. open_clip goes by names: it prefers epoch_latest.pt, which is
+    older than the others where the run went on without --save-most-recent, and with that flag it knows no other file.
+    A folder is a checkpoint too: open_clip 4's, in parts.
+
+    Raises:
+        InputError: a file there is not a checkpoint of a training.
+    """
+    found = {path: _epochs(path) for path in folder.glob("checkpoints/epoch_*.pt")}
+    for path in folder.glob("checkpoints/epoch_*/_metadata_extra.pt"):  # which is written last
+        found[path.parent] = _epochs(path)
+    return max(found, key=lambda path: (found[path], path.name), default=None)  # of equals epoch_latest.pt
+
+
+def _epochs(path: Path) -> int:
+    try:
+        return int(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{path} holds no number of epochs, so it is not a checkpoint of this run, but --resume latest would take "
+            "it for one; move it elsewhere."
+        ) from None
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0][:150]
+        raise InputError(f"{path} cannot be read as a checkpoint ({reason}); move it elsewhere.") from None
+
+
 def best_epoch(folder: Path, first: str) -> int:
     """The epoch with the best top-1 on the set `first`; of equal ones the earliest.
 
@@ -224,10 +254,10 @@ def weights_in(record: Record, epoch: str | None) -> Path:
         if merged:
             return merged
     if epoch in (None, "last"):
-        latest = folder / "checkpoints" / "epoch_latest.pt"
-        if there or latest.exists():
-            return list(there.values())[-1] if there else latest
-        raise InputError(f"{folder} holds no weights that this command reads; give a checkpoint's path.")
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise InputError(f"{folder} holds no weights that this command reads; give a checkpoint's path.")
+        return newest
     if epoch == "best":
         sets = [spec.partition("=")[0] for spec in record.get("eval_data", [])]
         if not sets:

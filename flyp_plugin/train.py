@@ -19,6 +19,7 @@ from typing import Any
 
 import open_clip
 import torch
+from fsspec.core import url_to_fs
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU
@@ -27,7 +28,16 @@ from flyp_plugin import checkpoints, cli, objectives, openclip, record, run_fold
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
-from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, LP_C, as_words, parser
+from flyp_plugin.flags import (
+    DEFAULTS,
+    FP16_EPS,
+    GLOBAL_BATCH,
+    IN_FP16,
+    LP_C,
+    as_words,
+    check_open_clips,
+    parser,
+)
 from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, class_rows, fit_head, head_of
 from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, is_place, plain
@@ -72,11 +82,12 @@ class FlypRun:
                 f"{args.pretrained} has a learned head, which open_clip cannot load; `flyp export --format open_clip` writes "
                 "its towers alone."
             )
-        if args.resume not in (None, "latest") and not is_url(args.resume):
-            checkpoints.read_state_dict(args.resume)
+        _check_resume(args.resume)
         if args.name == "":
             raise InputError("--name is empty; give the run a name, or leave the flag out.")
         _check_numbers(args)
+        check_open_clips(args, openclip.parse_args([]), world_size)
+        _check_eps(args)
         _check_reports(args.report_to)
         if rank == 0:
             run_folder.check_free(args)
@@ -103,6 +114,8 @@ class FlypRun:
         if "warmup" in self.defaults and args.warmup > most:
             self.defaults["warmup"] = f"{most} (a tenth of the steps, which are few)"
             args.warmup = most
+        if args.skip_scheduler:
+            self.defaults.pop("warmup", None)  # it has none
         self.settings = record.training_settings(vars(args), samples=self.num_samples, ranks=world_size)
         self.monitor: Monitor | None = None
         self.image_size = 0
@@ -195,7 +208,7 @@ class FlypRun:
         if bad:
             raise InputError(
                 f"epoch {epoch} has left weights that are no finite numbers ({bad}): training has diverged; begin a new "
-                f"run with a lower --lr than {self.args.lr:g} or with --grad-clip-norm 1. Earlier epochs are untouched."
+                f"run {_against_divergence(self.args)}. Earlier epochs are untouched."
             )
 
     def _fit(self, model: Any, preprocess: Callable) -> None:
@@ -271,6 +284,8 @@ class FlypRun:
         ):
             _log.info(line)
         self._warn_of_random_weights()
+        for line in _doubts(args, self.steps * args.epochs):
+            _log.warning(line)
 
     def _warn_of_random_weights(self) -> None:
         args = self.args
@@ -308,6 +323,10 @@ def _defaults(rest: Sequence[str], world_size: int) -> dict[str, str]:
     others = openclip.parse_args([*_flags({name: _OTHER.get(name, _NONE) for name in DEFAULTS}), *rest])
     ours = [name for name in DEFAULTS if str(getattr(others, name)) in (_NONE, f"{_NONE}.0", "bf16")]
     defaults = {name: DEFAULTS[name] for name in ours}
+    if "eps" in defaults and others.precision in IN_FP16:
+        defaults["eps"] = FP16_EPS
+    if "timm" in getattr(others, "opt", ""):  # whose optimizers have their own
+        defaults = {name: value for name, value in defaults.items() if name not in ("beta1", "beta2")}
     if "batch_size" in defaults:  # FLYP's is the number of images that one loss sees
         defaults["batch_size"] = str(max(1, GLOBAL_BATCH // (world_size * others.accum_freq)))
     return defaults
@@ -379,10 +398,74 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise InputError(f"--max-lost {args.max_lost:g} is not a share; give a number from 0 to 1.")
 
 
+def _check_eps(args: argparse.Namespace) -> None:
+    """Refuse an eps that is 0 in the type of the weights: AdamW would divide by it."""
+    if args.precision in IN_FP16 and args.eps is not None and not torch.tensor(args.eps, dtype=torch.float16):
+        raise InputError(
+            f"--eps {args.eps:g} is 0 in --precision {args.precision}, which makes every weight NaN; give {FP16_EPS}, or "
+            "--precision amp, which keeps the weights in fp32."
+        )
+
+
+def _doubts(args: argparse.Namespace, steps: int) -> Iterator[str]:
+    """Warnings of flags that train otherwise than they seem to; `steps` are those of all epochs."""
+    if args.precision in IN_FP16:
+        yield (
+            f"--precision {args.precision} keeps weights and AdamW's state in 16 bits, in which the squares of small "
+            "gradients are 0; --precision amp keeps them in 32."
+        )
+        # below this the mean of squares is rounded to 0
+        gradient = math.sqrt(2**-25 / (1 - (args.beta2 or 0)))
+        if args.eps is not None and gradient > 10 * args.eps:
+            yield (
+                f"With --eps {args.eps:g} in {args.precision} a step may be {gradient / args.eps:.0f} times --lr; "
+                f"{FP16_EPS} is safe."
+            )
+    if args.precision in ("bf16", "pure_bf16"):
+        yield (
+            f"--precision {args.precision} keeps weights in 16 bits, which round most steps of a --lr of {args.lr:g} away; "
+            "--precision amp_bf16 keeps them in 32."
+        )
+    if args.warmup > steps and not args.skip_scheduler:
+        yield (
+            f"--warmup {args.warmup} is longer than the run of {steps} steps, which ends at {steps / args.warmup:.0%} of "
+            "--lr."
+        )
+
+
+def _against_divergence(args: argparse.Namespace) -> str:
+    """What to change where weights have become NaN or infinite."""
+    lower = f"with a lower --lr than {args.lr:g} or with --grad-clip-norm 1"
+    if args.precision in IN_FP16:
+        return f"with --precision amp or amp_bf16: {args.precision} ends at 65504, and so do the gradients; or {lower}"
+    return f"with --precision amp_bf16, {lower[5:]}" if args.precision == "amp" else lower
+
+
+def _check_resume(resume: str | None) -> None:
+    """Refuse a checkpoint that cannot be read; of one at a URL, whether it can be reached is all that is looked at."""
+    if resume in (None, "latest"):
+        return
+    if not is_url(resume):
+        checkpoints.read_state_dict(resume)
+        return
+    try:
+        files, path = url_to_fs(resume)
+        reason = "" if files.exists(path) else "there is none"
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error)
+    if reason:
+        raise InputError(f"--resume {resume} cannot be read ({reason}); download it, and give its path.")
+
+
 def _check_reports(report_to: str) -> None:
-    for package in ("tensorboard", "wandb"):
-        if (package in report_to or "all" in report_to) and find_spec(package) is None:
+    for package in ("tensorboard", "wandb", "trackio"):
+        if (package in report_to or ("all" in report_to and package != "trackio")) and find_spec(
+            package
+        ) is None:
             raise InputError(f"--report-to {report_to} needs the package {package}: pip install {package}.")
+    unknown = set(report_to.split(",")) - {"tensorboard", "wandb", "trackio", "all", "none", ""}
+    if unknown:
+        raise InputError(f"--report-to {report_to} names something other than tensorboard and wandb.")
 
 
 def _shards(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:

@@ -17,8 +17,9 @@ import torch
 from scipy import stats
 
 from flyp_plugin import cli, compare, report
-from flyp_plugin.compare import parse_blocks, parse_methods, parse_seeds, parse_values
+from flyp_plugin.compare import parse_blocks, parse_methods, parse_seeds, parse_values, with_defaults
 from flyp_plugin.errors import InputError
+from flyp_plugin.flags import TRIED
 from flyp_plugin.jobs import alone, seconds_left
 from flyp_plugin.metrics import best
 from tests.helpers_eval import checkpoint, flyp, root
@@ -270,7 +271,7 @@ def test_kill_ends_the_run_that_is_on_with_one_line_and_status_143(argv, tmp_pat
         (["--seeds", "3:1"], "--seeds '3:1' is not numbers"),
         (["--seeds", "0:10000000000"], "--seeds 0:10000000000 are more than 1000"),
         (["--lr", "0"], "--lr '0' has one that is not above 0"),
-        (["--methods", "flyp,lp"], r"\(--lr 2 and --lp-c 4 values\); give as many"),
+        (["--methods", "flyp,lp", "--lp-c", "1"], r"\(--lr 2 and --lp-c 1 values\); give as many"),
         (
             ["--id-test", "val"],
             r"--id-test val is not a set after the first of --eval-data \(val, test, odd, few\)",
@@ -305,8 +306,8 @@ def test_help_opens_with_an_example_and_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "example:\n  flyp compare --model ViT-B-16" in done.stdout and "(default: 0:3)" in done.stdout
     defaults = cli._parser().parse_args(NEEDED)
-    assert defaults.lr in done.stdout and len(parse_methods(defaults.methods)) == 4
-    assert len(parse_values(["flyp", "lp"], {"lr": defaults.lr, "lp-c": defaults.lp_c})) == 2
+    assert all(text in done.stdout for text in TRIED.values()) and len(parse_methods(defaults.methods)) == 4
+    assert len(parse_values(["flyp", "lp"], TRIED)) == 2
 
 
 # Pure functions
@@ -322,6 +323,22 @@ def test_every_method_is_tuned_over_as_many_values_of_its_own_setting():
     assert parse_values(["flyp"], {"lr": "1e-5", "lp-c": "1,10"}) == {"flyp": [1e-5]}
     with pytest.raises(InputError, match=r"\(--lr 1 and --lp-c 2 values\); give as many"):
         parse_values(["flyp", "lp"], {"lr": "1e-5", "lp-c": "1,10"})
+
+
+@pytest.mark.parametrize(
+    ("lr", "lp_c", "expected"),
+    [
+        (None, None, ("1e-6,3e-6,1e-5,3e-5", "1,10,100,1000")),
+        ("1e-4", None, ("1e-4", "100")),
+        (None, "5", ("1e-5", "5")),
+        ("1e-5,1e-4", None, ("1e-5,1e-4", "10,100")),
+        (None, "1,2,3", ("3e-6,1e-5,3e-5", "1,2,3")),
+        ("1,2,3,4,5", None, ("1,2,3,4,5", "1,10,100,1000")),  # which parse_values refuses
+        ("1e-4", "1,10", ("1e-4", "1,10")),
+    ],
+)
+def test_values_that_are_not_given_are_as_many_as_the_others(lr, lp_c, expected):
+    assert tuple(with_defaults({"lr": lr, "lp-c": lp_c}).values()) == expected
 
 
 def test_parse_seeds_and_blocks():

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 
 import pytest
 import torch
 
-from flyp_plugin import cli
+from flyp_plugin import cli, record
 from flyp_plugin.errors import InputError
 from flyp_plugin.train import train
 from tests.faults import kills
@@ -76,6 +77,53 @@ def test_a_run_resumes_from_its_own_checkpoints_alone(again, digits):
         again("--resume", "latest")
     (folder / "my_best.pt").rename(folder / "epoch_1.pt")
     assert "is finished" in again("--resume", "latest")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "newest"),
+    [
+        ({}, None),
+        ({"latest": 3}, "epoch_latest.pt"),
+        ({"latest": 2, "5": 5}, "epoch_5.pt"),
+        ({"latest": 7, "5": 5}, "epoch_latest.pt"),
+        ({"latest": 5, "5": 5}, "epoch_latest.pt"),
+        ({"9": 9, "10": 10}, "epoch_10.pt"),
+        ({"latest": 6, "9": 9, "10": 10}, "epoch_10.pt"),
+    ],
+)
+def test_the_newest_checkpoint_is_that_of_the_most_epochs(tmp_path, epochs, newest):
+    (tmp_path / "checkpoints").mkdir()
+    for name, epoch in epochs.items():
+        torch.save({"epoch": epoch}, tmp_path / "checkpoints" / f"epoch_{name}.pt")
+    found = record.newest_checkpoint(tmp_path)
+    assert (found and found.name) == newest
+    parts = tmp_path / "checkpoints" / "epoch_11"  # open_clip 4's, of --fsdp-checkpoint sharded
+    parts.mkdir()
+    torch.save({"epoch": 11}, parts / "_metadata_extra.pt")
+    assert record.newest_checkpoint(tmp_path) == parts
+    torch.save({"state_dict": {}}, tmp_path / "checkpoints" / "epoch_12.pt")
+    with pytest.raises(InputError, match="epoch_12.pt holds no number of epochs.*move it elsewhere"):
+        record.newest_checkpoint(tmp_path)
+
+
+def test_a_stale_epoch_latest_does_not_win_over_newer_epochs(again):
+    checkpoints = again.folder / "checkpoints"
+    shutil.copy(checkpoints / "epoch_1.pt", checkpoints / "epoch_latest.pt")
+    assert "epoch_latest.pt' (epoch 1)" in again("--resume", "latest", "--epochs", "2")
+    before = (checkpoints / "epoch_2.pt").read_bytes()
+    said = again("--resume", "latest", "--epochs", "3", "--save-most-recent")
+    assert f"The newest checkpoint is {checkpoints}/epoch_2.pt: this run is resumed from it" in said
+    assert "epoch_2.pt' (epoch 2)" in said and (checkpoints / "epoch_2.pt").read_bytes() == before
+    rows = (checkpoints / "results.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == [0, 1, 2, 3]
+    (checkpoints / "epoch_latest.pt").unlink()  # without which open_clip would begin at the beginning
+    said = again("--resume", "latest", "--epochs", "3", "--save-most-recent", "--delete-previous-checkpoint")
+    assert "is finished: it has had 3 epochs" in said
+    assert sorted(path.name for path in checkpoints.glob("*.pt")) == [
+        "epoch_1.pt",
+        "epoch_2.pt",
+        "epoch_3.pt",
+    ]
 
 
 def test_other_settings_are_named_and_another_model_or_objective_is_refused(again):

@@ -197,6 +197,36 @@ def test_flyps_defaults_are_in_params_txt_and_the_users_flags_win(launch, caplog
     assert len(re.findall(r"\|   s\d+: '[^']* \w+\.'", log)) == 3
 
 
+@pytest.mark.parametrize("precision", ["fp16", "pure_fp16"])
+def test_fp16_has_an_eps_of_its_own_and_trains(launch, start, precision):
+    """1e-8 is 0 in fp16, and with 1e-6 steps are thousands of times as large as --lr."""
+    flags = ["--epochs", 1, "--train-num-samples", 200, "--pretrained", start, "--precision", precision]
+    folder = launch(*flags, "--lr", "1e-5")
+    before, after = torch.load(start), weights(folder, 1)
+    furthest = max((before[name].float() - after[name].float()).abs().max() for name in before)
+    assert params(folder)["eps"] == "0.001" and furthest < 1e-3
+    log = (folder / "out.log").read_text()
+    assert f"--precision {precision} keeps weights and AdamW's state in 16 bits" in log
+    assert "times --lr" not in log
+    large = launch(*flags, "--lr", "1e-5", "--eps", "1e-6", name="large")
+    assert "With --eps 1e-06 in " in (large / "out.log").read_text()
+
+
+def test_what_makes_steps_other_than_they_seem_is_told(launch):
+    launched = launch("--epochs", 1, "--train-num-samples", 200, "--warmup", 500, "--precision", "bf16")
+    log = (launched / "out.log").read_text()
+    assert "--warmup 500 is longer than the run of 2 steps, which ends at 0% of --lr" in log
+    assert "--precision bf16 keeps weights in 16 bits" in log
+
+
+def test_the_optimizers_of_timm_keep_their_own_betas(launch):
+    if not hasattr(openclip.parse_args([]), "opt"):
+        pytest.skip("this open_clip has no --opt")
+    folder = launch("--epochs", 1, "--train-num-samples", 100, "--opt", "timm/lion")
+    assert (params(folder)["beta1"], params(folder)["beta2"]) == ("None", "None")
+    assert "beta1" not in re.search("FLYP's defaults in use: .*", (folder / "out.log").read_text())[0]
+
+
 def test_no_flyp_defaults_leaves_open_clips(launch):
     got = params(
         launch("--epochs", 1, "--no-flyp-defaults", "--precision", "fp32", "--train-num-samples", 100)
@@ -251,12 +281,14 @@ def test_text_cannot_be_locked_without_its_layer_norms(launch):
         launch("--lock-text")
 
 
+# torch.compile's, for a CPU
+COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+@pytest.mark.skipif(not shutil.which(COMPILER), reason=f"there is no C++ compiler {COMPILER} (see CXX)")
 def test_torch_compile_trains_the_same(launch, start):
     flags = ["--epochs", 1, "--train-num-samples", 200, "--pretrained", start]
-    try:
-        compiled = launch(*flags, "--torchcompile", name="compiled")
-    except Exception as error:  # noqa: BLE001 (no compiler on the machine)
-        pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
+    compiled = launch(*flags, "--torchcompile", name="compiled")
     eager = launch(*flags, name="eager")
     assert [float(x) for x in logged_losses(compiled)] == pytest.approx(
         [float(x) for x in logged_losses(eager)], 1e-3
@@ -285,7 +317,9 @@ def test_val_data_in_open_clips_form_is_evaluated_by_open_clip(launch, digits, t
         114,
     ]
     if tuple(map(int, wds.__version__.split(".")[:2])) > (0, 2):
-        pytest.skip("open_clip's own loader needs an older webdataset")
+        with pytest.raises(InputError, match="open_clip cannot evaluate --val-data"):
+            launch(*flags)
+        return
     (row,) = results(launch(*flags))
     assert row["num_samples"] == json.loads((digits / "test" / "sizes.json").read_text())["0.tar"]
 
@@ -468,6 +502,31 @@ def bad(digits, tmp_path):
         (["--dataset-type", "csv"], r"`flyp shards write`"),
         (["--eval-data", "{digits}"], r"is not NAME=SHARDS"),
         (["--eval-data", "val={digits}/nowhere"], r"there is no file or folder"),
+        (["--horovod"], r"--horovod"),
+        (["--trace"], r"--trace"),
+        (["--seed", "-1"], r"--seed -1 is out of range; give 0 to 4294967295"),
+        (["--seed", "4294967296"], r"--seed 4294967296 is out of range"),
+        (["--log-every-n-steps", "0"], r"--log-every-n-steps 0 is out of range; give 1 or more"),
+        (["--grad-clip-norm", "0"], r"--grad-clip-norm 0\.0 is out of range; give more than 0"),
+        (["--force-patch-dropout", "1.5"], r"--force-patch-dropout 1\.5 is out of range"),
+        (["--lock-image-unlocked-groups", "1"], r"does nothing without --lock-image; add that"),
+        (["--distill-model", "ViT-B-16"], r"does nothing without --distill-pretrained"),
+        (["--csv-separator", ","], r"--csv-separator is for captions"),
+        (["--use-bnb-linear", "Linear8bitLt"], r"needs the package bitsandbytes"),
+        (["--epochs-cooldown", "1"], r"does nothing without --lr-scheduler const-cooldown"),
+        (
+            ["--lr-scheduler", "const-cooldown"],
+            r"open_clip refuses these flags: Please specify the number of",
+        ),
+        (["--opt", "nosuch"], r"nosuch"),
+        (["--opt", "timm/nosuch"], r"nosuch"),
+        (["--aug-cfg", "scale"], r"open_clip cannot read its flags: not enough values"),
+        (["--precision", "fp16", "--eps", "1e-8"], r"--eps 1e-08 is 0 in --precision fp16.*give 1e-3"),
+        (["--report-to", "tensorbord"], r"tensorbord names something other than tensorboard"),
+        (["--resume", "nosuch://bucket/x.pt"], r"nosuch://bucket/x\.pt cannot be read .*download it"),
+        (["--val-data", "{digits}/test/0.tar"], r"cannot evaluate --val-data .*as --eval-data NAME=SHARDS"),
+        (["--val-data", "{digits}"], r"cannot evaluate --val-data .*as --eval-data NAME=SHARDS"),
+        (["--imagenet-val", "{digits}/nowhere"], r"cannot evaluate --imagenet-val .*as --eval-data NAME"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
