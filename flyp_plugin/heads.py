@@ -11,7 +11,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
 from flyp_plugin.checkpoints import Model, load_model, load_tokenizer
-from flyp_plugin.learned import HEAD, ClassHead
+from flyp_plugin.learned import HEAD, ClassHead, exact_logits
 from flyp_plugin.prompts import ClassPrompts
 from flyp_plugin.text import short_text
 
@@ -62,6 +62,17 @@ def zeroshot_as_learned(
     """The zero-shot head as the learned head that it is the start of: fine-tuning's, and WiSE-FT's at alpha 0."""
     head = ImageClassifier.from_prompts(model, tokenizer, prompts, precision).head
     return ClassHead(model.logit_scale.detach().exp().float() * head.T.float(), prompts)
+
+
+def match_open_clip_precision() -> None:
+    """Let a GPU compute as in open_clip's training script, whose main() sets the same: figures then agree with its.
+
+    It allows TF32 in the towers' matrix products, and lets cuDNN choose its algorithms by their speed. Nothing on a CPU.
+    """
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.deterministic = False
 
 
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:
@@ -196,8 +207,7 @@ class ImageClassifier(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Preprocessed images (B, 3, H, W) -> float32 logits (B, C)."""
         features = encode_images(self.model, images, self.precision)
-        # in full precision whatever the towers' was: bfloat16 logits of several classes are often equal
-        return self.model.logit_scale.exp().float() * features.float() @ self.head.float()
+        return exact_logits(self.model.logit_scale.exp().float() * features.float(), self.head.T)
 
     @torch.no_grad()
     def predict(self, images: Sequence | torch.Tensor) -> list[tuple[str, float]]:

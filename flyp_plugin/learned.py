@@ -5,7 +5,8 @@ The zero-shot head, and classifiers from either, are heads.py's. What trains a h
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -69,10 +70,38 @@ def _read(prompts: Tensor) -> ClassPrompts:
     return ClassPrompts(**json.loads(bytes(prompts.cpu().numpy())))
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within it a GPU multiplies float32 matrices in float32, not in TF32, whose products keep 10 bits of 23.
+
+    open_clip's main() allows TF32. The setting is torch's, for the whole process, and is put back at the end.
+    """
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 has another name for it; there the old one may be set at any time, but raises when it is read
+    # after the new one was set
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 def exact_logits(features: Tensor, weight: Tensor) -> Tensor:
-    """features (B, D) @ weight (C, D)^T in float32, whatever --precision: bfloat16 logits are often equal."""
+    """features (B, D) @ weight (C, D)^T in float32, whatever --precision: bfloat16 logits are often equal.
+
+    So it is on a GPU that is allowed TF32; the products of the gradient are then in TF32.
+    """
     with torch.autocast(features.device.type, enabled=False):
-        return features.float() @ weight.float().T
+        features, weight = features.float(), weight.float().T
+        return _float32_product(features, weight) if features.is_cuda else features @ weight
+
+
+@torch.compiler.disable  # a compiled graph would hold the product, but not what it is to be run with
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    with full_float32():
+        return a @ b
 
 
 def class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the set") -> list[int]:

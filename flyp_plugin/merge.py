@@ -35,7 +35,7 @@ from flyp_plugin.checkpoints import (
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import loader_from_args, parse_eval_sets
 from flyp_plugin.flags import as_words
-from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
+from flyp_plugin.heads import match_open_clip_precision, val_preprocess, zeroshot_as_learned
 from flyp_plugin.jobs import alone
 from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
@@ -51,6 +51,7 @@ def wiseft_command(args: argparse.Namespace) -> None:
     Raises:
         InputError: as its parts; all but a full disk before anything is written.
     """
+    match_open_clip_precision()
     alphas = parse_alphas(args.alphas if args.alpha is None else str(args.alpha))
     sets = parse_eval_sets(args.eval_data or [], args.classnames, args.templates, args.own_first)
     out = Path(args.out)

@@ -5,6 +5,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from flyp_plugin.heads import ImageClassifier, build_zeroshot_head
 from flyp_plugin.prompts import ClassPrompts
+from tests.close import assert_close
 from tests.helpers_eval import NAMES, TEMPLATES, checkpoint, digits, root
 
 MODEL = "tiny-digits"
@@ -29,8 +30,8 @@ def test_head_is_open_clips(model):
     for per_batch in (10, 3, None):
         head = build_zeroshot_head(model, tokenizer, PROMPTS, num_classes_per_batch=per_batch)
         assert head.shape == (48, 10)
-        assert torch.allclose(head, theirs, atol=1e-6)
-        assert torch.allclose(head.norm(dim=0), torch.ones(10), atol=1e-6)
+        assert_close(head, theirs)
+        assert_close(head.norm(dim=0), torch.ones(10))
 
 
 def test_logits_are_scaled_cosines(model, images):
@@ -38,7 +39,7 @@ def test_logits_are_scaled_cosines(model, images):
     with torch.no_grad():
         features = torch.nn.functional.normalize(model.encode_image(images), dim=-1)
         expected = model.logit_scale.exp() * features @ classifier.head
-        assert torch.allclose(classifier(images), expected, atol=1e-5)
+        assert_close(classifier(images), expected)
 
 
 def test_predict_gives_names_and_probabilities(images):

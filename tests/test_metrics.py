@@ -14,6 +14,7 @@ from flyp_plugin.evalsets import parse_eval_sets
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Tally, evaluate, score, table
 from flyp_plugin.prompts import ClassPrompts
+from tests.close import assert_same_figures
 from tests.helpers_eval import NAMES, TEMPLATES, checkpoint, flyp, root, write_set
 
 MODEL = "tiny-digits"
@@ -158,9 +159,9 @@ def test_equal_to_clip_benchmark_to_the_last_image(classifier, monkeypatch):
     )
     ours = evaluate(classifier, loader(classifier))
     assert 0.2 < ours["top1"] < 0.95
-    assert ours["top1"] == theirs["acc1"]
-    assert ours["top5"] == theirs["acc5"]
-    assert ours["mean_per_class_recall"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-12)
+    theirs = {"n": 203, "top1": theirs["acc1"], "top5": theirs["acc5"], **theirs}
+    names = ("n", "top1", "top5", "mean_per_class_recall")
+    assert_same_figures({name: ours[name] for name in names}, {name: theirs[name] for name in names})
     assert evaluate(classifier, batches) == {**ours, "n": 203}  # their loader, of tuples
 
 
@@ -170,7 +171,7 @@ def test_two_ranks_and_two_workers_count_as_one(classifier):
     for rank in range(2):
         part = loader(classifier, group_key="hand", rank=rank, world_size=2, num_workers=2, batch_size=30)
         merged.merge(score(classifier, part, Tally(10)))
-    assert merged.metrics() == alone
+    assert_same_figures(merged.metrics(), alone)  # in batches of another size
     assert alone["n"] == 203 and "worst_group" in alone
 
 

@@ -46,6 +46,7 @@ from flyp_plugin.metrics import Tally
 from flyp_plugin.objectives import ClassLoss, PairLoss
 from flyp_plugin.train import train
 from tests import digits, tars
+from tests.close import BACKWARD, FORWARD
 from tests.faults.long import tokens
 from tests.faults.processes import Row, family, gone, table
 
@@ -392,7 +393,11 @@ def apart(
     }
 
 
-LIMITS = {"loss": 1e-6, "gradient": 1e-4, "weights": 1e-4}
+LIMITS = {
+    "loss": FORWARD,
+    "gradient": BACKWARD,
+    "weights": BACKWARD,
+}  # a step that is nearly the gradient itself
 
 
 def differences(
