@@ -322,8 +322,8 @@ def _why_unwritten(error: OSError | SafetensorError, path: Path) -> str | None:
     ):  # it says so in Rust: ... IoError(Os { code: 28, ..., message: "..." })
         found = re.search(r"\bcode: (\d+)", str(error))
         return os.strerror(int(found[1])) if found else None
-    if error.errno is None or not isinstance(error.filename, (str, os.PathLike, type(None))):
-        return None  # a library's own OSError, or a file without a name, such as a socket's number
+    if error.errno is None or isinstance(error, ConnectionError) or isinstance(error.filename, int):
+        return None  # a library's own OSError, a network's, or one of a file descriptor
     if error.filename is not None:
         named = Path(os.path.abspath(error.filename))
         if named not in (path, *path.parents) and _part_of(path) not in (named, *named.parents):

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from flyp_plugin.checkpoints import beside, load_tokenizer, model_from_args, refuse_existing, writing
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
-from flyp_plugin.heads import ImageClassifier, match_open_clip_precision, val_preprocess
+from flyp_plugin.heads import ImageClassifier, val_preprocess
 from flyp_plugin.metrics import evaluate, table
+from flyp_plugin.precision import match_open_clip_precision
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.sources import RETRIES, expand_source, find_beside, stated_samples
 

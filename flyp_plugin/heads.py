@@ -64,17 +64,6 @@ def zeroshot_as_learned(
     return ClassHead(model.logit_scale.detach().exp().float() * head.T.float(), prompts)
 
 
-def match_open_clip_precision() -> None:
-    """Let a GPU compute as in open_clip's training script, whose main() sets the same: figures then agree with its.
-
-    It allows TF32 in the towers' matrix products, and lets cuDNN choose its algorithms by their speed. Nothing on a CPU.
-    """
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.deterministic = False
-
-
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:
     """The context in which a forward pass runs under open_clip's --precision."""
     dtype = {"amp": torch.float16, "amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16}.get(precision)

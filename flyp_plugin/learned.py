@@ -5,8 +5,7 @@ The zero-shot head, and classifiers from either, are heads.py's. What trains a h
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyp_plugin.errors import InputError
+from flyp_plugin.precision import full_float32
 from flyp_plugin.prompts import ClassPrompts
 
 HEAD = "class_head"  # its name in the model, and so its key in checkpoints
@@ -68,24 +68,6 @@ def head_of(state: Mapping[str, Tensor]) -> ClassHead | None:
 
 def _read(prompts: Tensor) -> ClassPrompts:
     return ClassPrompts(**json.loads(bytes(prompts.cpu().numpy())))
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Within it a GPU multiplies float32 matrices in float32, not in TF32, whose products keep 10 bits of 23.
-
-    open_clip's main() allows TF32. The setting is torch's, for the whole process, and is put back at the end.
-    """
-    matmul = torch.backends.cuda.matmul
-    # torch 2.9 has another name for it; there the old one may be set at any time, but raises when it is read
-    # after the new one was set
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, exact)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
 
 
 def exact_logits(features: Tensor, weight: Tensor) -> Tensor:

@@ -35,10 +35,11 @@ from flyp_plugin.checkpoints import (
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import loader_from_args, parse_eval_sets
 from flyp_plugin.flags import as_words
-from flyp_plugin.heads import match_open_clip_precision, val_preprocess, zeroshot_as_learned
+from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
 from flyp_plugin.jobs import alone
 from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
+from flyp_plugin.precision import match_open_clip_precision
 from flyp_plugin.wiseft import average, check_same, choose, interpolate, sweep
 
 Results = Mapping[float, Mapping[str, Metrics]]  # of each alpha on each set, the ID set first

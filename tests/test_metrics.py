@@ -1,5 +1,6 @@
 import csv
 import json
+import resource
 import sys
 
 import numpy as np
@@ -199,6 +200,42 @@ def test_flyp_eval_writes_table_json_and_predictions(tmp_path, capsys):
     assert capsys.readouterr().out.split("\n")[1].split()[:2] == ["val", "203"]
     with pytest.raises(InputError, match="is there already"):
         flyp(*argv, "--predictions", file)
+
+
+def predictions(path):
+    flyp("eval", checkpoint(MODEL, 80), "--model", MODEL, "--workers", 0, "--predictions", path,
+         "--eval-data", f"val={root()}/data")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        torch.cuda.OutOfMemoryError("CUDA out of memory."),
+        OSError(28, "No space left on device", "/dev/shm/torch_1"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_with_predictions_a_fault_of_the_model_is_no_full_disk(error, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(open_clip.model.VisionTransformer, "forward", broken)
+    with pytest.raises(type(error)) as raised:
+        predictions(tmp_path / "it.csv")
+    assert raised.value is error and not list(tmp_path.iterdir())
+
+
+def test_predictions_on_a_full_disk_are_a_sentence(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 5000):  # not even the header; some batches
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(InputError, match=r"it\.csv could not be written \(File too large\)"):
+                predictions(tmp_path / "it.csv")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_set_is_scored_over_its_own_classes():
