@@ -317,15 +317,14 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 def _why_unwritten(error: OSError | SafetensorError, path: Path) -> str | None:
     """The system's reason, where the error is that `path` cannot be written; None where it is another."""
-    if isinstance(
-        error, SafetensorError
-    ):  # it says so in Rust: ... IoError(Os { code: 28, ..., message: "..." })
-        found = re.search(r"\bcode: (\d+)", str(error))
+    if isinstance(error, SafetensorError):
+        # in Rust's words: "IoError(Os { code: 28, ..." or, newer, "I/O error: ... (os error 28)"
+        found = re.search(r"\b(?:code:|os error) (\d+)", str(error))
         return os.strerror(int(found[1])) if found else None
     if error.errno is None or isinstance(error, ConnectionError) or isinstance(error.filename, int):
         return None  # a library's own OSError, a network's, or one of a file descriptor
     if error.filename is not None:
-        named = Path(os.path.abspath(error.filename))
+        named = Path(os.path.abspath(os.fsdecode(error.filename)))
         if named not in (path, *path.parents) and _part_of(path) not in (named, *named.parents):
             return None
     return error.strerror
