@@ -74,7 +74,7 @@ def test_trimmed_to_sixteens_loss_and_features_are_open_clips(kind):
 
 
 @KINDS
-def test_trimmed_to_sixteens_gradients_outside_the_tower_hardly_differ(kind):
+def test_trimmed_to_sixteens_gradients_outside_hardly_differ(kind):
     """A weight's gradient inside the tower is a sum over (prompt, position).
 
     open_clip's has a zero for each position behind an EOT; the matrix kernel adds in blocks, which hold other rows
