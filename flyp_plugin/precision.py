@@ -24,7 +24,8 @@ def match_open_clip_precision() -> None:
 def allows_tf32() -> bool:
     """Whether a product of float32 matrices on a GPU may be in TF32."""
     matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision == "tf32" if _has_new_name() else matmul.allow_tf32
+    # torch 2.9 has a new name for it; there reading the old one raises once the new one was set
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 @contextmanager
@@ -33,16 +34,23 @@ def full_float32() -> Iterator[None]:
 
     The setting is torch's, for the whole process, and is put back at the end.
     """
+    if not allows_tf32():
+        yield
+        return
+    try:
+        level = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was allowed by its new name, of which this knows nothing
+        level = "new"
     matmul = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if _has_new_name() else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, exact)
+    matmul.allow_tf32 = (
+        False  # by the old name, which sets the new one too: some products read one, some the other
+    )
     try:
         yield
     finally:
-        setattr(matmul, name, before)
-
-
-def _has_new_name() -> bool:
-    # from torch 2.9; there allow_tf32 can be set at any time, but raises when it is read after the new one was set
-    return hasattr(torch.backends.cuda.matmul, "fp32_precision")
+        if level == "new":
+            matmul.fp32_precision = "tf32"
+        elif level == "medium":
+            torch.set_float32_matmul_precision(level)
+        else:
+            matmul.allow_tf32 = True
