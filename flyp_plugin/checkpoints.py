@@ -84,7 +84,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"{path} is refused: it has {what}, which could run code when it is read; save the state_dict "
             "alone."
         ) from None
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - the unpickler raises nearly anything on what is no pickle
         reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
@@ -399,39 +399,93 @@ def refuse_existing(path: str | os.PathLike, force: bool) -> None:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which takes its place only once the block has ended well.
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Within it, what keeps `path` from being written is one sentence. Put nothing but the writing in it.
+
+    Told so are errors of the system that name no other file than `path` and what lies on the way to it, and
+    safetensors' own form of them. Everything else, such as an error of the GPU that holds what is written, goes through.
 
     Raises:
-        InputError: it could not be written, e.g. because the disk is full; what was at `path` is untouched.
+        InputError: `path` could not be written, e.g. because the disk is full.
     """
-    path = Path(path)
-    whole = Path(os.path.abspath(path))  # also of '.'
-    part = whole.with_name(f".{whole.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except InputError:
-        raise
-    # torch.save tells of a full disk by a RuntimeError
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = _why_unwritten(error, Path(os.path.abspath(path)))
+        if reason is None:
             raise
-        cause: BaseException | None = error
-        while cause and not getattr(cause, "strerror", None):  # torch.save raises another error on top of it
-            cause = cause.__context__
-        reason = getattr(cause, "strerror", None) or str(error).strip().split("\n")[0][:150]
         raise InputError(
             f"{path} could not be written ({reason}); what was there before is untouched."
         ) from error
+
+
+def _why_unwritten(error: OSError | SafetensorError, path: Path) -> str | None:
+    """The system's reason, where the error is that `path` cannot be written; None where it is another."""
+    if isinstance(error, SafetensorError):
+        # in Rust's words: "IoError(Os { code: 28, ..." or, newer, "I/O error: ... (os error 28)"
+        found = re.search(r"\b(?:code:|os error) (\d+)", str(error))
+        return os.strerror(int(found[1])) if found else None
+    if error.errno is None or isinstance(error, ConnectionError) or isinstance(error.filename, int):
+        return None  # a library's own OSError, a network's, or one of a file descriptor
+    if error.filename is not None:
+        named = Path(os.path.abspath(os.fsdecode(error.filename)))
+        if named not in (path, *path.parents) and _part_of(path) not in (named, *named.parents):
+            return None
+    return error.strerror
+
+
+def _part_of(path: Path) -> Path:
+    """Where the absolute `path` is written until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+@contextmanager
+def beside(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, which takes its place only once the block has ended well.
+
+    An error in the block comes through as it is; `writing` is for the parts of it that write.
+
+    Raises:
+        InputError: the folder cannot be made, or `path` not replaced.
+    """
+    whole = Path(os.path.abspath(path))  # also of '.'
+    part = _part_of(whole)
+    try:
+        with writing(path):
+            whole.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with writing(path):
+            os.replace(part, whole)
     finally:
         with suppress(NotADirectoryError):  # part of the path is a file
             part.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """`beside`, for a block that does nothing but write: what keeps it from that is told as by `writing`.
+
+    Raises:
+        InputError: it could not be written, e.g. because the disk is full; what was at `path` is untouched.
+    """
+    with beside(path) as part, writing(path):
+        yield part
+
+
 def save(content: object, path: str | os.PathLike) -> None:
-    """torch.save, whole or not at all; see `replacing`."""
+    """torch.save, whole or not at all.
+
+    Raises:
+        InputError: it could not be written, e.g. because the disk is full; what was at `path` is untouched.
+    """
     # into a stream, which can say why it fails
     with replacing(path) as part, open(part, "wb") as stream:
-        torch.save(content, stream)
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:  # which torch raises on top of the stream's, and for much else
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise cause from None

@@ -1,8 +1,9 @@
-"""Mistakes that a user can mend, and how the command line tells of them. Not for bugs: those keep their traceback."""
+"""Mistakes that a user can fix, and how the command line tells of them. Not for bugs: those keep their traceback."""
 
 import errno
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ _swallowed: list[KeyboardInterrupt] = []  # signals that could not be raised whe
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave. Its text is one sentence: what is wrong, where, and how to mend it."""
+    """A mistake in what the user gave. Its text is one sentence: what is wrong, where, and how to fix it."""
 
 
 def printable(text: str) -> str:
@@ -99,9 +100,16 @@ def _told(error: BaseException) -> tuple[str, int] | None:
         cause = cause.__context__
     if isinstance(error, InputError):
         return f"Error: {error}", 1
-    if isinstance(error, BrokenPipeError):  # `flyp ... | head`
+    if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():  # `flyp ... | head`
         return "", 141
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         where = error.filename or "a file"
         return f"Error: {where} could not be written ({error.strerror}); make room, and try again.", 1
     return None
+
+
+def _nobody_reads_stdout() -> bool:
+    """Whether stdout is a broken pipe. Others may break too, as one to a worker: those are not to end in silence."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # an error and a hang-up are told of always
+    return bool(poll.poll(0))

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flyp_plugin.checkpoints import refuse_existing, replacing
+from flyp_plugin.checkpoints import beside, refuse_existing, writing
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier, val_preprocess
 from flyp_plugin.metrics import evaluate, table
+from flyp_plugin.precision import match_open_clip_precision
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.record import Record
 from flyp_plugin.sources import RETRIES, expand_source, find_beside, stated_samples
@@ -125,6 +126,7 @@ def eval_sets_from_args(args: argparse.Namespace, known: Record | None) -> list[
 
 def eval_command(args: argparse.Namespace) -> None:
     """`flyp eval`: score a checkpoint on the sets given; the table or the JSON goes to stdout."""
+    match_open_clip_precision()
     target = target_from_args(args, args.checkpoint)
     sets = eval_sets_from_args(args, target.record)
     if not sets:
@@ -140,11 +142,11 @@ def eval_command(args: argparse.Namespace) -> None:
         for eval_set in sets
     }
     results = {}
-    with _predictions(args.predictions) as row:
+    with _predictions(args.predictions) as write:
         for eval_set in sets:
             classifier = classifiers[eval_set.name]
             loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
-            on_batch = partial(_write, row, eval_set) if row else None
+            on_batch = partial(_write, write, eval_set) if write else None
             results[eval_set.name] = evaluate(classifier, loader, on_batch=on_batch)
     text = json.dumps({"checkpoint": target.weights, "model": target.spec.name, "results": results}, indent=1)
     sys.stdout.write((text if args.json else table(results, "set")) + "\n")
@@ -154,19 +156,28 @@ def eval_command(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _predictions(path: str | None) -> Iterator[Callable | None]:
-    """Yields a function that writes a line of a CSV, to which `_write` gives an image each."""
+    """Yields a function that writes lines of a CSV, to which `_write` gives those of a batch.
+
+    The evaluation runs in here, so its own errors must not be taken for those of the file.
+    """
     if path is None:
         yield None
         return
-    with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(_COLUMNS)
-        yield writer.writerow
+    with beside(path) as part:
+
+        def write(rows: Iterable[Sequence], mode: str = "a") -> None:
+            with writing(path), open(part, mode, newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerows(rows)
+
+        write([_COLUMNS], "w")
+        yield write
 
 
-def _write(row: Callable, eval_set: EvalSet, batch: dict[str, Any], logits: torch.Tensor) -> None:
+def _write(write: Callable, eval_set: EvalSet, batch: dict[str, Any], logits: torch.Tensor) -> None:
     names, best = eval_set.prompts.classnames, logits.softmax(dim=1).max(dim=1)
     labels, groups = batch["labels"].tolist(), batch.get("groups") or [""] * len(batch["labels"])
     guesses, probabilities = best.indices.tolist(), [f"{p:.6f}" for p in best.values.tolist()]
-    for key, label, guess, *rest in zip(batch["keys"], labels, guesses, probabilities, groups):
-        row([eval_set.name, key, label, guess, *rest, names[label], names[guess]])
+    write(
+        [eval_set.name, key, label, guess, *rest, names[label], names[guess]]
+        for key, label, guess, *rest in zip(batch["keys"], labels, guesses, probabilities, groups)
+    )

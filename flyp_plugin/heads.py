@@ -13,7 +13,7 @@ from torch import nn
 
 from flyp_plugin.checkpoints import Model, build_model, resolve
 from flyp_plugin.errors import InputError
-from flyp_plugin.learned import HEAD, ClassHead
+from flyp_plugin.learned import HEAD, ClassHead, exact_logits
 from flyp_plugin.prompts import ClassPrompts
 from flyp_plugin.record import FILE, find, weights_in
 from flyp_plugin.samples import to_rgb
@@ -233,8 +233,7 @@ class ImageClassifier(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Preprocessed images (B, 3, H, W) -> float32 logits (B, C)."""
         features = encode_images(self.model, images, self.precision)
-        # in full precision whatever the towers' was: bfloat16 logits of several classes are often equal
-        return self.model.logit_scale.exp().float() * features.float() @ self.head.float()
+        return exact_logits(self.model.logit_scale.exp().float() * features.float(), self.head.T)
 
     @torch.no_grad()
     def predict(self, images: Sequence | torch.Tensor) -> list[tuple[str, float]]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import numbered
+from flyp_plugin.precision import full_float32
 from flyp_plugin.prompts import ClassPrompts
 
 HEAD = "class_head"  # its name in the model, and so its key in checkpoints
@@ -71,9 +72,19 @@ def _read(prompts: Tensor) -> ClassPrompts:
 
 
 def exact_logits(features: Tensor, weight: Tensor) -> Tensor:
-    """features (B, D) @ weight (C, D)^T in float32, whatever --precision: bfloat16 logits are often equal."""
+    """features (B, D) @ weight (C, D)^T in float32, whatever --precision: bfloat16 logits are often equal.
+
+    So it is on a GPU that is allowed TF32; the products of the gradient are then in TF32.
+    """
     with torch.autocast(features.device.type, enabled=False):
-        return features.float() @ weight.float().T
+        features, weight = features.float(), weight.float().T
+        return _float32_product(features, weight) if features.is_cuda else features @ weight
+
+
+@torch.compiler.disable  # a compiled graph would hold the product, but not what it is to be run with
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    with full_float32():
+        return a @ b
 
 
 def class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the set") -> list[int]:

@@ -37,6 +37,7 @@ from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.names import same_names
+from flyp_plugin.precision import match_open_clip_precision
 from flyp_plugin.record import Record, merged_name, sha256
 from flyp_plugin.targets import choose_weights, device_of, fill_in, find_record, spec_from_args
 from flyp_plugin.wiseft import average, check_same, choose, interpolate, sweep
@@ -61,6 +62,7 @@ def wiseft_command(args: argparse.Namespace) -> None:
     Raises:
         InputError: as its parts; all but a full disk before anything is written.
     """
+    match_open_clip_precision()
     alphas = parse_alphas(args.alphas if args.alpha is None else str(args.alpha))
     ends = _ends(args)
     sets = eval_sets_from_args(args, ends.known)

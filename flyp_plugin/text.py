@@ -19,6 +19,8 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
+from flyp_plugin.precision import allows_tf32
+
 # Rows encoded at once where there are many and no gradient: rows of nearly one length, whose activations
 # stay in the CPU's cache (measured: 64 the best of 16 ... 256). An accelerator wants larger matrices.
 CHUNK = {"cpu": 64}
@@ -70,7 +72,7 @@ def shorten(
         tokens: int (N, context length), a few prompts for `self_check`; None: no check.
         unique: encode equal rows of a batch once; their gradients, added in another order, equal to rounding.
         multiple_of: round the number of positions up to this. 16 makes features equal open_clip's to the last
-            bit (CPU, fp32), for it adds over positions 16 at a time; else they are equal to rounding.
+            bit on CPUs where it adds over positions 16 at a time (fp32); else they are equal to rounding.
 
     Returns:
         Whether it was done. Where not, the model is as it was, and a log line has said why.
@@ -132,7 +134,7 @@ def self_check(model: nn.Module, tokens: Tensor) -> bool:
         _become(tower, before)
         for module, training in modes:
             module.training = training
-    tf32 = short.is_cuda and short.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = short.is_cuda and short.dtype == torch.float32 and allows_tf32()
     exact = short.dtype in (torch.float32, torch.float64) and not tf32
     limit = 1e-5 if exact else 8 * torch.finfo(torch.float16 if tf32 else short.dtype).eps
     return bool(((short.double() - full).norm(dim=-1) <= limit * full.norm(dim=-1)).all())  # NaN: False

@@ -1,13 +1,22 @@
 import os
 import pickle
 import resource
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from flyp_plugin.checkpoints import first_difference, load_model, read_state_dict, replacing
+from flyp_plugin.checkpoints import (
+    beside,
+    first_difference,
+    load_model,
+    read_state_dict,
+    replacing,
+    save,
+    writing,
+)
 from flyp_plugin.errors import InputError
 from tests.helpers_eval import checkpoint, root
 
@@ -172,12 +181,64 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        for save in (lambda part: torch.save({"a": torch.zeros(10**6)}, part),
-                     lambda part: save_file({"a": torch.zeros(10**6)}, part),
-                     lambda part: part.write_bytes(bytes(10**6))):  # fmt: skip
-            with pytest.raises(InputError, match="could not be written") as error, replacing(path) as part:
-                save(part)
+        for write in (lambda part: save_file({"a": torch.zeros(10**6)}, part),
+                      lambda part: part.write_bytes(bytes(10**6))):  # fmt: skip
+            with pytest.raises(InputError, match="File too large") as error, replacing(path) as part:
+                write(part)
             assert "\n" not in str(error.value)
+        with pytest.raises(InputError, match=f"{path} could not be written .File too large"):
+            save({"a": torch.zeros(10**6)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "the old one" and os.listdir(tmp_path) == ["weights.pt"]
+
+
+def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path, reason in (
+        (tmp_path / "file" / "new", "File exists|Not a dir"),
+        (tmp_path / "folder", "Is a dir"),
+    ):
+        with pytest.raises(InputError, match=f"{path} could not be written .({reason})"):
+            save({}, path)
+        with (
+            pytest.raises(InputError, match=f"{path} could not be written .({reason})"),
+            beside(path) as part,
+        ):
+            part.touch()
+    with pytest.raises(InputError, match="No space left on device"), writing("/dev/full"):
+        Path("/dev/full").write_bytes(b"a")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+class Unpicklable:
+    """What fails while it is read, as a tensor does on a GPU with a fault."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+OTHERS = [
+    RuntimeError("CUDA error: device-side assert triggered"),
+    torch.cuda.OutOfMemoryError("CUDA out of memory."),
+    FileNotFoundError(2, "No such file or directory", "shards/0.tar"),
+    ConnectionResetError(104, "Connection reset by peer"),
+    OSError("cannot identify image file"),
+    ValueError("another"),
+]
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
+def test_what_is_no_fault_of_the_file_comes_through(error, tmp_path):
+    path = tmp_path / "it"
+    for block in (replacing, beside, writing):
+        with pytest.raises(type(error)) as raised, block(path):
+            raise error
+        assert raised.value is error
+    with pytest.raises(type(error)) as raised:
+        save({"a": torch.zeros(9), "b": Unpicklable(error)}, path)
+    assert raised.value is error and not os.listdir(tmp_path)

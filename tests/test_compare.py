@@ -148,11 +148,13 @@ def test_every_figure_is_that_of_the_runs(finished):
             assert cell["mean"] == pytest.approx(np.mean(values))
             half = stats.t.ppf(0.975, 1) * np.std(values, ddof=1) / np.sqrt(2)
             assert cell["half_width_95"] == pytest.approx(half, rel=1e-4, abs=1e-12)
-    for seed in (0, 1):  # the sweep scores as the training did
+    for seed in (0, 1):  # the sweep scores as the training did, but for ties: its batches have another size
         for name in ("val", "test", "odd", "few"):
-            assert sweeps[seed]["alphas"]["1.00"][name]["top1"] == results[seed][1][f"{name}/top1"]
-            assert sweeps[seed]["alphas"]["0.00"][name]["top1"] == results[seed][0][f"{name}/top1"]
-            assert block["rows"]["zero-shot"][name]["by_seed"] == [results[seed][0][f"{name}/top1"]]
+            image = 1.001 / results[seed][0][f"{name}/n"]
+            for alpha, row in (("0.00", results[seed][0]), ("1.00", results[seed][1])):
+                assert abs(sweeps[seed]["alphas"][alpha][name]["top1"] - row[f"{name}/top1"]) <= image
+            (zeroshot,) = block["rows"]["zero-shot"][name]["by_seed"]
+            assert abs(zeroshot - results[seed][0][f"{name}/top1"]) <= image
     assert sweeps[0]["alphas"]["1.00"] != sweeps[1]["alphas"]["1.00"]  # seeds differ
     assert list(block["rows"]["flyp"]) == ["val", "test", "odd", "few", "mean OOD"]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -49,7 +50,10 @@ def test_it_ends_with_the_table_and_the_classifier_read_back(finished):
         exact = [100 * record["alphas"][alpha][name]["top1"] for name in demo.SETS]
         assert [figures[0], *figures[2:]] == pytest.approx(exact, abs=0.051)
     of_test = said[3].split("]")[1].split()[0]
-    assert said[5].endswith(f"has top-1 {of_test} on ID test.")
+    of_twin = re.search(r"has top-1 ([\d.]+) on ID test\.$", said[5])[1]
+    assert (
+        abs(float(of_twin) - float(of_test)) <= 0.3
+    )  # timm's logits are equal to rounding: of 497 one may be a tie
 
 
 def test_each_step_says_the_command_that_it_runs(finished):

@@ -90,6 +90,33 @@ errors.run(main)
     assert (done.returncode, done.stderr) == (143, "Terminated.\n")
 
 
+def piped(program):
+    """(status, stderr) of a command whose stdout nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    program = f"import os\nfrom flyp_plugin import errors\n{program}\nerrors.run(main)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    return done.returncode, done.stderr
+
+
+def test_only_a_broken_pipe_at_stdout_ends_in_silence():
+    assert piped("def main():\n    print('a table')") == (141, "")
+    status, said = piped("def main():\n    raise RuntimeError('a bug')")
+    assert status == 1 and "a bug" in said
+    program = """
+import subprocess, sys
+from flyp_plugin import errors
+def main():
+    raise BrokenPipeError(32, "of a worker")
+errors.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "BrokenPipeError" in done.stderr and "of a worker" in done.stderr
+
+
 def test_checkpoints_that_are_cut_off_are_set_aside(whole, tmp_path):
     assert kills.cut_checkpoints(whole, tmp_path, 40, random.Random(0)) == 40
 

@@ -20,14 +20,36 @@ from flyp_plugin.learned import class_rows, fit_head, head_of
 from flyp_plugin.objectives import PairLoss
 from flyp_plugin.sources import expand_source
 from flyp_plugin.train import train
+from tests.close import (
+    FORWARD,
+    assert_close,
+    assert_moved_alike,
+    assert_same_choices,
+    assert_same_figures,
+)
 from tests.digits import NAMES, TEMPLATES
+from tests.faults import ranks
 from tests.helpers_eval import digits as digit_images
 from tests.helpers_eval import write_set
-from tests.test_train import assert_equal, params, results, run_of, tensorboard_losses, torchrun, weights
+from tests.test_train import assert_equal, params, results, run_of, tensorboard_losses, weights
 
 MODEL = "digits-vit"
 TEMPLATE = "a photo of the number {c}."  # one, for flyp-ce draws among several
-SGD = ["--templates", TEMPLATE, "--opt", "timm/sgd", "--wd", 0, "--warmup", 0, "--lr-scheduler", "const"]
+# steps proportional to the gradient, and long against the rounding of a weight
+SGD = [
+    "--templates",
+    TEMPLATE,
+    "--opt",
+    "timm/sgd",
+    "--lr",
+    0.1,
+    "--wd",
+    0,
+    "--warmup",
+    0,
+    "--lr-scheduler",
+    "const",
+]
 needs_sgd = pytest.mark.skipif(
     not hasattr(openclip.parse_args([]), "opt") or not hasattr(open_clip_main, "create_loss"),
     reason="this open_clip has no --opt (before 2.30), or takes no other loss (4)",
@@ -151,9 +173,7 @@ def test_fit_head_is_scikit_learns_logistic_regression(c):
     weight = fit_head(features, labels, 6, c)  # a sixth class, of no image
     assert weight.shape == (6, 16)
     weight = fit_head(features, labels, 5, c)
-    assert torch.allclose(
-        weight.double(), torch.from_numpy(theirs.coef_), rtol=1e-3, atol=1e-3 * abs(theirs.coef_).max()
-    )
+    assert_close(weight, torch.from_numpy(theirs.coef_), 1e-3)  # both stop short of the minimum
 
 
 def test_a_batch_of_one_class_has_a_loss_under_mask():
@@ -212,26 +232,25 @@ def test_a_plain_loop_over_the_same_batches_gives_the_same_losses_and_weights(la
     preprocess = open_clip.create_model_and_transforms(MODEL)[1]
     with torch.no_grad():
         head = torch.nn.Parameter(model.logit_scale.exp() * text_head(model.eval(), [TEMPLATE]).T)
+    before = loaded(start).state_dict() | {"class_head.weight": head.detach().clone()}
     dataset = ClassPromptDataset(str(digits), preprocess, open_clip.get_tokenizer(MODEL), 100, seed=3,
                                  prompts=prompts(TEMPLATE), num_samples=200, with_labels=True)  # fmt: skip
     losses, trained = [], [*model.train().parameters(), head]
-    momentum = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, nesterov=True)
+    momentum = torch.optim.SGD(trained, lr=0.1, momentum=0.9, nesterov=True)
     for images, texts in dataset:
         momentum.zero_grad()
         losses.append(loss(model, head, images, texts[:, :-1], texts[:, -1]))
         losses[-1].backward()
         momentum.step()
     got = weights(folder, 1)
-    assert tensorboard_losses(folder) == pytest.approx([value.item() for value in losses], rel=1e-5)
-    expected = model.state_dict() | (
-        {"class_head.weight": head.detach()} if "class_head.weight" in got else {}
-    )
-    for key, before in (loaded(start).state_dict() | {"class_head.weight": head.detach()}).items():
-        if key in expected:
-            assert torch.allclose(got[key], expected[key], atol=1e-6), key
-            assert (
-                name != "ce" or key.startswith(("visual.", "class_head.")) or torch.equal(got[key], before)
-            ), key
+    assert tensorboard_losses(folder) == pytest.approx([value.item() for value in losses], rel=FORWARD)
+    expected = model.state_dict() | {"class_head.weight": head.detach()}
+    before = {key: tensor for key, tensor in before.items() if key in got}
+    assert_moved_alike(got, expected, before)
+    for key, tensor in before.items():
+        assert name != "ce" or key.startswith(("visual.", "class_head.")) or torch.equal(got[key], tensor), (
+            key
+        )
 
 
 @needs_sgd
@@ -245,44 +264,46 @@ def test_a_plain_loop_over_the_same_batches_gives_the_same_losses_and_weights(la
     ids=lambda flags: flags[1],
 )
 def test_accumulation_equals_one_batch(launch, start, flags):
-    flags = [*flags, *SGD, "--pretrained", start]
+    # open_clip's loop adds up the gradient of logit_scale once a part: so one step, after which the others would differ
+    flags = [*flags, *SGD, "--pretrained", start, "--train-num-samples", 100]
     whole = weights(launch(*flags, name=f"whole-{flags[1]}"), 1)
     parts = weights(launch(*flags, "--batch-size", 50, "--accum-freq", 2, name=f"parts-{flags[1]}"), 1)
-    before = loaded(start).state_dict()
-    for key in (
-        whole.keys() & before.keys()
-    ):  # open_clip's loop adds up the gradient of logit_scale once a part
-        if key != "logit_scale":
-            assert torch.allclose(parts[key] - before[key], whole[key] - before[key], atol=2e-6), key
+    before = {key: tensor for key, tensor in loaded(start).state_dict().items() if key != "logit_scale"}
+    assert_moved_alike(parts, whole, before)
+
+
+# 80 images in one step, however they are shared out
+TWO_RANKS = {
+    "soft": ["--collisions", "soft", "--ce-weight", 0.5],
+    "lp-ft": ["--objective", "lp-ft"],
+}
+EIGHTY = [*SGD, "--shots", 8, "--train-num-samples", 80, "--epochs", 1]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(digits, start, tmp_path_factory):
+    """The folder with a run of each of TWO_RANKS."""
+    logs = tmp_path_factory.mktemp("two")
+    argv = [*run_of(digits, logs, workers=1), "--dist-backend", "gloo", "--pretrained", start, *EIGHTY]
+    argvs = [[*argv, "--batch-size", 40, "--name", name, *flags] for name, flags in TWO_RANKS.items()]
+    ranks.train_in_turn(2, [[str(word) for word in argv] for argv in argvs], logs / "said", logs / "losses")
+    return logs
 
 
 @needs_sgd
-@pytest.mark.parametrize(
-    "flags",
-    [["--collisions", "soft", "--ce-weight", "0.5"], ["--objective", "lp-ft"]],
-    ids=lambda flags: flags[1],
-)
-def test_two_ranks_equal_one_process(launch, start, digits, tmp_path, flags):
-    # 80 images in one step, however they are shared out
-    flags = [
-        *flags,
-        *SGD,
-        "--pretrained",
-        start,
-        "--shots",
-        8,
-        "--train-num-samples",
-        80,
-    ]
-    one = weights(launch(*flags, "--batch-size", 80, name=f"one-{flags[1]}"), 1)
-    done = torchrun(digits, tmp_path, *flags, "--batch-size", 40, "--epochs", 1, "--name", "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = {key.removeprefix("module."): tensor for key, tensor in weights(tmp_path / "two", 1).items()}
+@pytest.mark.parametrize("name", list(TWO_RANKS))
+def test_two_ranks_equal_one_process(launch, start, on_two_ranks, name):
+    flags = ["--pretrained", start, *EIGHTY, "--batch-size", 80, *TWO_RANKS[name]]
+    one, two = weights(launch(*flags, name=f"one-{name}"), 1), weights(on_two_ranks / name, 1)
+    two = {key.removeprefix("module."): tensor for key, tensor in two.items()}
     before = loaded(start).state_dict()
-    for key in one.keys() - {"class_head.prompts"}:
-        assert torch.allclose(two[key], one[key], rtol=1e-4, atol=2e-6), key
+    assert_moved_alike(two, one, before)
+    if "class_head.weight" in one:
+        # L-BFGS ends where the loss L falls by less than 1e-13 a step; at a distance d of the minimum it is above it
+        # by at least d^2 / (2 c n), which holds the fit to sqrt(2e-13 c n) = 2e-5 an entry, whatever the kernels
+        assert_close(two["class_head.weight"], one["class_head.weight"], 1e-4)
     moved = [key for key in before if not torch.equal(before[key], one[key])]
-    assert "visual.proj" in moved and ("text_projection" in moved) == ("--collisions" in flags)
+    assert "visual.proj" in moved and ("text_projection" in moved) == (name == "soft")
 
 
 def test_a_resumed_ce_run_equals_an_uninterrupted_one(launch, start, tuned, digits):
@@ -364,17 +385,20 @@ def test_eval_wiseft_and_export_read_a_learned_head(tuned, start, digits, tmp_pa
         flyp(["eval", str(path), *model_flags(digits), *data_flags(digits)])
         return json.loads(capsys.readouterr().out)["results"]["val"]
 
-    assert evaluated(checkpoint) == after and evaluated(start) == before and after != before
+    for path, figures in ((checkpoint, after), (start, before)):  # in batches of another size than training's
+        assert_same_figures(evaluated(path), figures)
+    assert after != before
     flyp(["wiseft", *model_flags(digits), *data_flags(digits), "--pretrained", str(start), "--finetuned", checkpoint,
           "--alphas", "0:1:0.5", "--save-all", "--out", str(tmp_path / "merged")])  # fmt: skip
     alphas = json.loads(capsys.readouterr().out)["alphas"]
-    assert alphas["0.00"]["val"] == before and alphas["1.00"]["val"] == after
+    for alpha, figures in (("0.00", before), ("1.00", after)):
+        assert_same_figures(alphas[alpha]["val"], figures)
     half = tmp_path / "merged" / "wise_ft_alpha=0.50.pt"
-    assert evaluated(half) == alphas["0.50"]["val"]
+    assert_same_figures(evaluated(half), alphas["0.50"]["val"])
     model = loaded(start)
     zeroshot = (model.logit_scale.exp() * text_head(model.eval())).T
     expected = (zeroshot + weights(tuned, 2)["class_head.weight"]) / 2
-    assert torch.allclose(torch.load(half)["class_head.weight"], expected, atol=1e-5)
+    assert_close(torch.load(half)["class_head.weight"], expected)
 
     flyp(["export", str(half), *model_flags(digits), "--format", "timm", "--out", str(tmp_path / "timm")])
     twin = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
@@ -382,7 +406,7 @@ def test_eval_wiseft_and_export_read_a_learned_head(tuned, start, digits, tmp_pa
     images = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert twin.pretrained_cfg["label_names"] == NAMES
-        assert torch.equal(twin(images).argmax(1), ours(images).argmax(1))
+        assert_same_choices(twin(images), ours(images))
     flyp(
         [
             "export",
@@ -424,7 +448,7 @@ def test_a_learned_head_is_restricted_by_name(tuned, digits, tmp_path, capsys):
     with torch.no_grad():
         logits = classifier(torch.stack([classifier.preprocess(images[i]) for i in chosen]))
     right = [some[row.argmax()] == NAMES[labels[i]] for row, i in zip(logits[:, [7, 2, 9]], chosen)]
-    assert top1 == sum(right) / len(right)
+    assert abs(top1 * len(right) - sum(right)) <= 1.001  # a tie may fall otherwise in batches of another size
     with pytest.raises(
         InputError, match=r"no class 'eleven' of the set, only the 10 that it was trained on \(zero, "
     ):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
 
@@ -207,7 +206,9 @@ def test_a_run_of_another_size_is_evaluated_merged_and_exported_with_its_flags_a
     cli.call([*command, "--alphas", "0,1"])
     last = json.loads((folder / "wiseft/wiseft.json").read_text())["alphas"]["1.00"]["val"]
     trained = json.loads((folder / "checkpoints/results.jsonl").read_text().splitlines()[-1])
-    assert last["top1"] == trained["val/top1"] and last["macro_f1"] == trained["val/macro_f1"]
+    # but for a tie, which may fall otherwise in batches of another size
+    assert abs(last["top1"] - trained["val/top1"]) <= 1.001 / last["n"]
+    assert abs(last["macro_f1"] - trained["val/macro_f1"]) <= 2.002 / last["n"]
 
     checkpoint = str(folder / "checkpoints" / "epoch_1.pt")
     for form in ("timm", "open_clip"):
