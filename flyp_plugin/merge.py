@@ -285,6 +285,9 @@ def _results(ends: _Ends, results: Results, chosen: float, chosen_by: str | None
         "model": ends.spec.name,
         "chosen_alpha": chosen,
         "chosen_by": chosen_by and f"{chosen_by}/top1",
+        "last_epoch": max(record.epochs(ends.known.folder), default=None)
+        if ends.known and ends.known.folder
+        else None,
         "alphas": {f"{alpha:.2f}": metrics for alpha, metrics in results.items()},
         "inputs": {**inputs, "pretrained": {**inputs["pretrained"][0], "given": ends.pretrained}},
         "versions": {module.__name__: module.__version__ for module in (flyp_plugin, open_clip, torch)},

@@ -405,7 +405,9 @@ class _Seams:
             raise _unfit("calls get_data with something other than two transforms")
         if args.rank == 0:
             if epoch < args.epochs:  # else nothing is trained
-                run_folder.write_record(self.plan.record(), self.plan.resumed, Path(args.logs, args.name))
+                run_folder.write_record(
+                    self.plan.record(epoch), self.plan.resumed, Path(args.logs, args.name)
+                )
             run_folder.forget_after(epoch, Path(args.logs, args.name))
             if self.latest:
                 run_folder.say_where_it_starts(epoch, args)

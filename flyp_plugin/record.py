@@ -282,16 +282,12 @@ def _merged(folder: Path, there: Mapping[int, Path]) -> Path | None:
     for place in (folder / _MERGED, folder):
         path = place / "wiseft.json"
         if path.exists():
-            chosen = json.loads(path.read_text(encoding="utf-8"))["chosen_alpha"]
-            weights = place / merged_name(chosen)
-            if (
-                there
-                and max(there.values(), key=lambda p: p.stat().st_mtime).stat().st_mtime
-                > path.stat().st_mtime
-            ):
+            merge = json.loads(path.read_text(encoding="utf-8"))
+            weights = place / merged_name(merge["chosen_alpha"])
+            if there and max(there) > (merge.get("last_epoch") or max(there)):
                 _log.warning(
-                    f"{folder} was trained further after {path} was written; `flyp wiseft {folder} --force` merges the "
-                    "last epoch, --epoch last takes it as it is."
+                    f"{folder} was trained further after {path} was written; `flyp wiseft {folder} --force` merges its last "
+                    "epoch, and --epoch last takes that as it is."
                 )
             return weights if weights.exists() else None
     export = folder / "open_clip_model.safetensors"

@@ -86,7 +86,10 @@ def spec_from_args(args: argparse.Namespace, weights: str, known: Record | None)
     """`resolve`, with the flags of these commands."""
     if args.model_config:
         add_model_config(args.model_config)
-    return resolve(args.model, weights, {name: getattr(args, name) for name in FLAGS}, known)
+    spec = resolve(args.model, weights, {name: getattr(args, name) for name in FLAGS}, known)
+    if known is None and not os.path.isfile(weights):
+        _log.info(f"Model: {spec}.")
+    return spec
 
 
 def device_of(args: argparse.Namespace) -> str:

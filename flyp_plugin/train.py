@@ -130,8 +130,8 @@ class FlypRun:
         self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None
         return few
 
-    def record(self) -> Record:
-        """What the checkpoints of this run mean; see record.py."""
+    def record(self, epoch: int) -> Record:
+        """What the checkpoints of this run mean, which starts after `epoch`; see record.py."""
         args = self.args
         content = record.of_model(self.spec)
         content |= {
@@ -141,9 +141,14 @@ class FlypRun:
         content["classes_given"] = [name for name in ("classnames", "templates") if getattr(args, name)]
         content["keys"] = {name: getattr(args, name) for name in ("image_key", "label_key", "group_key")}
         content["training"] = self.settings
-        if self.resumed and args.pretrained in (
-            "",
-            self.resumed.pretrained,
+        if (
+            epoch
+            and self.resumed
+            and args.pretrained
+            in (
+                "",
+                self.resumed.pretrained,
+            )
         ):  # it comes from the checkpoint now
             content["pretrained"] = self.resumed.get("pretrained", {})
         else:
