@@ -1,5 +1,6 @@
 """README.md keeps its word: its flags exist, its commands run on small data, its Python runs."""
 
+import json
 import os
 import re
 import shlex
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
+from open_clip import pretrained
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flyp_plugin import cli, flags, openclip
+from flyp_plugin import ImageClassifier, cli, evaluate, flags, openclip
+from flyp_plugin.data import LabelledDataset
 from flyp_plugin.sources import count_samples, expand_source
 from tests.digits import NAMES
 
@@ -62,6 +66,8 @@ def test_the_commands_are_found():
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_is_understood(words):
+    if words[:2] == ["flyp", "train"]:
+        words = words[1:]
     if words[0] == "flyp":
         _, rest = cli._parser().parse_known_args(words[1:])
         assert not rest or words[1] == "compare"
@@ -120,37 +126,67 @@ def photos(folder, images, labels, names=NAMES):
         Image.fromarray((image * 15.9).astype("uint8")).resize((16, 16)).save(path)
 
 
-def test_an_hour_with_your_own_images(shell, tmp_path, digits):
-    """The commands as they stand, but for the model, which would be downloaded, and sizes."""
+TAGGED = """
+# flyp, with a real entry of open_clip's registry whose model is small and whose weights are a file
+import json, sys
+import open_clip
+from open_clip import pretrained
+config, name, tag = json.load(open("model.json")), sys.argv.pop(1), sys.argv.pop(1)
+open_clip.factory._MODEL_CONFIGS[name] = config
+pretrained._PRETRAINED[name][tag] = {**pretrained._PRETRAINED[name][tag], "file": "start.pt"}
+from flyp_plugin.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("name", "tag"), [("ViT-B-16", "openai"), ("ViT-L-14", "laion2b_s32b_b82k")])
+def test_an_hour_with_your_own_images(shell, tmp_path, digits, name, tag):
+    """The commands as they stand: OpenAI's tag has QuickGELU, the other its own mean and std. One figure everywhere."""
     data = load_digits()
-    photos(tmp_path / "photos/train", data.images[:200], data.target[:200])
-    photos(tmp_path / "photos/test", data.images[200:260], data.target[200:260])
+    for split, some in (("train", slice(200)), ("val", slice(200, 260)), ("test", slice(320, 380))):
+        photos(tmp_path / "photos" / split, data.images[some], data.target[some])
     photos(tmp_path / "other/photos", 16 - data.images[260:320], data.target[260:320])
-    shell("flyp shards write other/photos other/data/test")
+    (tmp_path / "tagged.py").write_text(TAGGED)
+    (tmp_path / "model.json").write_text((digits / "digits-vit.json").read_text())
+    (tmp_path / "bin/flyp").write_text(f'#!/bin/sh\nexec {sys.executable} tagged.py {name} {tag} "$@"\n')
     open_clip.add_model_config(digits / "digits-vit.json")
-    torch.save(open_clip.create_model("digits-vit").state_dict(), tmp_path / "start.pt")
-    model = f"--model digits-vit --model-config {digits}/digits-vit.json"
+    torch.manual_seed(0)
+    weights = open_clip.create_model("digits-vit", force_quick_gelu=tag == "openai").state_dict()
+    torch.save(weights, tmp_path / "start.pt")
+    shell("flyp shards write other/photos other/test")
     size = "--device cpu --workers 1 --batch-size 50"
-    lines = code("An hour with your own images")[:6]
-    assert [line.split()[1] for line in lines] == [
-        "shards",
-        "shards",
-        "shards",
-        "train_flyp.py",
-        "wiseft",
-        "export",
-    ]
+    lines = code("An hour with your own images")[:8]
+    steps = ["shards", "shards", "shards", "shards", "train", "wiseft", "eval", "export"]
+    assert [line.split()[1] for line in lines] == steps
     for line in lines:
-        line = line.replace("--model ViT-B-16", model).replace("--pretrained openai", "--pretrained start.pt")
-        if "train_flyp.py" in line or " wiseft " in line:
-            line += f" {size}" + (" --name RUN" if "train_flyp.py" in line else "")
-        if " export " in line:
-            (merged,) = (tmp_path / "merged").glob("*.pt")
-            line = line.replace("merged/wise_ft_alpha=0.60.pt", str(merged))
-        said = shell(line)
-        assert "Traceback" not in said
+        line = line.partition("  #")[0].replace("--model ViT-B-16", f"--model {name}")
+        line = line.replace("--pretrained openai", f"--pretrained {tag}")
+        line += " --lr 2e-3 --epochs 30" if " train " in line else ""  # from random weights
+        said = shell(f"{line} {size}" if line.split()[1] in ("train", "wiseft", "eval") else line)
+        assert "Traceback" not in said and "mismatch" not in said
     assert {path.name for path in (tmp_path / "classifier").iterdir()} >= {"config.json", "model.safetensors"}
-    assert (tmp_path / "merged" / "frontier.png").exists()
+    assert (tmp_path / "logs/birds/wiseft/frontier.png").exists()
+
+    content = json.loads((tmp_path / "logs/birds/flyp.json").read_text())
+    entry = pretrained._PRETRAINED[name][tag]
+    assert content["model_cfg"].get("quick_gelu", False) == (tag == "openai")
+    assert content["preprocess_cfg"]["mean"] == list(entry["mean"])
+    rows = (tmp_path / "logs/birds/checkpoints/results.jsonl").read_text().splitlines()
+    figures = {"run": json.loads(rows[-1])["val/top1"]}
+    said = shell(f"flyp eval logs/birds --epoch last --eval-data val=data/val --json {size} 2> said")
+    figures["eval"] = json.loads(said)["results"]["val"]["top1"]
+    sweep = json.loads((tmp_path / "logs/birds/wiseft/wiseft.json").read_text())
+    figures["wiseft"] = sweep["alphas"]["1.00"]["val"]["top1"]
+    classifier = ImageClassifier.from_run(tmp_path / "logs/birds", epoch="last")
+    shards = expand_source(str(tmp_path / "data/val"), "val")
+    loader = LabelledDataset(shards, classifier.preprocess, 50, num_classes=10)
+    figures["from_run"] = evaluate(classifier, loader)["top1"]
+    shell("flyp export logs/birds --epoch last --format timm --out last")
+    if tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 26):
+        model = timm.create_model(f"local-dir:{tmp_path}/last", pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        figures["timm"] = evaluate(model, LabelledDataset(shards, transform, 50, num_classes=10))["top1"]
+    assert len(set(figures.values())) == 1 and figures["run"] > 0.2, figures
 
 
 def test_the_python_runs(tmp_path, digits, monkeypatch):
