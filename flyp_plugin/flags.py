@@ -114,7 +114,7 @@ def check_open_clips(args: Namespace, plain: Namespace, world_size: int) -> None
         )
     if getattr(args, "epochs_cooldown", None) is not None and args.lr_scheduler != "const-cooldown":
         raise InputError("--epochs-cooldown does nothing without --lr-scheduler const-cooldown; add that.")
-    if args.copy_codebase and "site-packages" in str(getattr(find_spec("open_clip_train"), "origin", "")):
+    if args.copy_codebase and "site-packages" in str(getattr(find_spec("open_clip"), "origin", "")):
         raise InputError(
             "--copy-codebase would copy all of Python's packages, among which open_clip is installed; leave it out."
         )

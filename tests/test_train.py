@@ -356,7 +356,7 @@ def test_evaluation_sets_are_scored_before_training_and_after_each_epoch(launch,
     log = (folder / "out.log").read_text()
     best = max((1, 2), key=lambda epoch: (rows[epoch]["val/top1"], -epoch))
     assert f"Best epoch on val: {best}," in log
-    command = re.search(r"\n  flyp (wiseft .*)\n", log)[1].split()
+    command = re.search(r"pretrained weights: flyp (wiseft \S+)", log)[1].split()
     assert flyp([*command, "--alphas", "0:1:0.5"]) in (None, 0)
     sweep = json.loads((folder / "wiseft" / "wiseft.json").read_text())
     assert sweep["model"] == MODEL
