@@ -1,5 +1,7 @@
 """What all tests share: digits as shards."""
 
+from multiprocessing import active_children
+
 import open_clip
 import pytest
 import torch
@@ -28,3 +30,16 @@ def start(digits, tmp_path_factory):
 def _impatient(monkeypatch):
     """What fails over a network is tried again at once."""
     monkeypatch.setattr(sources, "BACKOFF", 0.001)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_workers_left():
+    """End the workers of trainings in this process, which live as long as their loader.
+
+    That is in cycles of references, so a garbage collection frees it; torch then waits five seconds and more for each
+    worker, whose queue may be gone already. A worker that its parent ends reports success, so nothing takes it for a crash.
+    """
+    before = set(active_children())
+    yield
+    for worker in set(active_children()) - before:
+        worker.terminate()
