@@ -155,9 +155,11 @@ class Place:
 
 
 def entries() -> list[Entry]:
-    """All of the registry whose model has a configuration (open_clip 2.28 lists two that have none)."""
-    known = pretrained._PRETRAINED.items()
-    return [Entry(name, tag) for name, tags in known for tag in tags if name in factory._MODEL_CONFIGS]
+    """All of the registry that are of images: open_clip 2.28 lists two tags without a model, and 4 has some of sounds."""
+    known = {name for name, config in factory._MODEL_CONFIGS.items() if "vision_cfg" in config}
+    return [
+        Entry(name, tag) for name, tags in pretrained._PRETRAINED.items() if name in known for tag in tags
+    ]
 
 
 # small models of the registry's names
@@ -272,7 +274,7 @@ def small_models(folder: Path) -> Iterator[None]:
     configs = folder / "configs"
     configs.mkdir()
     originals = dict(factory._MODEL_CONFIGS)
-    for name in pretrained._PRETRAINED.keys() & originals.keys():
+    for name in {entry.name for entry in entries()}:
         (configs / f"{name}.json").write_text(json.dumps(shrunk(originals[name], folder)))
     towers = {
         config["vision_cfg"].get("timm_model_name") for config in originals.values() if "vision_cfg" in config

@@ -10,6 +10,8 @@ import pytest
 import torch
 from open_clip import factory
 
+from flyp_plugin.errors import InputError
+from flyp_plugin.model_spec import ModelSpec
 from tests import registry
 from tests.registry import Entry
 
@@ -81,3 +83,11 @@ def test_a_place_has_one_meaning_from_training_to_export(kind, tokenizer, models
     with registry.hub(tmp_path / "it"):
         assert registry.check_whole(place, data, tmp_path) == {}
     shutil.rmtree(tmp_path)
+
+
+def test_a_model_of_sounds_is_refused():
+    name = "CLAP-HTSAT-tiny"
+    if name not in factory.list_models():
+        pytest.skip("came with open_clip 4")
+    with pytest.raises(InputError, match=f"{name} is not a model of images and texts"):
+        ModelSpec.of(name)
