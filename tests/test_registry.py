@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from open_clip import factory
+from open_clip.timm_model import TimmModel
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.model_spec import ModelSpec
@@ -30,7 +31,6 @@ SAMPLE = [
     ("convnext_base", "laion400m_s13b_b51k", "", ""),
     ("EVA02-B-16", "merged2b_s8b_b131k", "", ""),
     ("ViT-B-16-SigLIP", "webli", "", ""),  # mean, std, squash, a tokenizer of its own
-    ("ViT-B-16-SigLIP", "webli", "--force-image-size 96", "open_clip"),
     ("PE-Core-B-16", "meta", "", ""),  # mean, std, bilinear, squash
 ]
 SAMPLE = [sample for sample in SAMPLE if Entry(*sample[:2]) in registry.entries()]
@@ -71,6 +71,18 @@ def test_one_meaning_from_training_to_export(name, tag, flags, refusing, models,
         refused = registry.check_whole(entry, data, tmp_path, *flags.split())
     shutil.rmtree(tmp_path)
     assert list(refused) == refusing.split(), refused
+
+
+def test_a_timm_tower_at_another_size_has_one_meaning(models, data, tmp_path):
+    entry = Entry("ViT-B-16-SigLIP", "webli")
+    with registry.downloads(entry, models):
+        if hasattr(TimmModel, "set_input_size"):
+            refused = registry.check_whole(entry, data, tmp_path, "--force-image-size", "96")
+            assert list(refused) == ["open_clip"] and "image size of its name" in refused["open_clip"]
+        else:  # open_clip before 3.0
+            with pytest.raises(InputError, match="for size 224, not 96"):
+                registry.check_whole(entry, data, tmp_path, "--force-image-size", "96")
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("tokenizer", [False, True], ids=["", "own-tokenizer"])
