@@ -133,8 +133,8 @@ def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any,
     if isinstance(visual, TimmModel):
         architecture = vision["timm_model_name"].split(".")[0]
         model_args = {"global_pool": pool} if (pool := vision.get("timm_pool", "avg")) else {}
-        if size := _other_size(visual.trunk):
-            model_args["img_size"] = size
+        if other_size := _other_size(visual.trunk):
+            model_args["img_size"] = other_size
         weights, projection, bias = _timm_tower(visual)
     elif isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.proj is not None:
         architecture = "vit_base_patch16_clip_224"  # of any size: every measure is in the arguments

@@ -416,6 +416,11 @@ def check_meaning(entry: Entry, folder: Path) -> None:
         assert found == expected, f"{entry}: {where} has {found}, not {expected}"
 
     same(ModelSpec.of(entry.name, entry.tag), "the tag")
+    name, tag = (
+        "/".join(entry.name.rsplit("-", 1)),
+        entry.tag.upper().replace("_", "-"),
+    )  # open_clip takes these too
+    same(ModelSpec.of(name, tag), f"{name} with {tag}")
     args = openclip.parse_args(["--model", entry.name, "--pretrained", entry.tag])
     spec = train._spec(args, None)
     same(spec, "train-start")

@@ -11,6 +11,7 @@ import torch
 from open_clip import factory
 from open_clip.timm_model import TimmModel
 
+from flyp_plugin import record
 from flyp_plugin.errors import InputError
 from flyp_plugin.model_spec import ModelSpec
 from tests import registry
@@ -95,6 +96,12 @@ def test_a_place_has_one_meaning_from_training_to_export(kind, tokenizer, models
     with registry.hub(tmp_path / "it"):
         assert registry.check_whole(place, data, tmp_path) == {}
     shutil.rmtree(tmp_path)
+
+
+def test_a_places_weights_have_no_record_in_this_folder(tmp_path, monkeypatch):
+    record.Record(record.of_model(ModelSpec.of("ViT-B-32"))).write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert record.find(".") is not None and record.find("") is None
 
 
 def test_a_model_of_sounds_is_refused():
