@@ -60,7 +60,8 @@ def export_command(args: argparse.Namespace) -> None:
         prompts = learned.class_prompts
     known = Record({**(target.record.content if target.record else {}), **of_model(target.spec)})
     if args.format == "open_clip":
-        if isinstance(model.visual, TimmModel) and _other_size(model.visual.trunk):
+        forced = target.spec.forced.get("force_image_size")
+        if forced and isinstance(model.visual, TimmModel) and _other_size(model.visual.trunk):
             raise InputError(
                 f"open_clip builds {config['vision_cfg']['timm_model_name']} at the image size of its name alone, and could "
                 "not read weights that were trained at another; use --format timm."
@@ -189,7 +190,7 @@ def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any,
 
 
 def _other_size(trunk: Any) -> list[int] | None:
-    """[height, width] of the images where --force-image-size has changed them: the position embeddings are of that size."""
+    """[height, width] of the images that a tower's position embeddings are for, where these are not its name's."""
     size = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
     return list(size) if size and tuple(size) != tuple(trunk.pretrained_cfg["input_size"][1:]) else None
 
