@@ -453,7 +453,9 @@ def check_meaning(entry: Entry, folder: Path) -> None:
 
 
 def check_whole(entry: Entry | Place, data: Path, folder: Path, *flags: str) -> dict[str, str]:
-    """From `flyp train`, within `downloads` or `hub`, through eval, wiseft, from_run and both exports: one meaning, and the same figures to the last image.
+    """From `flyp train` through eval, wiseft, from_run and both exports: one meaning, and the same figures to the last image.
+
+    Called within `downloads` or `hub`.
 
     Args:
         data: as of `write_data`.
@@ -479,18 +481,9 @@ def check_whole(entry: Entry | Place, data: Path, folder: Path, *flags: str) -> 
         )
 
     run = folder / "run"
-    argv = [
-        "--model",
-        entry.name,
-        "--pretrained",
-        entry.tag,
-        "--train-data",
-        str(data),
-        "--eval-data",
-        f"val={data}",
-    ]
-    argv += ["--logs", str(folder), "--name", "run", "--device", "cpu", "--workers", "0", "--epochs", "1"]
-    argv += ["--batch-size", "10", "--lr", "1e-3", *flags]
+    argv = ["--model", entry.name, "--pretrained", entry.tag, "--train-data", str(data)]
+    argv += [f"--eval-data=val={data}", "--logs", str(folder), "--name", "run", "--device", "cpu", *flags]
+    argv += ["--workers", "0", "--epochs", "1", "--batch-size", "10", "--lr", "1e-3"]
     argv += ["--siglip"] if "init_logit_bias" in entry.config else []
     trained: list[nn.Module] = []
     original = train.FlypRun.on_model
@@ -646,6 +639,7 @@ def main() -> None:
                         here.mkdir()
                         refused = check(here) or {}
                         shutil.rmtree(here)
+                    assert "open_clip" not in refused, refused["open_clip"]
                 results[entry] = "; ".join(["ok", *refused.values()])
             except Exception as error:  # noqa: BLE001 - the others are to be checked all the same
                 results[entry] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
