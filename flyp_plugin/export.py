@@ -60,6 +60,12 @@ def export_command(args: argparse.Namespace) -> None:
         prompts = learned.class_prompts
     known = Record({**(target.record.content if target.record else {}), **of_model(target.spec)})
     if args.format == "open_clip":
+        forced = target.spec.forced.get("force_image_size")
+        if forced and isinstance(model.visual, TimmModel) and _other_size(model.visual.trunk):
+            raise InputError(
+                f"open_clip builds {config['vision_cfg']['timm_model_name']} at the image size of its name alone, and could "
+                "not read weights that were trained at another; use --format timm."
+            )
         with replacing_folder(out, args.force) as folder:
             save_open_clip(model, config, tokenizer, folder)
             known.write(folder)
@@ -128,6 +134,8 @@ def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any,
     if isinstance(visual, TimmModel):
         architecture = vision["timm_model_name"].split(".")[0]
         model_args = {"global_pool": pool} if (pool := vision.get("timm_pool", "avg")) else {}
+        if other_size := _other_size(visual.trunk):
+            model_args["img_size"] = other_size
         weights, projection, bias = _timm_tower(visual)
     elif isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.proj is not None:
         architecture = "vit_base_patch16_clip_224"  # of any size: every measure is in the arguments
@@ -179,6 +187,12 @@ def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any,
         "model_args": model_args,
         "pretrained_cfg": pretrained_cfg,
     }
+
+
+def _other_size(trunk: Any) -> list[int] | None:
+    """[height, width] of the images that a tower's position embeddings are for, where these are not its name's."""
+    size = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    return list(size) if size and tuple(size) != tuple(trunk.pretrained_cfg["input_size"][1:]) else None
 
 
 def _timm_tower(visual: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:

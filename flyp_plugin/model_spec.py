@@ -51,7 +51,7 @@ class ModelSpec:
         """What a name and one of its pretrained tags mean; `pretrained` that is no tag adds nothing.
 
         Raises:
-            InputError: the place of an `hf-hub:` or `local-dir:` name has no configuration.
+            InputError: the place of an `hf-hub:` or `local-dir:` name has no configuration, or the model sees no images (CLAP).
         """
         if is_place(name):
             config = _config_of_place(name)
@@ -61,6 +61,8 @@ class ModelSpec:
             preprocess_cfg = open_clip.get_pretrained_cfg(_clean(name), pretrained)
             if _tag_has_quick_gelu(_clean(name), pretrained):
                 model_cfg["quick_gelu"] = True
+        if "vision_cfg" not in model_cfg:
+            raise InputError(f"{name} is not a model of images and texts; choose another --model.")
         return cls(name, model_cfg, _preprocess_cfg(model_cfg, preprocess_cfg))
 
     @property

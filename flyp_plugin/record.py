@@ -159,7 +159,8 @@ def find(weights: str | os.PathLike) -> Record | None:
     """The record that belongs to a checkpoint, merged weights, an export, or a folder of a run; None where there is none."""
     path = Path(weights)
     folder = path if path.is_dir() else path.parent
-    if not path.exists():
+    # '' are the weights of an hf-hub: or local-dir: model, and not the current folder, as which Path has it
+    if not os.fspath(weights) or not path.exists():
         return None
     return read(folder) or (read(folder.parent) if folder.absolute().name == "checkpoints" else None)
 

@@ -74,6 +74,8 @@ class FlypRun:
         device = ["--device", checkpoints.default_device()]
         args = openclip.parse_args([*_flags(self.defaults, world_size), *device, *rest])
         self.args = args = argparse.Namespace(**{**vars(args), **vars(ours)})
+        if not is_place(args.model):
+            args.model = args.model.replace("/", "-")  # ViT-B/16, which some of open_clip takes
         if args.model_config:
             checkpoints.add_model_config(args.model_config)
         checkpoints.check_names(args.model, args.pretrained)
@@ -375,7 +377,10 @@ def _spec(args: argparse.Namespace, resumed: Record | None) -> ModelSpec:
 
 
 def _check_built(model: Any, spec: ModelSpec) -> None:
-    """InputError where open_clip has made another model than it was asked for, as before 2.30 of OpenAI's weights."""
+    """InputError where open_clip has made another model than it was asked for.
+
+    Before 2.30 it does so of OpenAI's weights, and before 3.0 it leaves timm's towers at their own size.
+    """
     has = {key: plain(value) for key, value in model.visual.preprocess_cfg.items()}
     other = [
         f"{key} {has[key]}, not {value}"
@@ -385,6 +390,9 @@ def _check_built(model: Any, spec: ModelSpec) -> None:
     native = isinstance(model, CLIP) or not hasattr(model.visual, "trunk")
     if native and spec.quick_gelu != any(isinstance(module, QuickGELU) for module in model.modules()):
         other.append(f"another activation than {spec.activation}")
+    size = getattr(getattr(getattr(model.visual, "trunk", None), "patch_embed", None), "img_size", None)
+    if spec.forced.get("force_image_size") and size and plain(size) != spec.preprocess_cfg["size"]:
+        other.append(f"an image tower of timm's for size {plain(size)}, not {spec.preprocess_cfg['size']}")
     if other:
         raise InputError(
             f"open_clip_torch {open_clip.__version__} has made {spec.name} with {other[0]}; leave the flag out that asks for "

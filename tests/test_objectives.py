@@ -475,7 +475,8 @@ def test_heads_of_other_classes_are_not_merged(tuned, start, digits, tmp_path):
 
 def test_training_does_not_start_from_a_learned_head(launch, tuned):
     with pytest.raises(
-        InputError, match="learned head: `flyp export --format open_clip` writes the towers alone"
+        InputError,
+        match="learned head, which open_clip cannot load; `flyp export --format open_clip` writes its",
     ):
         launch("--pretrained", tuned / "checkpoints" / "epoch_2.pt", name="again")
 
