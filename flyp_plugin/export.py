@@ -162,6 +162,8 @@ def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any,
         weights |= {f"{name}.weight": weight.reshape(shape), f"{name}.bias": bias}
         twin.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        if str(error).startswith("CUDA"):  # of the device, not of the model
+            raise
         raise _no_twin(f"{architecture}: {str(error).strip().splitlines()[-1].strip()[:200]}") from error
     preprocess = visual.preprocess_cfg
     size = preprocess["size"] if isinstance(preprocess["size"], (tuple, list)) else [preprocess["size"]] * 2

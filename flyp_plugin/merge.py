@@ -170,7 +170,7 @@ def _default_out(known: Record) -> Path:
 def _out(args: argparse.Namespace, known: Record | None) -> Path:
     if args.out:
         return Path(args.out)
-    if known is None or not (known.folder and (known.folder / "checkpoints").is_dir()):
+    if args.average or known is None or not (known.folder and (known.folder / "checkpoints").is_dir()):
         raise InputError("--out is missing; give a folder for the merged weights.")
     return _default_out(known)
 

@@ -172,7 +172,8 @@ def run(plan: "FlypRun") -> int:
                 raise _alone(args, error) from None
             if not seams.started and (reason := _refusal(error)):
                 raise InputError(f"open_clip refuses these flags: {reason} (see --help-open-clip).") from None
-            if not (args.resume and seams.model and seams.train is None):  # where it is read
+            another = isinstance(error, (ValueError, KeyError)) or "in loading state_dict" in str(error)
+            if not (another and args.resume and seams.model and seams.train is None):  # where it is read
                 raise
             raise InputError(
                 f"open_clip could not resume from {args.resume} ({shorten(str(error), 300, placeholder=' ...')}); give the "

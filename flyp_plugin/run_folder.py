@@ -74,12 +74,14 @@ def refuse_other_run(resumed: Record, args: Namespace, spec: ModelSpec) -> None:
         for name in ("model", "objective")
         if resumed.get(name) != getattr(args, name)
     ]
-    others += resumed.spec.differences(spec)
     if others:
         raise InputError(
             f"the run in {resumed.folder} is one with {others[0]}; give another --name, or the flags that it was begun with."
-            if others[0].startswith("--")
-            else f"the run in {resumed.folder} was begun otherwise ({others[0]} now); give another --name, or leave that flag out."
+        )
+    if changed := resumed.spec.differences(spec):
+        raise InputError(
+            f"your flags would change what the weights of {resumed.folder} mean ({changed[0]}); leave them out, or start a "
+            "run with another --name."
         )
 
 

@@ -323,7 +323,7 @@ def train(argv: Sequence[str]) -> int:
 def _logging_until_open_clip_does() -> Iterator[None]:
     logger, handler = logging.getLogger("flyp_plugin"), logging.StreamHandler()
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if openclip.world()[0] == 0 else logging.ERROR)
     try:
         yield
     finally:
