@@ -102,7 +102,11 @@ def shell(tmp_path):
     for path in bin_folder.iterdir():
         path.chmod(0o755)
     (tmp_path / "train_flyp.py").write_text((REPO / "train_flyp.py").read_text())
-    env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(REPO)}
+    env = {
+        **os.environ,
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{REPO}",
+    }
 
     def shell(line):
         done = subprocess.run(
@@ -130,10 +134,11 @@ TAGGED = """
 # flyp, with a real entry of open_clip's registry whose model is small and whose weights are a file
 import json, sys
 import open_clip
-from open_clip import pretrained
-config, name, tag = json.load(open("model.json")), sys.argv.pop(1), sys.argv.pop(1)
-open_clip.factory._MODEL_CONFIGS[name] = config
-pretrained._PRETRAINED[name][tag] = {**pretrained._PRETRAINED[name][tag], "file": "start.pt"}
+open_clip.factory._MODEL_CONFIGS[sys.argv.pop(1)] = json.load(open("model.json"))
+for place in (open_clip, open_clip.factory):
+    place.download_pretrained = lambda *args, **kwargs: "start.pt"
+import open_clip.openai
+open_clip.openai.download_pretrained_from_url = lambda *args, **kwargs: "start.pt"  # before open_clip 2.30
 from flyp_plugin.cli import main
 main(sys.argv[1:])
 """
@@ -147,12 +152,16 @@ def test_an_hour_with_your_own_images(shell, tmp_path, digits, name, tag):
         photos(tmp_path / "photos" / split, data.images[some], data.target[some])
     photos(tmp_path / "other/photos", 16 - data.images[260:320], data.target[260:320])
     (tmp_path / "tagged.py").write_text(TAGGED)
-    (tmp_path / "model.json").write_text((digits / "digits-vit.json").read_text())
-    (tmp_path / "bin/flyp").write_text(f'#!/bin/sh\nexec {sys.executable} tagged.py {name} {tag} "$@"\n')
-    open_clip.add_model_config(digits / "digits-vit.json")
+    config = json.loads((digits / "digits-vit.json").read_text())
+    config["vision_cfg"]["head_width"], config["text_cfg"]["heads"] = (
+        64,
+        1,
+    )  # as open_clip 2.28 takes OpenAI's to be
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    (tmp_path / "bin/flyp").write_text(f'#!/bin/sh\nexec {sys.executable} tagged.py {name} "$@"\n')
+    open_clip.add_model_config(tmp_path / "model.json")
     torch.manual_seed(0)
-    weights = open_clip.create_model("digits-vit", force_quick_gelu=tag == "openai").state_dict()
-    torch.save(weights, tmp_path / "start.pt")
+    torch.save(open_clip.create_model("model").state_dict(), tmp_path / "start.pt")
     shell("flyp shards write other/photos other/test")
     size = "--device cpu --workers 1 --batch-size 50"
     lines = code("An hour with your own images")[:8]

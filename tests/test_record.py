@@ -29,8 +29,11 @@ TAGS = {"odd": ODD, "quick": {**OPENAI, **QUICK}, "both": {**ODD, **QUICK}, "pla
 @pytest.fixture(scope="module", autouse=True)
 def tags(start):
     """Tags of the digits' model, as open_clip's registry has them, whose weights are a local file."""
-    registry._PRETRAINED["digits-vit"] = {tag: {"file": str(start), **entry} for tag, entry in TAGS.items()}
-    yield
+    registry._PRETRAINED["digits-vit"] = TAGS
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (open_clip, open_clip.factory):
+            patch.setattr(place, "download_pretrained", lambda *args, **kwargs: str(start))
+        yield
     del registry._PRETRAINED["digits-vit"]
 
 
@@ -205,7 +208,7 @@ def test_resuming_keeps_what_the_weights_mean(run, digits, caplog):
     assert known.pretrained == "both" and figures(run)[-1]["epoch"] == 4
     assert "Other settings than before" in (run / "out.log").read_text()
     for other, what in ((["--image-mean", "0", "0", "0"], "mean 0 0 0, not 0.1 0.2 0.3"),
-                        (["--force-image-size", "24"], "image_size 24, not 16")):  # fmt: skip
+                        (["--force-image-size", "24"], "vision_cfg.image_size 24, not 16")):  # fmt: skip
         with pytest.raises(InputError, match=f"would change what the weights of .* mean .{what}"):
             train(flags(digits, run, "--epochs", "5", "--resume", "latest", *other))
 
