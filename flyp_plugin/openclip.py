@@ -115,6 +115,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         raise InputError(
             f"{reason} (see --help for FLYP's flags, --help-open-clip for open_clip's)."
         ) from None
+    except InputError:
+        raise
     except (ValueError, SyntaxError) as error:  # as of --aug-cfg, or by open_clip's own hand
         raise InputError(f"open_clip cannot read its flags: {error} (see --help-open-clip).") from None
 

@@ -339,7 +339,7 @@ def test_a_column_that_looks_like_splits_is_named(tmp_path, values, caplog):
 
 def test_a_split_of_one_value_needs_no_flag(tmp_path, caplog):
     assert table(tmp_path, split_table("split", ["train"] * 8)) == ["cat", "dog"]
-    assert "split" not in caplog.text
+    assert "--split" not in caplog.text
 
 
 def test_lines_whose_split_is_spelled_otherwise_are_named(tmp_path, caplog):
