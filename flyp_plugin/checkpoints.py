@@ -191,6 +191,10 @@ def resolve(
         raise TypeError(f"{min(unknown)} is none of {', '.join(FLAGS)}")
     known = known or (record.find(pretrained) if pretrained else None)
     if known is None and model_name is None:
+        if not os.path.exists(pretrained):
+            raise InputError(
+                f"there is no run or checkpoint {pretrained}; check the path, or give a tag's --model."
+            )
         raise InputError(f"there is no {record.FILE} beside {pretrained} that says what it is; give --model.")
     if known is not None and model_name in (None, known.spec.name):
         spec = known.spec.with_flags(flags)

@@ -267,6 +267,11 @@ class FlypRun:
             self.few.cleanup()
         if getattr(self.args, "save_logs", False):  # on rank 0 alone
             how = "open_clip loads with pretrained=PATH"
+            if self.spec.differences(ModelSpec.of(self.args.model)):
+                how = (
+                    "flyp's commands read (open_clip alone would take them for another model: `flyp export --format open_clip` "
+                    "makes it a folder)"
+                )
             if self.objective.learned_head:
                 how = "flyp eval, flyp wiseft and flyp export read with their learned head"
             _log.info(f"Checkpoints, which {how}, are in {self.args.checkpoint_path}.")

@@ -258,6 +258,18 @@ def test_of_loose_weights_the_assumption_is_told(run, digits, tmp_path, capsys, 
     assert right == figures(run)[-1]["val/top1"] != wrong and "taken as" not in caplog.text
 
 
+def test_where_open_clip_alone_would_misread_it_is_told(runs):
+    said = "open_clip alone would take them for another model: `flyp export --format open_clip`"
+    assert [said in (runs(tag) / "out.log").read_text() for tag in TAGS] == [True, True, True, False]
+
+
+def test_a_path_that_is_nothing_is_a_sentence(tmp_path):
+    with pytest.raises(
+        InputError, match="there is no run or checkpoint .*bird; check the path, or give a tag's"
+    ):
+        flyp("eval", tmp_path / "bird")
+
+
 def test_contradicting_a_tag_is_refused_everywhere(digits, tmp_path):
     quick = ["--model", "digits-vit", "--force-quick-gelu"]
     for command in (
