@@ -137,8 +137,8 @@ import open_clip
 open_clip.factory._MODEL_CONFIGS[sys.argv.pop(1)] = json.load(open("model.json"))
 for place in (open_clip, open_clip.factory):
     place.download_pretrained = lambda *args, **kwargs: "start.pt"
-import open_clip.openai
-open_clip.openai.download_pretrained_from_url = lambda *args, **kwargs: "start.pt"  # before open_clip 2.30
+if openai := sys.modules.get("open_clip.openai"):  # which open_clip 2.28 asks for OpenAI's weights
+    openai.download_pretrained_from_url = lambda *args, **kwargs: "start.pt"
 from flyp_plugin.cli import main
 main(sys.argv[1:])
 """
