@@ -110,12 +110,8 @@ class FlypRun:
             self.defaults.pop("epochs", None)
             args.epochs = 1  # the fit, which the checkpoint epoch_1.pt holds
         self.num_samples = args.train_num_samples or count_samples(self.shards, args.image_key)
-        if not self.num_samples:
-            raise InputError(
-                f"no sample in {self.shards[0]} and the shards with it has a {args.image_key} member; name the images' "
-                "members with --image-key."
-            )
-        self.pairs = peek(self.shards, self.prompts, args.seed, args.image_key, args.label_key)
+        first = self.shards if self.num_samples else self.shards[:3]  # of none, it says what is wrong there
+        self.pairs = peek(first, self.prompts, args.seed, args.image_key, args.label_key)
         self.steps = _steps(args, self.num_samples, world_size)
         most = self.steps * args.epochs // 10
         if "warmup" in self.defaults and args.warmup > most:

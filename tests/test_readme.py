@@ -163,14 +163,14 @@ def test_an_hour_with_your_own_images(shell, tmp_path, digits, name, tag):
     torch.manual_seed(0)
     torch.save(open_clip.create_model("model").state_dict(), tmp_path / "start.pt")
     shell("flyp shards write other/photos other/test")
-    size = "--device cpu --workers 1 --batch-size 50"
+    size = "--device cpu --workers 1 --batch-size 25"
     lines = code("An hour with your own images")[:8]
     steps = ["shards", "shards", "shards", "shards", "train", "wiseft", "eval", "export"]
     assert [line.split()[1] for line in lines] == steps
     for line in lines:
         line = line.partition("  #")[0].replace("--model ViT-B-16", f"--model {name}")
         line = line.replace("--pretrained openai", f"--pretrained {tag}")
-        line += " --lr 2e-3 --epochs 30" if " train " in line else ""  # from random weights
+        line += " --lr 2e-3 --epochs 12" if " train " in line else ""  # from random weights
         said = shell(f"{line} {size}" if line.split()[1] in ("train", "wiseft", "eval") else line)
         assert "Traceback" not in said and "mismatch" not in said
     assert {path.name for path in (tmp_path / "classifier").iterdir()} >= {"config.json", "model.safetensors"}
