@@ -32,7 +32,7 @@ def _impatient(monkeypatch):
     monkeypatch.setattr(sources, "BACKOFF", 0.001)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _no_workers_left():
     """End the workers of trainings in this process, which live as long as their loader.
 

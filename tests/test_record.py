@@ -107,14 +107,14 @@ def test_it_is_written_before_the_first_step(digits, tmp_path, monkeypatch):
 @pytest.mark.parametrize("tag", TAGS)
 def test_one_figure_whoever_computes_it(runs, digits, tag, tmp_path, capsys):
     folder = runs(tag)
-    trained = figures(folder)[-1]["val/top1"]
+    # one of 797 images may be a tie: another size of batch, or number of threads, adds up in another order
+    trained = pytest.approx(figures(folder)[-1]["val/top1"], abs=1.001 / 797)
     assert top1(capsys, folder, "--epoch", "last") == trained
     assert top1(capsys, folder / "checkpoints/epoch_3.pt", "--eval-data", f"other={digits}") == trained
     flyp("wiseft", folder, "--alphas", "0,0.5,1", "--out", tmp_path / "merged", "--save-all", "--workers", 0)
     sweep = json.loads((tmp_path / "merged/wiseft.json").read_text())["alphas"]
-    assert (
-        sweep["1.00"]["val"]["top1"] == trained
-        and sweep["0.00"]["val"]["top1"] == figures(folder)[0]["val/top1"]
+    assert sweep["1.00"]["val"]["top1"] == trained and sweep["0.00"]["val"]["top1"] == pytest.approx(
+        figures(folder)[0]["val/top1"], abs=1.001 / 797
     )
     assert (
         top1(capsys, tmp_path / "merged/wise_ft_alpha=0.50.pt", "--eval-data", f"val={digits}")
@@ -135,7 +135,10 @@ def test_one_figure_whoever_computes_it(runs, digits, tag, tmp_path, capsys):
 
 def test_flags_override_the_record_and_say_so(run, capsys, caplog):
     caplog.set_level("INFO")
-    assert top1(capsys, run) == figures(run)[-1]["val/top1"] and "Other than" not in caplog.text
+    assert (
+        top1(capsys, run) == pytest.approx(figures(run)[-1]["val/top1"], abs=1.001 / 797)
+        and "Other than" not in caplog.text
+    )
     top1(capsys, run, "--image-mean", 0.5, 0.5, 0.5, "--image-resize-mode", "longest")
     said = "by your flags: mean 0.5 0.5 0.5, not 0.1 0.2 0.3; resize_mode longest, not squash."
     assert f"Other than {run}/flyp.json says, {said}" in caplog.text
@@ -148,8 +151,8 @@ def test_a_changed_configuration_is_not_read_instead(run, digits, tmp_path, caps
     config = {**digits_module.MODEL, "vision_cfg": {**digits_module.MODEL["vision_cfg"], "head_width": 32}}
     (tmp_path / "digits-vit.json").write_text(json.dumps(config))
     try:
-        assert (
-            top1(capsys, run, "--model-config", tmp_path / "digits-vit.json") == figures(run)[-1]["val/top1"]
+        assert top1(capsys, run, "--model-config", tmp_path / "digits-vit.json") == pytest.approx(
+            figures(run)[-1]["val/top1"], abs=1.001 / 797
         )
         with pytest.raises(InputError, match=r"configuration of digits-vit is not .*head_width 32, not 16"):
             resume = [
@@ -218,7 +221,9 @@ def test_training_goes_on_from_a_run_as_it_was_trained(run, digits, tmp_path, ca
     train(flags(digits, tmp_path / "second", "--pretrained", checkpoint, "--epochs", "1"))
     second = record.read(tmp_path / "second")
     assert second.spec == record.read(run).spec and len(second.get("pretrained")["sha256"]) == 64
-    assert figures(tmp_path / "second")[0]["val/top1"] == figures(run)[-1]["val/top1"]
+    assert figures(tmp_path / "second")[0]["val/top1"] == pytest.approx(
+        figures(run)[-1]["val/top1"], abs=1.001 / 797
+    )
 
 
 def test_a_start_that_changed_or_is_gone_is_a_sentence(run, digits, tmp_path):
@@ -255,7 +260,10 @@ def test_of_loose_weights_the_assumption_is_told(run, digits, tmp_path, capsys, 
     caplog.clear()
     every = ["--image-mean", *ODD["mean"], "--image-std", *ODD["std"], "--image-interpolation", "bilinear"]
     right = top1(capsys, loose, *model, *every, "--image-resize-mode", "squash", "--force-quick-gelu")
-    assert right == figures(run)[-1]["val/top1"] != wrong and "taken as" not in caplog.text
+    assert (
+        right == pytest.approx(figures(run)[-1]["val/top1"], abs=1.001 / 797) != wrong
+        and "taken as" not in caplog.text
+    )
 
 
 def test_where_open_clip_alone_would_misread_it_is_told(runs):
