@@ -380,7 +380,7 @@ def weights_file(spec: ModelSpec, pretrained: str) -> str:
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"the weights {pretrained or 'of'} of {spec.name} could not be downloaded ({reason}); check the network, or "
+            f"the weights {f'{pretrained} ' if pretrained else ''}of {spec.name} could not be downloaded ({reason}); check the network, or "
             "give a checkpoint's path."
         ) from error
     if not path:

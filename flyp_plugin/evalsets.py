@@ -27,6 +27,7 @@ from flyp_plugin.sources import RETRIES, expand_source, find_beside, stated_samp
 from flyp_plugin.targets import target_from_args
 
 _COLUMNS = ["set", "key", "label", "prediction", "probability", "group", "label_name", "prediction_name"]
+_FILES = {"classnames": "classnames.txt", "templates": "zeroshot_classification_templates.txt"}  # of a set
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +59,7 @@ def parse_eval_sets(
     Args:
         specs: as given with --eval-data.
         classnames, templates: replace the text files beside the shards, for all sets.
-        fallback: for sets that have no such file: a path, or the lines, by the names of the files. In training these are
+        fallback: `classnames` and `templates` for sets that have no such file: a path, or the lines. In training these are
             the flags of the training set.
 
     Raises:
@@ -77,12 +78,9 @@ def parse_eval_sets(
                 f"--eval-data gives the name {name!r} twice ({sets[name].source}, {source}); rename one."
             )
         shards = [shard for part in source.split("::") for shard in expand_source(part, "test")]
-        given: dict[str, Any] = {
-            "classnames.txt": classnames,
-            "zeroshot_classification_templates.txt": templates,
-        }
-        for file, other in (fallback or {}).items():
-            given[file] = given[file] or find_beside(shards, file) or other
+        given: dict[str, Any] = {"classnames": classnames, "templates": templates}
+        for name_of_list, other in (fallback or {}).items():
+            given[name_of_list] = given[name_of_list] or find_beside(shards, _FILES[name_of_list]) or other
         sets[name] = EvalSet(name, shards, resolve_prompts(shards, *given.values()), source)
     return list(sets.values())
 
@@ -119,9 +117,8 @@ def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[
 def eval_sets_from_args(args: argparse.Namespace, known: Record | None) -> list[EvalSet]:
     """The sets of --eval-data, else those of the run's training; a set without class names takes the run's --classnames."""
     specs = args.eval_data or (known.get("eval_data", []) if known else [])
-    files = {"classnames": "classnames.txt", "templates": "zeroshot_classification_templates.txt"}
-    given = known.get("classes_given", []) if known else []
-    return parse_eval_sets(specs, args.classnames, args.templates, {files[n]: known.get(n) for n in given})  # type: ignore[union-attr]
+    fallback = {name: known.get(name) for name in known.get("classes_given", [])} if known else {}
+    return parse_eval_sets(specs, args.classnames, args.templates, fallback)
 
 
 def eval_command(args: argparse.Namespace) -> None:

@@ -101,7 +101,7 @@ class FlypRun:
         _check_shots(args)
         self.shards, self.weights = _shards(args)
         self.prompts = resolve_prompts(self.shards, args.classnames, args.templates)
-        given = {"classnames.txt": args.classnames, "zeroshot_classification_templates.txt": args.templates}
+        given = {"classnames": args.classnames, "templates": args.templates}
         self.eval_sets = parse_eval_sets(args.eval_data, fallback=given)
         for eval_set in self.eval_sets if self.objective.learned_head else ():
             class_rows(self.prompts.classnames, eval_set.prompts.classnames, f"--eval-data {eval_set.name}")
