@@ -2,7 +2,7 @@
 
 import sys
 
-from flyp_plugin.cli import main
+from flyp_plugin.commands import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -183,12 +183,15 @@ def _in_lists(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
 
 
 def rebatch(
-    passes: Iterable[Iterable[Batch]], batch_size: int, total: int, may_lack: Callable[[], int] = lambda: 0
+    passes: Iterable[Iterable[Batch]],
+    batch_size: int,
+    total: int,
+    allowed_shortfall: Callable[[], int] = lambda: 0,
 ) -> Iterator[Batch]:
     """Batches of `batch_size` out of workers' batches, up to `total` samples; the last one may be smaller.
 
     Full batches pass through as they are; the workers' smaller last ones are joined. All of a pass is given out
-    before anything of the next. Where a pass ends no more than `may_lack()` samples short of the total, the last
+    before anything of the next. Where a pass ends no more than `allowed_shortfall()` samples short of the total, the last
     batch is smaller by them instead of starting another pass.
     """
     held: list[Batch] = []
@@ -218,7 +221,7 @@ def rebatch(
                 from_last_pass = False
             if not left:
                 return
-        if held and left <= batch_size and left - num_held() <= may_lack():
+        if held and left <= batch_size and left - num_held() <= allowed_shortfall():
             yield take(num_held())
             return
 
@@ -362,8 +365,8 @@ class ClassPromptDataset(IterableDataset):
                 yield chain([first], parts)
 
         alone = self.world_size == 1  # several ranks need equal batches
-        may_lack = (lambda: max(skipped.lost, skipped.number)) if alone else lambda: 0
-        for images, texts in rebatch(passes(), self.batch_size, self._samples, may_lack):
+        allowed_shortfall = (lambda: max(skipped.lost, skipped.number)) if alone else lambda: 0
+        for images, texts in rebatch(passes(), self.batch_size, self._samples, allowed_shortfall):
             yield {"image": images, "text": texts} if self.as_dict else (images, texts)
         skipped.report(f"epoch {epoch}")
         self._name_missing_classes(epoch)

@@ -22,7 +22,7 @@ class InputError(ValueError):
     """A mistake in what the user gave. Its text is one sentence: what is wrong, where, and how to fix it."""
 
 
-def printable(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """`text` out of a file, for a message: control characters as escapes."""
     return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 

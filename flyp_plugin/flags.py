@@ -42,7 +42,7 @@ OBJECTIVES = ("flyp", "ce", "lp", "lp-ft", "flyp-ce")  # what they are is in obj
 COLLISIONS = ("keep", "mask", "soft")
 
 
-def as_words(values: Mapping[str, Any]) -> list[str]:
+def to_argv(values: Mapping[str, Any]) -> list[str]:
     """Flags by their names in a parser's result, as a command line has them; those that are not given are left out."""
     words = []
     for name, value in values.items():
@@ -123,7 +123,7 @@ def check_open_clips(args: Namespace, plain: Namespace, world_size: int) -> None
 
 
 def _flag(name: str) -> str:
-    return as_words({name: True})[0]
+    return to_argv({name: True})[0]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
         "example:\n  python train_flyp.py --model ViT-B-16 --pretrained openai --train-data data --batch-size 256",
         epilog="All other flags are open_clip's (--model, --pretrained, --train-data, --batch-size, --epochs, --lr,\n"
         "--precision, --resume latest, ...): see --help-open-clip. With FLYP's defaults: "
-        + " ".join(as_words(DEFAULTS))
+        + " ".join(to_argv(DEFAULTS))
         + "\n(over all ranks together), and --local-loss --gather-with-grad with several ranks.",
     )
     # fmt: off

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import COLLISIONS, as_words
+from flyp_plugin.flags import COLLISIONS, to_argv
 from flyp_plugin.learned import HEAD, exact_logits
 
 Outputs = dict[str, Tensor]
@@ -198,7 +198,7 @@ def changes(args: Namespace) -> list[str]:
     """The flags given that change the training from plain FLYP, as a user writes them."""
     flags = {"objective": "flyp", "collisions": "keep", "ce_weight": 0.0}
     given = {name: getattr(args, name) for name, default in flags.items() if getattr(args, name) != default}
-    return [" ".join(as_words({name: value})) for name, value in given.items()]
+    return [" ".join(to_argv({name: value})) for name, value in given.items()]
 
 
 def check_flags(args: Namespace) -> None:

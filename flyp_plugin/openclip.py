@@ -37,9 +37,9 @@ from flyp_plugin import run_folder
 from flyp_plugin.checkpoints import one_reader, save
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import NO_ROOM, InputError
-from flyp_plugin.jobs import alone
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.record import newest_checkpoint
+from flyp_plugin.run_folder import folder_lock
 from flyp_plugin.samples import sample_seed
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ class _Seams:
         """Let no other process write to the run's folder; called on rank 0, where the run has a name."""
         if not self.locked:
             folder = Path(self.plan.args.logs, self.plan.args.name)
-            self.stack.enter_context(alone(folder, inherited=False))
+            self.stack.enter_context(folder_lock(folder, inherited=False))
             self.locked = True
             if not self.named or not run_folder.has_begun(folder):
                 self.stack.callback(self._withdraw_unless_started, folder)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from flyp_plugin.errors import CONTROLS, InputError, printable
+from flyp_plugin.errors import CONTROLS, InputError, escape_control_chars
 from flyp_plugin.names import normal, numbered, repeated_names, what_else
 from flyp_plugin.sources import all_beside, find_beside, lines_of
 
@@ -299,7 +299,7 @@ def _refuse_code(lines: list[str], place: str, what: str) -> None:
     if (form := what_else(lines)) is not None:
         example = "a photo of a {c}." if what == "templates" else "golden retriever"
         raise InputError(
-            f"{place} is {form} ({printable(lines[0][:40])!r}, ...); write each of the {what} on a line of its own, with "
+            f"{place} is {form} ({escape_control_chars(lines[0][:40])!r}, ...); write each of the {what} on a line of its own, with "
             f"nothing around it: {example}"
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from flyp_plugin.errors import InputError, printable
+from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import normal
 from flyp_plugin.sources import IMAGE_KEY, read_text
 
@@ -117,7 +117,9 @@ def from_table(
             wrong = (
                 f"{flag} {column} is {header.count(column)} columns" if column in header and column else wrong
             )
-            raise InputError(f"{wrong}: the columns of {path} are {printable(', '.join(header) or 'none')}.")
+            raise InputError(
+                f"{wrong}: the columns of {path} are {escape_control_chars(', '.join(header) or 'none')}."
+            )
     rows: list[Row] = []
     values: dict[str, Counter[str]] = {name: Counter() for name in header}
     spellings: set[str] = set()
@@ -140,7 +142,7 @@ def from_table(
             )
         image = os.path.join(root or os.path.dirname(path), row[image_col])
         if not os.path.isfile(image):
-            missing.append(f"{printable(image)} (line {line})")
+            missing.append(f"{escape_control_chars(image)} (line {line})")
         elif not image_ending(image):
             raise InputError(f"{image} ({path}, line {line}) is not a {IMAGES} file; convert it first.")
         spellings.add(label)
@@ -220,7 +222,7 @@ def _check_fields(fields: Sequence[str], width: int, delimiter: str, place: str)
             )
     if len(fields) != width:
         raise InputError(
-            f"{place}, has {len(fields)} fields and the header {width}: {printable(delimiter.join(fields)[:80])!r}; put a "
+            f"{place}, has {len(fields)} fields and the header {width}: {escape_control_chars(delimiter.join(fields)[:80])!r}; put a "
             f'text with {name} in it in quote marks ("crane, bird"), and write all fields.'
         )
 
@@ -286,7 +288,7 @@ def _tell_spelled(spellings: Iterable[str]) -> None:
     if other:
         _log.info(
             "Class names are taken without what cannot be seen in them (white space other than single blanks, accents "
-            f"apart from their letters): {len(other)} here, such as {printable(normal(other[0]))!r}."
+            f"apart from their letters): {len(other)} here, such as {escape_control_chars(normal(other[0]))!r}."
         )
 
 

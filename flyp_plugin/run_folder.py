@@ -1,11 +1,14 @@
 """A run's folder, logs/NAME, as open_clip lays it out: what is found there before a start, and mended after a stop."""
 
+import fcntl
 import json
 import logging
+import os
 import re
 import zipfile
 from argparse import Namespace
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from flyp_plugin.model_spec import ModelSpec
 from flyp_plugin.record import RESULTS, Record
 from flyp_plugin.sources import is_url, write_atomically
 
+LOCK = ".lock"  # in a folder that is written to
 _RECORDS = ("out.log", "params.txt", record.FILE)
 _log = logging.getLogger(__name__)
 
@@ -157,3 +161,44 @@ def withdraw(folder: Path) -> None:
     for path in (folder / "checkpoints", folder / "tensorboard", folder):
         with suppress(OSError):  # there is none, or something in it
             path.rmdir()
+
+
+@contextmanager
+def folder_lock(folder: Path, inherited: bool = True) -> Iterator[int]:
+    """Hold a lock on a folder, which is made where there is none and deleted where nothing is put into it.
+
+    Args:
+        inherited: commands that are given the file descriptor hold the lock too, so that one that outlives its killed
+            parent is noticed. Else this process alone does, and none that it forks.
+
+    Raises:
+        InputError: it is held already, or the folder cannot be written to.
+    """
+    new, path = not folder.exists(), folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written to ({error.strerror}); choose another folder."
+        ) from None
+    with open(path, "a") as lock:
+        try:
+            (fcntl.flock if inherited else fcntl.lockf)(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = not os.path.samestat(os.fstat(lock.fileno()), os.stat(path))  # who held it deletes it
+        except (BlockingIOError, FileNotFoundError):
+            held = True
+        except OSError as error:
+            held = False
+            _log.warning(f"{folder} cannot be locked ({error.strerror}); let nothing else write to it.")
+        if held:
+            raise InputError(
+                f"another process, or a run that one left behind, is writing to {folder}; wait for it or end it."
+            )
+        try:
+            yield lock.fileno()
+        finally:
+            path.unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # there is something in it
+                    folder.rmdir()

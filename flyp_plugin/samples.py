@@ -24,16 +24,16 @@ import webdataset as wds
 from PIL import Image
 from webdataset.tariterators import group_by_keys
 
-from flyp_plugin.errors import InputError, printable
+from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.sources import (
     IMAGE_KEY,
     RETRIES,
     Header,
+    backoff_delays,
     is_member,
     is_remote,
-    may_pass,
+    is_transient,
     opened,
-    waits,
     why_apart,
 )
 
@@ -93,7 +93,7 @@ def read_samples(
     """
     for shard in shards:
         given = 0
-        for wait in [*waits(retries if is_remote(shard) else 0), None]:
+        for wait in [*backoff_delays(retries if is_remote(shard) else 0), None]:
             errors: list[Exception] = []
             held: Sample | None = None
             for sample in islice(_grouped(shard, errors), given, None):
@@ -101,14 +101,16 @@ def read_samples(
                     yield {**held, "__broken__": False}
                     given += 1
                 held = sample
-            if errors and wait is not None and may_pass(errors[0]):
-                _log.warning(f"{printable(shard)}: {reason(errors[0])}; trying again in {wait:.0f} s.")
+            if errors and wait is not None and is_transient(errors[0]):
+                _log.warning(
+                    f"{escape_control_chars(shard)}: {reason(errors[0])}; trying again in {wait:.0f} s."
+                )
                 time.sleep(wait)
                 continue
             if held:
                 yield {**held, "__broken__": bool(errors)}
             if errors:
-                skip(f"{printable(shard)}: {reason(errors[0])}", max(0, samples_in(shard) - given))
+                skip(f"{escape_control_chars(shard)}: {reason(errors[0])}", max(0, samples_in(shard) - given))
             break
 
 
@@ -164,10 +166,10 @@ def labelled(
             skip(f"{place(found)}, has no {image_key.replace(';', '/')} member{_why_no_image(sample)}")
             continue
         if text is None:
-            members = printable(", ".join(_members_of(sample)))
+            members = escape_control_chars(", ".join(_members_of(sample)))
             raise InputError(
                 f"{place(found)}, has no label '{label_key}' (its members: {members[:200]}); "
-                f"{printable(why_apart(shard) or _label_elsewhere(sample))}."
+                f"{escape_control_chars(why_apart(shard) or _label_elsewhere(sample))}."
             )
         if not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text):
             raise InputError(
@@ -192,13 +194,13 @@ def _why_no_image(sample: Sample) -> str:
     """What to do about a sample without an image where its members, or its tar, tell; else nothing."""
     apart = why_apart(sample["__url__"])
     if apart is not None:
-        return printable(f": {apart}")
+        return escape_control_chars(f": {apart}")
     for name in _members_of(sample):
         ending = name.rpartition(".")[2]
         if ending == name and ending in ENDINGS:
             return f", but '{ending}': give --image-key {ending}"
         if ending in ENDINGS:
-            return printable(
+            return escape_control_chars(
                 f", but '{name[:80]}': a sample's key ends at the first dot of its file name, so write the rest without "
                 "dots (img_v2_1.png, not img.v2.1.png)"
             )
@@ -242,7 +244,7 @@ def _member(sample: Sample, key: str) -> str | None:
 
 def place(sample: Sample) -> str:
     """Where a sample is, for a message."""
-    return printable(f"{sample['shard']}, sample {sample['key']}")
+    return escape_control_chars(f"{sample['shard']}, sample {sample['key']}")
 
 
 def reason(error: BaseException) -> str:
@@ -251,7 +253,7 @@ def reason(error: BaseException) -> str:
     if found := re.search(r"exit (-?\d+) \(read\)", str(error)):  # webdataset's, of a `pipe:`
         return f"the command ended with status {found[1]}"
     text = re.sub(r" <_io\.\w+ object at \w+>", "", str(known or (error.args[0] if error.args else error)))
-    return printable(
+    return escape_control_chars(
         f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
     )
 

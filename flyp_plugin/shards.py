@@ -3,7 +3,6 @@
 A sample is KEY.(jpg|jpeg|png|webp) + KEY.cls, as in CLIP_benchmark. Image bytes are copied, never re-encoded.
 """
 
-import argparse
 import io
 import logging
 import os
@@ -357,15 +356,3 @@ def in_processes(function: Callable, items: Sequence, workers: int, what: str) -
             for worker in set(active_children()) - others:
                 worker.terminate()
             raise
-
-
-def write_command(args: argparse.Namespace) -> None:
-    """flyp shards write"""
-    write(**{name: value for name, value in vars(args).items() if name != "function"})
-
-
-def subset_command(args: argparse.Namespace) -> None:
-    """flyp shards subset"""
-    sizes = subset(**{name: value for name, value in vars(args).items() if name != "function"})
-    _log.info(f"Wrote {sum(sizes.values())} samples in {len(sizes)} shards to {args.dest}.")
-    _log.info(f"Next: flyp shards check {args.dest}")

@@ -47,13 +47,13 @@ def is_remote(shard: str) -> bool:
     return is_url(shard) or shard.startswith("pipe:")
 
 
-def waits(retries: int) -> Iterator[float]:
+def backoff_delays(retries: int) -> Iterator[float]:
     """Seconds to wait before each further try: exponential backoff, with jitter for the sake of the server."""
     for attempt in range(retries):
         yield BACKOFF * 2**attempt * random.SystemRandom().uniform(0.5, 1)
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether what failed over a network may work a little later: not a wrong address, a 404, a member that is twice."""
     code, reason = (getattr(error, name, None) for name in ("code", "reason"))
     if code is not None:
@@ -67,7 +67,7 @@ def read_text(path: str) -> str | None:
     Raises:
         InputError: it is there but is not UTF-8, or larger than text is, or the server does not answer.
     """
-    for wait in [*waits(TEXT_RETRIES if is_url(path) else 0), None]:
+    for wait in [*backoff_delays(TEXT_RETRIES if is_url(path) else 0), None]:
         try:
             with opened(path) as stream:
                 raw = stream.read(MOST_TEXT + 1)
@@ -82,7 +82,7 @@ def read_text(path: str) -> str | None:
             if code in (403, 404, 410):
                 return None
             reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-            if wait is None or not may_pass(error):
+            if wait is None or not is_transient(error):
                 what = (
                     f": the server answers {code} {reason}." if code else f" ({reason}); check the address."
                 )

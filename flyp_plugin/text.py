@@ -35,7 +35,7 @@ class _Options(NamedTuple):
     chunk: int = 0  # 0: all rows at once
 
 
-def why_full(model: nn.Module) -> str | None:
+def reason_full_context(model: nn.Module) -> str | None:
     """None where text behind the EOT token provably cannot change `model.encode_text`; else why, for a log.
 
     Proved, by structure: open_clip's CLIP, and its CustomTextCLIP with its TextTransformer, with a causal
@@ -77,7 +77,7 @@ def shorten(
     Returns:
         Whether it was done. Where not, the model is as it was, and a log line has said why.
     """
-    reason = why_full(model)
+    reason = reason_full_context(model)
     if reason is not None:
         _say(reason)
         return False
@@ -93,9 +93,9 @@ def short_text(model: nn.Module) -> Iterator[None]:
     """Within it `model.encode_text` is short; after it the model is as it was. For heads and evaluation.
 
     Without gradient, many rows are also sorted by length and encoded in chunks of nearly equal lengths.
-    A model for which `why_full` has a reason is left alone, with a log line.
+    A model for which `reason_full_context` has a reason is left alone, with a log line.
     """
-    reason = why_full(model)
+    reason = reason_full_context(model)
     if reason is not None:
         _say(reason)
         yield
@@ -117,7 +117,7 @@ def self_check(model: nn.Module, tokens: Tensor) -> bool:
     the norm of each row's difference is within what two matrix kernels differ by, relative to the feature's
     norm: 1e-5 in fp32, 8 units in the last place in TF32, fp16 and bf16.
     """
-    if why_full(model) is not None:
+    if reason_full_context(model) is not None:
         return False
     model, tower = _unwrap(model), _tower(model)
     before = getattr(tower, "short_options", None)

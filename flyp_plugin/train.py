@@ -24,7 +24,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU
 
-from flyp_plugin import checkpoints, cli, objectives, openclip, record, run_folder, shards
+from flyp_plugin import checkpoints, objectives, openclip, record, run_folder, shards
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
@@ -34,9 +34,9 @@ from flyp_plugin.flags import (
     GLOBAL_BATCH,
     IN_FP16,
     LP_C,
-    as_words,
     check_open_clips,
     parser,
+    to_argv,
 )
 from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, class_rows, fit_head, head_of
@@ -310,8 +310,6 @@ class FlypRun:
 
 def train(argv: Sequence[str]) -> int:
     """Check what can be checked before a model is made, then hand over to open_clip's main(); the exit status."""
-    if "--demo" in argv:
-        return cli.call(["demo", *(word for word in argv if word != "--demo")]) or 0
     ours, rest = parser().parse_known_args(argv)
     if ours.help_open_clip:
         openclip.parse_args(["--help"])
@@ -347,7 +345,7 @@ def _defaults(rest: Sequence[str], world_size: int) -> dict[str, str]:
 
 def _flags(values: dict[str, str], world_size: int = 1) -> list[str]:
     """As a command line; with several ranks FLYP's loss is over the batches of all of them."""
-    return [*as_words(values), *(("--local-loss", "--gather-with-grad") if values and world_size > 1 else ())]
+    return [*to_argv(values), *(("--local-loss", "--gather-with-grad") if values and world_size > 1 else ())]
 
 
 def _spec(args: argparse.Namespace, resumed: Record | None) -> ModelSpec:
@@ -407,7 +405,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name, number in least.items():
         value = getattr(args, name)
         if value is not None and not number <= value < math.inf:
-            raise InputError(f"{' '.join(as_words({name: value}))} is out of range; give {number} or more.")
+            raise InputError(f"{' '.join(to_argv({name: value}))} is out of range; give {number} or more.")
     for name in ("beta1", "beta2"):
         if not 0 <= (getattr(args, name) or 0) < 1:
             raise InputError(

@@ -49,10 +49,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from flyp_plugin import checkpoints, openclip, record, shards, train
-from flyp_plugin.cli import call
+from flyp_plugin.commands import call
+from flyp_plugin.commands.export import save_open_clip
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
-from flyp_plugin.export import save_open_clip
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.model_spec import ModelSpec, quiet
 from flyp_plugin.sources import expand_source

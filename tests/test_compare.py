@@ -15,12 +15,14 @@ import PIL.Image
 import pytest
 from scipy import stats
 
-from flyp_plugin import cli, compare, report
-from flyp_plugin.compare import parse_blocks, parse_methods, parse_seeds, parse_values, with_defaults
+from flyp_plugin import commands
+from flyp_plugin.commands import compare, plots
+from flyp_plugin.commands.compare import parse_blocks, parse_methods, parse_seeds, parse_values, with_defaults
+from flyp_plugin.commands.jobs import seconds_left
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import TRIED
-from flyp_plugin.jobs import alone, seconds_left
 from flyp_plugin.metrics import best
+from flyp_plugin.run_folder import folder_lock
 from tests.helpers_eval import checkpoint, flyp, root
 
 MODEL = "tiny-digits"
@@ -102,7 +104,7 @@ def finished(argv, tmp_path_factory):
         with pytest.raises(KeyboardInterrupt):
             flyp(*words)
         signal.signal(signal.SIGINT, handler)
-        with alone(folder / "out"):  # no child is left
+        with folder_lock(folder / "out"):  # no child is left
             done = [path.parent.name for path in folder.glob("out/runs/*/finished.json")]
         assert done == ["flyp_lr0.0001_seed0"] and second.exists()
         first = (folder / "out/runs/flyp_lr0.0001_seed0/finished.json").stat().st_mtime_ns
@@ -239,12 +241,12 @@ def test_other_settings_are_refused_where_a_comparison_is(finished, argv, monkey
         with pytest.raises(InputError, match=message):
             flyp(*argv(*more))
     busy = pytest.raises(InputError, match="another process, or a run that one left behind")
-    with alone(finished), busy, alone(finished):
+    with folder_lock(finished), busy, folder_lock(finished):
         pass
 
 
 def test_kill_ends_the_run_that_is_on_with_one_line_and_status_143(argv, tmp_path):
-    command = [sys.executable, "-m", "flyp_plugin.cli", *argv()]
+    command = [sys.executable, "-m", "flyp_plugin", *argv()]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         log = tmp_path / "out/runs/flyp_lr0.0001_seed0/console.log"
         while process.poll() is None and not log.exists():
@@ -256,7 +258,7 @@ def test_kill_ends_the_run_that_is_on_with_one_line_and_status_143(argv, tmp_pat
         "Plan: 3 trainings and 2 sweeps over alpha, of which 0 are finished already. In each table each method is trained "
         "with 2 values on seed 0, and with the best of them on 1 more seeds."
     )
-    with alone(tmp_path / "out"):  # which the training would hold
+    with folder_lock(tmp_path / "out"):  # which the training would hold
         assert not (log.parent / "finished.json").exists()
 
 
@@ -298,11 +300,11 @@ def test_flags_are_taken_whole_and_unknown_ones_go_to_training_alone():
     )
     assert rest == ["--pre", "x", "--beta1", "-1", "--image-mean", "0", "1"] and args.lr == "1"
     with pytest.raises(SystemExit):
-        cli.call(["shards", "count", "data", "--beta1", "1"])
+        commands.call(["shards", "count", "data", "--beta1", "1"])
 
 
 def test_help_opens_with_an_example_and_needs_no_torch():
-    code = "import sys; from flyp_plugin import cli\ntry: cli.call(['compare', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys; from flyp_plugin import commands\ntry: commands.call(['compare', '--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "example:\n  flyp compare --model ViT-B-16" in done.stdout and "(default: 0:3)" in done.stdout
     defaults = cli._parser().parse_args(NEEDED)
@@ -382,16 +384,16 @@ def test_seconds_left_takes_a_kind_not_run_yet_to_be_like_the_others():
 
 def test_t_quantile_is_scipys():
     for df in [*range(1, 200), 10_000]:
-        assert report.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1.1e-4)
+        assert plots.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1.1e-4)
 
 
 def test_figure_is_scipys_interval():
     values = [0.7, 0.74, 0.71, 0.69]
-    cell = report.figure(values)
+    cell = plots.figure(values)
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
     assert cell["mean"] == pytest.approx(np.mean(values)) and cell["by_seed"] == values
     assert cell["half_width_95"] == pytest.approx((high - low) / 2, rel=1e-4)
-    assert report.figure([0.5])["half_width_95"] is None
+    assert plots.figure([0.5])["half_width_95"] is None
 
 
 def method(value, *seeds):
@@ -419,8 +421,8 @@ METHODS = {
 
 
 def record(methods, **blocks):
-    table = report.rows(methods, ["id"])
-    less = report.differences(table, list(methods))
+    table = plots.rows(methods, ["id"])
+    less = plots.differences(table, list(methods))
     block = {"title": "", "methods": methods, "rows": table, "differences": less, **blocks}
     settings = {"model": "M", "pretrained": "P", "train_data": "D"}
     return {"settings": settings, "epochs": 3, "methods": ["flyp", "ce"], "seeds": [0, 1],
@@ -439,7 +441,7 @@ def test_differences_are_paired_by_seed_and_wiseft_is_compared_with_wiseft():
 
 
 def test_document_shows_rates_at_the_end_of_the_list_and_signs_of_differences():
-    lines = report.document(record(METHODS)).splitlines()
+    lines = plots.document(record(METHODS)).splitlines()
     assert "| flyp | 80.0 ± 127.1 | 40.0 ± 127.1 | 40.0 ± 127.1 | lr 1e-05 (least tried) | 1 |" in lines
     assert (
         "| ce + WiSE-FT | 60.0 ± 127.1 | 45.0 ± 63.5 | 45.0 ± 63.5 | lr 0.0001 (most tried) | 0.25 |" in lines
@@ -449,18 +451,16 @@ def test_document_shows_rates_at_the_end_of_the_list_and_signs_of_differences():
 
 
 def test_the_curve_is_the_mean_over_seeds_and_the_star_that_of_the_points_chosen():
-    curve = report.curve(list(METHODS["flyp"]["seeds"].values()), ["id"])
+    curve = plots.curve(list(METHODS["flyp"]["seeds"].values()), ["id"])
     assert curve.across == pytest.approx([50, 70, 80]) and curve.up == pytest.approx([40, 40, 40])
     assert curve.star == pytest.approx((100 * (0.8 + 0.9) / 2, 100 * (0.5 + 0.5) / 2))
-    alone = report.curve(
-        list(METHODS["flyp"]["seeds"].values()), ["id", "ood"]
-    )  # no OOD set: alpha is across
+    alone = plots.curve(list(METHODS["flyp"]["seeds"].values()), ["id", "ood"])  # no OOD set: alpha is across
     assert alone.across == (0, 0.5, 1) and alone.star == pytest.approx((0.75, 50))
 
 
 def test_a_panel_for_each_block(tmp_path):
     two = record(METHODS)
     two["blocks"] = [{**two["blocks"][0], "title": title} for title in ("4 shots", "16 shots")]
-    report.draw(two, tmp_path / "compare.png")
+    plots.draw(two, tmp_path / "compare.png")
     assert PIL.Image.open(tmp_path / "compare.png").size == (1800, 675)
-    assert report.document(two).count("\n## ") == 2
+    assert plots.document(two).count("\n## ") == 2

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from flyp_plugin import cli, demo, flags, openclip
+from flyp_plugin import commands, flags, openclip
+from flyp_plugin.commands import demo
 from flyp_plugin.errors import InputError
 
 REPO = Path(__file__).parents[1]
@@ -82,14 +83,14 @@ def test_a_second_start_runs_what_is_missing_alone(finished):
 
 def test_another_demos_or_somebody_elses_folder_is_left_alone(finished, tmp_path):
     with pytest.raises(InputError, match="was begun with epochs 1 and not 2; give another --demo-dir"):
-        cli.call(
+        commands.call(
             ["demo", "--demo-dir", str(finished[0] / "flyp-demo"), "--pretrain-epochs", "1", "--epochs", "2"]
         )
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="holds something else; give another --demo-dir"):
-        cli.call(["demo", "--demo-dir", str(tmp_path)])
+        commands.call(["demo", "--demo-dir", str(tmp_path)])
     with pytest.raises(InputError, match="cannot be written to"):
-        cli.call(["demo", "--demo-dir", str(tmp_path / "thesis.tex" / "demo")])
+        commands.call(["demo", "--demo-dir", str(tmp_path / "thesis.tex" / "demo")])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from flyp_plugin import cli, run_folder
+from flyp_plugin import commands, run_folder
+from flyp_plugin.commands.export import replacing_folder
+from flyp_plugin.commands.jobs import claim_folder
 from flyp_plugin.errors import InputError
-from flyp_plugin.export import replacing_folder
-from flyp_plugin.jobs import LOCK, alone, begin
+from flyp_plugin.run_folder import LOCK, folder_lock
 from flyp_plugin.train import train
 from tests.faults import kills
 
@@ -158,8 +159,10 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(digits
 @pytest.fixture
 def other_process(tmp_path):
     """Another process that trains the run `tmp_path/run`, as far as its lock is concerned."""
-    program = "import sys, pathlib; from flyp_plugin.jobs import alone\n"
-    program += "with alone(pathlib.Path(sys.argv[1]), inherited=False): print('held', flush=True); input()"
+    program = "import sys, pathlib; from flyp_plugin.run_folder import folder_lock\n"
+    program += (
+        "with folder_lock(pathlib.Path(sys.argv[1]), inherited=False): print('held', flush=True); input()"
+    )
     command = [sys.executable, "-c", program, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
@@ -177,7 +180,7 @@ def test_a_second_run_of_a_name_is_refused_until_the_first_is_gone(digits, tmp_p
     assert os.listdir(folder) == [LOCK]
     other_process.kill()
     other_process.wait()
-    with alone(folder, inherited=False):
+    with folder_lock(folder, inherited=False):
         assert os.listdir(folder) == [LOCK]
     assert os.listdir(folder) == []
 
@@ -185,16 +188,16 @@ def test_a_second_run_of_a_name_is_refused_until_the_first_is_gone(digits, tmp_p
 def test_a_folder_that_is_written_to_is_refused_and_one_that_stays_empty_goes(tmp_path):
     out = tmp_path / "new" / "out"
     busy = pytest.raises(InputError, match="another process, or a run that one left behind, is writing to")
-    with alone(out), busy, alone(out):
+    with folder_lock(out), busy, folder_lock(out):
         pass
     assert not out.exists()
-    begin(out, {"a": 1})
-    begin(out, {"a": 1})
+    claim_folder(out, {"a": 1})
+    claim_folder(out, {"a": 1})
     with pytest.raises(InputError, match="was begun with a 1 and not 2; give another --demo-dir"):
-        begin(out, {"a": 2}, "--demo-dir")
-    with alone(out), pytest.raises(InputError, match="is writing to"):
+        claim_folder(out, {"a": 2}, "--demo-dir")
+    with folder_lock(out), pytest.raises(InputError, match="is writing to"):
         (out / "settings.json").write_text(json.dumps({"pretrain_epochs": 20, "epochs": 10}))
-        cli.call(["demo", "--demo-dir", str(out)])
+        commands.call(["demo", "--demo-dir", str(out)])
     assert os.listdir(out) == ["settings.json"]
 
 

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy, normalize
 
 from flyp_plugin import ClassPromptDataset, ClassPrompts, ImageClassifier, flags, objectives, openclip
-from flyp_plugin.cli import call as flyp
+from flyp_plugin.commands import call as flyp
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import val_preprocess

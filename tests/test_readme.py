@@ -17,7 +17,7 @@ from open_clip import pretrained
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flyp_plugin import ImageClassifier, cli, evaluate, flags, openclip
+from flyp_plugin import ImageClassifier, commands, evaluate, flags, openclip
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.sources import count_samples, expand_source
 from tests.digits import NAMES
@@ -44,7 +44,7 @@ def commands(section=""):
 
 
 def known_flags():
-    parsers = [flags.parser(), cli._parser()]
+    parsers = [flags.parser(), commands._parser(words[1])]
     known = set()
     while parsers:
         for action in parsers.pop()._actions:
@@ -69,7 +69,7 @@ def test_every_command_is_understood(words):
     if words[:2] == ["flyp", "train"]:
         words = words[1:]
     if words[0] == "flyp":
-        _, rest = cli._parser().parse_known_args(words[1:])
+        _, rest = commands._parser(words[1]).parse_known_args(words[1:])
         assert not rest or words[1] == "compare"
         openclip.parse_args(flags.parser().parse_known_args(rest)[1])
     elif "--demo" not in words:
@@ -97,7 +97,7 @@ def shell(tmp_path):
     """Run a line of README as it stands, `flyp` and `python` being this environment's, in tmp_path."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
-    (bin_folder / "flyp").write_text(f'#!/bin/sh\nexec {sys.executable} -m flyp_plugin.cli "$@"\n')
+    (bin_folder / "flyp").write_text(f'#!/bin/sh\nexec {sys.executable} -m flyp_plugin "$@"\n')
     (bin_folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     for path in bin_folder.iterdir():
         path.chmod(0o755)
@@ -139,7 +139,7 @@ for place in (open_clip, open_clip.factory):
     place.download_pretrained = lambda *args, **kwargs: "start.pt"
 if openai := sys.modules.get("open_clip.openai"):  # which open_clip 2.28 asks for OpenAI's weights
     openai.download_pretrained_from_url = lambda *args, **kwargs: "start.pt"
-from flyp_plugin.cli import main
+from flyp_plugin.commands import main
 main(sys.argv[1:])
 """
 

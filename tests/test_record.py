@@ -12,7 +12,7 @@ from open_clip import pretrained as registry
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from flyp_plugin import ImageClassifier, cli, evaluate, record
+from flyp_plugin import ImageClassifier, commands, evaluate, record
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.sources import expand_source
@@ -64,7 +64,7 @@ def run(runs, tmp_path):
 
 
 def flyp(*argv):
-    cli.call([str(word) for word in argv])
+    commands.call([str(word) for word in argv])
 
 
 def figures(folder):

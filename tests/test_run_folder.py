@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from flyp_plugin import cli, record
+from flyp_plugin import commands, record
 from flyp_plugin.errors import InputError
 from flyp_plugin.train import train
 from tests.faults import kills
@@ -70,7 +70,7 @@ def test_a_run_resumes_from_its_own_checkpoints_alone(again, digits):
     model = ["--model", "digits-vit", "--model-config", f"{digits}/digits-vit.json", "--alpha", "0.5"]
     ends = ["--pretrained", f"{folder}/epoch_1.pt", "--finetuned", f"{folder}/epoch_1.pt"]
     with pytest.raises(InputError, match=f"{folder} holds a run's checkpoints.*give another --out"):
-        cli.call(["wiseft", *model, *ends, "--out", str(folder)])
+        commands.call(["wiseft", *model, *ends, "--out", str(folder)])
     (folder / "epoch_1.pt").rename(folder / "my_best.pt")
     with pytest.raises(InputError, match="my_best.pt is no checkpoint of this run.*move it elsewhere"):
         again("--resume", "latest")
@@ -203,7 +203,7 @@ def test_a_run_of_another_size_is_evaluated_merged_and_exported_with_its_flags_a
     log = (folder / "out.log").read_text()
     command = shlex.split(log.rpartition("with the pretrained weights: flyp ")[2])
     assert command == ["wiseft", str(folder)]
-    cli.call([*command, "--alphas", "0,1"])
+    commands.call([*command, "--alphas", "0,1"])
     last = json.loads((folder / "wiseft/wiseft.json").read_text())["alphas"]["1.00"]["val"]
     trained = json.loads((folder / "checkpoints/results.jsonl").read_text().splitlines()[-1])
     # but for a tie, which may fall otherwise in batches of another size
@@ -212,15 +212,17 @@ def test_a_run_of_another_size_is_evaluated_merged_and_exported_with_its_flags_a
 
     checkpoint = str(folder / "checkpoints" / "epoch_1.pt")
     for form in ("timm", "open_clip"):
-        cli.call(["export", checkpoint, "--format", form, "--out", str(tmp_path / f"of-run-{form}")])
+        commands.call(["export", checkpoint, "--format", form, "--out", str(tmp_path / f"of-run-{form}")])
     loose = str(shutil.copy(checkpoint, tmp_path / "loose.pt"))
     model = ["--model", "digits-vit", "--model-config", f"{digits}/digits-vit.json", "--device", "cpu"]
     for some, missing in ((size[:2], "context-length"), (size[2:], "image-size")):
         with pytest.raises(InputError, match=f"of another size.*; give --force-{missing} as in its training"):
-            cli.call(["eval", loose, *model, *some, "--eval-data", f"val={digits}"])
+            commands.call(["eval", loose, *model, *some, "--eval-data", f"val={digits}"])
     for form in ("timm", "open_clip"):
         more = ["--data", str(digits)] if form == "timm" else []
-        cli.call(["export", loose, *model, *size, *more, "--format", form, "--out", str(tmp_path / form)])
+        commands.call(
+            ["export", loose, *model, *size, *more, "--format", form, "--out", str(tmp_path / form)]
+        )
         assert (tmp_path / form / "config.json").exists() == (form == "timm")
     for before in ("", "of-run-"):
         config = json.loads((tmp_path / f"{before}open_clip/open_clip_config.json").read_text())["model_cfg"]
@@ -249,5 +251,5 @@ def test_weights_that_are_nan_are_refused_by_every_command(digits, start, tmp_pa
         with pytest.raises(
             InputError, match=r"bad\.pt has weights that are NaN or infinite \(in 1 of 74 tensors"
         ):
-            cli.call(words)
+            commands.call(words)
     assert sorted(os.listdir(tmp_path)) == ["bad.pt"]

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from flyp_plugin import shards as shards_module
-from flyp_plugin.cli import call as flyp
+from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import InputError
 from flyp_plugin.shards import few_shot_keys, local_shards, write
 from flyp_plugin.sources import count_samples, expand_source

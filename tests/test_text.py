@@ -186,7 +186,7 @@ def test_every_text_config_that_open_clip_ships_has_equal_features_or_keeps_its_
         model = make(CustomTextCLIP)
         model.text = open_clip.hf_model.HFTextEncoder.__new__(open_clip.hf_model.HFTextEncoder)
         nn.Module.__init__(model.text)
-        assert "HFTextEncoder" in text.why_full(model)
+        assert "HFTextEncoder" in text.reason_full_context(model)
         return
     model = small(config)
     tower = getattr(model, "text", model)
@@ -203,10 +203,10 @@ def test_every_text_config_that_open_clip_ships_has_equal_features_or_keeps_its_
         with text.short_text(model):
             short = model.encode_text(tokens)
             assert (type(tower) in (text.ShortCLIP, text.ShortTextTransformer)) == (
-                text.why_full(model) is None
+                text.reason_full_context(model) is None
             )
     assert_close(short, full)
-    if text.why_full(model) is not None:
+    if text.reason_full_context(model) is not None:
         assert torch.equal(full, short)
         causal = getattr(tower, "attn_mask", None) is not None
         assert (
@@ -221,8 +221,11 @@ def test_every_text_config_that_open_clip_ships_has_equal_features_or_keeps_its_
     {"embed_cls": True}, {"output_tokens": True},
 ])  # fmt: skip
 def test_towers_where_later_positions_matter_or_might_keep_their_full_text(cfg):
-    assert text.why_full(make(CustomTextCLIP, **cfg))
-    assert text.why_full(make(CLIP)) is None and text.why_full(make(CustomTextCLIP)) is None
+    assert text.reason_full_context(make(CustomTextCLIP, **cfg))
+    assert (
+        text.reason_full_context(make(CLIP)) is None
+        and text.reason_full_context(make(CustomTextCLIP)) is None
+    )
 
 
 def test_unknown_classes_foreign_blocks_other_masks_and_dropout_keep_their_full_text(caplog):
@@ -238,7 +241,7 @@ def test_unknown_classes_foreign_blocks_other_masks_and_dropout_keep_their_full_
     text._say.cache_clear()
     for model, word in ((mine, "Mine"), (mask, "causal"), (drop, "dropout"), (block, "blocks")):
         kind = type(model)
-        assert word in text.why_full(model)
+        assert word in text.reason_full_context(model)
         assert not text.shorten(model) and type(model) is kind
         with text.short_text(model):
             assert type(model) is kind
@@ -384,7 +387,7 @@ def test_where_the_check_fails_the_model_keeps_its_full_text_with_a_warning(capl
     model = make()
     # something that the structure does not show, and that depends on the number of positions
     model.transformer.register_forward_hook(lambda module, args, out: out + args[0].shape[1] * out[:, :1])
-    assert text.why_full(model) is None and not text.self_check(model, prompts(5, 9))
+    assert text.reason_full_context(model) is None and not text.self_check(model, prompts(5, 9))
     assert not text.shorten(model, prompts(5, 9)) and type(model) is CLIP
     assert "full length" in caplog.text
 

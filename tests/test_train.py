@@ -17,7 +17,7 @@ import torch
 from open_clip_train import main as open_clip_main
 
 from flyp_plugin import ClassPromptDataset, ClassPrompts, openclip
-from flyp_plugin.cli import call as flyp
+from flyp_plugin.commands import call as flyp
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.metrics import evaluate
@@ -593,7 +593,7 @@ def test_only_one_module_knows_open_clip_train():
 
 
 @pytest.mark.parametrize(
-    "command", [["train_flyp.py"], ["-m", "flyp_plugin.train"], ["-m", "flyp_plugin.cli", "train"]]
+    "command", [["train_flyp.py"], ["-m", "flyp_plugin.train"], ["-m", "flyp_plugin", "train"]]
 )
 def test_help_shows_flyps_flags_first_with_an_example(command):
     done = subprocess.run(

@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 import torch
 
+from flyp_plugin.commands.wiseft import draw_frontier, parse_alphas
 from flyp_plugin.errors import InputError
-from flyp_plugin.merge import draw_frontier, parse_alphas
 from flyp_plugin.wiseft import average, choose, interpolate
 from tests.helpers_eval import NAMES, checkpoint, flyp, root
 

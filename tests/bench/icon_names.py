@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from flyp_plugin.report import figure, percent
+from flyp_plugin.commands.plots import figure, percent
 
 CACHE = Path("~/.cache/flyp-icons").expanduser()
 MAIN = CACHE / "compare8/main"
@@ -44,7 +44,7 @@ def hits(weights: Path, table: Path) -> Iterator[tuple[str, int, bool]]:
         for name in (*ID, *OOD):
             command += ["--eval-data", f"{name}={CACHE / name}"]
         command += ["--device", "cpu", "--precision", "amp_bf16", "--predictions", str(table)]
-        subprocess.run([sys.executable, "-m", "flyp_plugin.cli", *command], check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, "-m", "flyp_plugin", *command], check=True, stdout=sys.stderr)
     with table.open(newline="") as lines:
         for row in csv.DictReader(lines):
             yield row["set"], int(row["label"]), row["label"] == row["prediction"]

@@ -33,8 +33,8 @@ import webdataset
 from icon_looks import LOOKS, PIXELS, Drawing, drawings, families, png
 
 from flyp_plugin import shards
+from flyp_plugin.commands.plots import figure, percent
 from flyp_plugin.openclip import PLAIN_MAIN
-from flyp_plugin.report import figure, percent
 
 SEED, SHARDS = 67, 32
 CAPTIONS = ["{name}", "{base}", "{base} icon", "a picture of {base}"]
@@ -197,7 +197,7 @@ def compare(question: str, cache: Path, out: Path, args: argparse.Namespace, mor
     ]  # of a flag the last counts
     command = ["compare", *command, *more, "--out", str(out)]
     print(f"== {question}\nflyp {shlex.join(command)}", flush=True)
-    subprocess.run([sys.executable, "-m", "flyp_plugin.cli", *command], check=True)
+    subprocess.run([sys.executable, "-m", "flyp_plugin", *command], check=True)
 
 
 def summary(results: Path) -> None:

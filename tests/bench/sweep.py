@@ -30,7 +30,7 @@ CONFIG = {
 # starts a command and tells its time, its own peak memory and its workers'
 RUN = """
 import json, resource, sys, time
-from flyp_plugin.cli import call
+from flyp_plugin.commands import call
 start = time.perf_counter()
 call(sys.argv[1:])
 peak = [resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

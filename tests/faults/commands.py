@@ -9,7 +9,7 @@ import torch
 from tests import digits
 from tests.faults.kills import EPOCHS, flags, start
 
-FLYP = [sys.executable, "-m", "flyp_plugin.cli"]
+FLYP = [sys.executable, "-m", "flyp_plugin"]
 MODEL = "--model digits-vit --model-config {data}/digits-vit.json --device cpu"
 TEST = "--eval-data test={data}/test/{{0..1}}.tar --workers 0"
 COMMANDS = {

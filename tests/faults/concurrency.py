@@ -27,7 +27,7 @@ def same_second(argv: list[str]) -> None:
     """Train at a time at which others do: open_clip makes the name of a run out of it."""
     import open_clip_train.main
 
-    from flyp_plugin import cli, errors
+    from flyp_plugin import commands, errors
 
     class Clock:
         @staticmethod
@@ -35,7 +35,7 @@ def same_second(argv: list[str]) -> None:
             return datetime(2026, 1, 1)
 
     open_clip_train.main.datetime = Clock
-    errors.run(lambda: cli.call(["train", *argv]))
+    errors.run(lambda: commands.call(["train", *argv]))
 
 
 def together(commands: Sequence[Sequence[str]], logs: Path, place: str) -> str:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from flyp_plugin import ClassPromptDataset, ClassPrompts
-from flyp_plugin.check import check
+from flyp_plugin.commands.check import check
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from tests import tars

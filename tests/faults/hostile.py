@@ -23,7 +23,7 @@ from textwrap import shorten
 
 from flyp_plugin import ClassPrompts
 from flyp_plugin.checkpoints import read_state_dict
-from flyp_plugin.cli import call as flyp
+from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import CONTROLS, InputError
 from flyp_plugin.prompts import fill
 from flyp_plugin.samples import open_image, read_samples
@@ -207,9 +207,7 @@ def keys_in_logs_and_tables(folder: Path) -> str:
     """Control characters out of a tar, in the lines of the log and of `flyp shards check`."""
     root = tars.data_folder(folder / "data", 4, 1)
     tars.write(root / "train/0.tar", {"\x1b[2Ja\rb.png": b"no", "\x1b[2Ja\rb.cls": b"0"})
-    out = os.popen(
-        f"{shlex.quote(sys.executable)} -m flyp_plugin.cli shards check {shlex.quote(str(root))} 2>&1"
-    )
+    out = os.popen(f"{shlex.quote(sys.executable)} -m flyp_plugin shards check {shlex.quote(str(root))} 2>&1")
     text = out.read()
     assert "unreadable images" in text and not CONTROLS.search(text.replace("\n", "")), text
     return "as escapes"

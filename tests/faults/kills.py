@@ -57,7 +57,7 @@ def start(command: Sequence[str], log: Path) -> subprocess.Popen:
 
 def train(data: Path, folder: Path, *more: str, fault: str = "") -> subprocess.Popen:
     """Begin a training; `fault` is what `faulty` is to do."""
-    program = ["tests.faults.kills", "--fault", fault] if fault else ["flyp_plugin.cli", "train"]
+    program = ["tests.faults.kills", "--fault", fault] if fault else ["flyp_plugin", "train"]
     log = folder.parent / f"{folder.name}.said"
     return start([*PYTHON, *program, *flags(data, folder), *more], log)
 
@@ -69,7 +69,7 @@ def faulty(fault: str, argv: list[str]) -> None:
         fault: `save N F`: at the fraction F of the bytes of the checkpoint that is written as the Nth;
             `score N`: within the Nth evaluation.
     """
-    from flyp_plugin import cli, errors, monitor
+    from flyp_plugin import commands, errors, monitor
 
     what, number, *rest = fault.split()
     calls = 0
@@ -102,7 +102,7 @@ def faulty(fault: str, argv: list[str]) -> None:
         torch.save = cut_off
     else:
         monitor.score = score_in_part
-    errors.run(lambda: cli.call(["train", *argv]))
+    errors.run(lambda: commands.call(["train", *argv]))
 
 
 def unharmed(data: Path, folder: Path) -> float:

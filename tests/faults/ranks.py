@@ -39,7 +39,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from flyp_plugin import ClassPromptDataset, ClassPrompts
-from flyp_plugin.cli import call as flyp
+from flyp_plugin.commands import call as flyp
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import run
 from flyp_plugin.metrics import Tally

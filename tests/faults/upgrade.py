@@ -97,7 +97,7 @@ def read_today(first: Place, second: Place, data: Path, run: Path, out: Path) ->
         argv = ["eval", run / "checkpoints" / "epoch_1.pt", "--model", "digits-vit", "--model-config",
                 data / "digits-vit.json", "--eval-data", f"val={data}", "--device", "cpu"]  # fmt: skip
         try:
-            place.call("flyp_plugin.cli", *argv, "--predictions", table)
+            place.call("flyp_plugin", *argv, "--predictions", table)
         except RuntimeError as error:
             return [*row, 0, "", "", str(error).splitlines()[-1][:300]]
         tables.append(table.read_text().splitlines())

@@ -1,14 +1,12 @@
 """Commands that are run one after another, each once for all starts of a program. What they do is not known here."""
 
-import fcntl
 import json
 import logging
-import os
 import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -16,10 +14,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flyp_plugin.errors import InputError
+from flyp_plugin.run_folder import folder_lock
 from flyp_plugin.sources import write_atomically
 
 DONE = "finished.json"  # in the folder of each command that has ended well
-LOCK = ".lock"  # in a folder that is written to
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +30,7 @@ class Jobs:
 
     Args:
         left: how many there will be of each kind.
-        lock: a file descriptor that the commands keep open; see `alone`.
+        lock: a file descriptor that the commands keep open; see `folder_lock`.
         bar: counts them.
     """
 
@@ -96,62 +94,21 @@ def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]
 
 
 @contextmanager
-def in_turn(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
+def run_jobs(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
     """Jobs under a bar, in a folder that no other process writes to.
 
     Raises:
         InputError: another one does.
     """
     with (
-        alone(folder) as lock,
+        folder_lock(folder) as lock,
         logging_redirect_tqdm(),
         tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
     ):
         yield Jobs(left, lock, bar)
 
 
-@contextmanager
-def alone(folder: Path, inherited: bool = True) -> Iterator[int]:
-    """Hold a lock on a folder, which is made where there is none and deleted where nothing is put into it.
-
-    Args:
-        inherited: commands that are given the file descriptor hold the lock too, so that one that outlives its killed
-            parent is noticed. Else this process alone does, and none that it forks.
-
-    Raises:
-        InputError: it is held already, or the folder cannot be written to.
-    """
-    new, path = not folder.exists(), folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written to ({error.strerror}); choose another folder."
-        ) from None
-    with open(path, "a") as lock:
-        try:
-            (fcntl.flock if inherited else fcntl.lockf)(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = not os.path.samestat(os.fstat(lock.fileno()), os.stat(path))  # who held it deletes it
-        except (BlockingIOError, FileNotFoundError):
-            held = True
-        except OSError as error:
-            held = False
-            _log.warning(f"{folder} cannot be locked ({error.strerror}); let nothing else write to it.")
-        if held:
-            raise InputError(
-                f"another process, or a run that one left behind, is writing to {folder}; wait for it or end it."
-            )
-        try:
-            yield lock.fileno()
-        finally:
-            path.unlink(missing_ok=True)
-            if new:
-                with suppress(OSError):  # there is something in it
-                    folder.rmdir()
-
-
-def begin(folder: Path, settings: Mapping[str, object], flag: str = "--out") -> None:
+def claim_folder(folder: Path, settings: Mapping[str, object], flag: str = "--out") -> None:
     """Make a folder for the results of `settings`, or find that it is that already.
 
     Args:
@@ -167,7 +124,7 @@ def begin(folder: Path, settings: Mapping[str, object], flag: str = "--out") -> 
             folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
         ):
             raise InputError(f"{folder} is there and holds something else; give another {flag}.")
-        with alone(folder):
+        with folder_lock(folder):
             if not record.exists():
                 write_atomically(record, json.dumps(settings, indent=1) + "\n")
     before = json.loads(record.read_text())

@@ -24,6 +24,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from flyp_plugin.checkpoints import Model, refuse_existing, replacing, towers
+from flyp_plugin.commands.flags import RUN, add_classes_flags, add_model_flags
+from flyp_plugin.commands.targets import target_from_args
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.learned import HEAD
@@ -31,16 +33,28 @@ from flyp_plugin.model_spec import PREPROCESSING, plain
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.record import Record, of_model
 from flyp_plugin.sources import expand_source
-from flyp_plugin.targets import target_from_args
 
 # what an export has: configuration, weights, and what Hugging Face's tokenizers write
 _WRITTEN = re.compile(
     r"flyp\.json|(open_clip_)?(config\.json|model\.safetensors)|.*(token|vocab|sentencepiece|spiece|merges).*\.(json|txt|model)"
 )
 _log = logging.getLogger(__name__)
+EXAMPLE = """  flyp export logs/birds --format timm --out classifier"""
 
 
-def export_command(args: argparse.Namespace) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser)
+    add_classes_flags(parser)
+    add = parser.add_argument
+    # fmt: off
+    add("checkpoint", metavar="RUN", help=RUN)
+    add("--data", metavar="DIR", help="the data whose classes the classifier gets (default: the run's training data)")
+    add("--format", choices=["open_clip", "timm"], required=True)
+    add("--out", required=True, metavar="DIR", help="the folder to write")
+    # fmt: on
+
+
+def run(args: argparse.Namespace) -> None:
     """`flyp export`: write the folder and say how to read it.
 
     Raises:
@@ -80,7 +94,7 @@ def export_command(args: argparse.Namespace) -> None:
                 "a classifier needs its classes; give --data DIR, or --classnames and --templates."
             )
         classifier = ImageClassifier.from_model(model, tokenizer, prompts)
-        twin, timm_config = timm_twin(classifier, config)
+        twin, timm_config = to_timm_model(classifier, config)
         with replacing_folder(out, args.force) as folder:
             weights = {key: tensor.contiguous() for key, tensor in twin.state_dict().items()}
             save_file(weights, folder / "model.safetensors")
@@ -114,7 +128,7 @@ def save_open_clip(model: Model, config: dict[str, Any], tokenizer: Any, folder:
 
 
 @torch.no_grad()
-def timm_twin(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def to_timm_model(classifier: ImageClassifier, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The image tower as a timm model, the head folded into its classifier, and timm's config.json of it.
 
     timm's classifier does not normalise the image feature, and logit_scale.exp() is left out: its logits are

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
-from flyp_plugin.merge import Curve, draw_curves, mean_ood
+from flyp_plugin.commands.wiseft import Curve, draw_curves, mean_ood
 
 Record = Mapping[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]  # rows -> columns -> what `figure` gives

@@ -22,9 +22,11 @@ from typing import Any
 from tqdm import tqdm
 
 from flyp_plugin import openclip
+from flyp_plugin.commands.flags import positive
+from flyp_plugin.commands.jobs import claim_folder
 from flyp_plugin.errors import InputError, Terminated
-from flyp_plugin.jobs import alone, begin
 from flyp_plugin.metrics import evaluate, table
+from flyp_plugin.run_folder import folder_lock
 from flyp_plugin.sources import write_atomically
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -53,9 +55,22 @@ MODEL = {
 SHARD_SIZE = 250
 _SWEEP = "logs/flyp/wiseft"  # where `flyp wiseft` writes
 _log = logging.getLogger(__name__)
+EXAMPLE = """  flyp demo
+  python train_flyp.py --demo                   # the same"""
 
 
-def demo_command(args: argparse.Namespace) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--demo-dir", default="flyp-demo", metavar="DIR", help="for all that it writes (default: %(default)s)"
+    )
+    add(
+        "--pretrain-epochs", type=positive, default=20, metavar="N", help="on captions (default: %(default)s)"
+    )
+    add("--epochs", type=positive, default=10, metavar="N", help="of FLYP (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
     """`flyp demo`: run the steps whose results --demo-dir lacks, then print the table.
 
     Raises:
@@ -66,8 +81,8 @@ def demo_command(args: argparse.Namespace) -> None:
         raise InputError(f"the demo needs {', '.join(missing)}: pip install 'flyp-plugin[demo]'")
     openclip.world()  # needs open_clip's training script, and says so
     root = Path(args.demo_dir)
-    begin(root, {"pretrain_epochs": args.pretrain_epochs, "epochs": args.epochs}, "--demo-dir")
-    with alone(root) as lock:
+    claim_folder(root, {"pretrain_epochs": args.pretrain_epochs, "epochs": args.epochs}, "--demo-dir")
+    with folder_lock(root) as lock:
         if not (root / "photos").exists():
             _log.info(
                 f"== Draw scikit-learn's digits in {len(LOOKS)} looks: {root}/photos and, captioned, {root}/captions"
@@ -138,7 +153,7 @@ def _test_result(root: Path, name: str) -> Path:
 
 def _run(command: Sequence[str], log: Path, done: Path, lock: int) -> None:
     """Run a step, which keeps `lock` open. Of a training, which says much, the output goes to `log`, epochs to a bar."""
-    python = {"flyp": [sys.executable, "-m", "flyp_plugin.cli"], "python": [sys.executable]}[command[0]]
+    python = {"flyp": [sys.executable, "-m", "flyp_plugin"], "python": [sys.executable]}[command[0]]
     part = done.with_name(done.name + ".part")
     with subprocess.Popen([*python, *command[1:]], pass_fds=[lock], **_output(command, part)) as process:
         try:

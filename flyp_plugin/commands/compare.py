@@ -18,11 +18,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from flyp_plugin import report
+from flyp_plugin.commands import plots
+from flyp_plugin.commands.jobs import DONE, JobFailed, Jobs, claim_folder, run_jobs
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import TRIED, as_words
+from flyp_plugin.flags import TRIED, to_argv
 from flyp_plugin.flags import parser as train_parser
-from flyp_plugin.jobs import DONE, JobFailed, Jobs, begin, in_turn
 from flyp_plugin.metrics import best
 from flyp_plugin.sources import write_atomically
 from flyp_plugin.train import FlypRun
@@ -39,6 +39,37 @@ TUNED = {"lp": "lp-c"}  # the flag that is tuned, where it is not lr: a fit has 
 _OURS = ("--seed", "--shots-seed", "--objective", "--name", "--logs", "--resume", "--demo", "--help-open-clip")  # fmt: skip
 MOST_SEEDS = 1000
 _log = logging.getLogger(__name__)
+EXAMPLE = """  flyp compare --model ViT-B-16 --pretrained openai --train-data data \\
+      --eval-data val=data --eval-data sketch=other --methods flyp,ce,lp,lp-ft --epochs 10 --out comparison"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    parser.set_defaults(passes_on=True)
+    parser.epilog = """All other flags go to each training as they are (train_flyp.py --help, --help-open-clip): --epochs,
+--batch-size, --device, --model-config, ... Every method gets the same data, epochs and number of values of its one tuned
+setting, the learning rate or, for lp, C. The value is chosen by top-1 on the first set after the last epoch, on the first
+seed; the other seeds train with it. The first set also chooses alpha; no other set chooses anything. Each run is a folder in DIR/runs with its own command.txt;
+finished ones are skipped, so that the same command goes on with a comparison that was interrupted."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="open_clip's name of the architecture")
+    add("--pretrained", required=True, metavar="TAG|PATH", help="what each fine-tuning starts from")
+    add("--train-data", required=True, metavar="SHARDS", help="data folder (its train split) or tars")
+    add("--eval-data", action="append", required=True, metavar="NAME=SHARDS", help="a labelled set (a data folder: its "
+        "test split); repeatable, first the ID validation set, which chooses")
+    add("--id-test", metavar="NAME", help="the set of --eval-data that is an ID test set, and so not in mean OOD")
+    add("--methods", default="flyp,ce,lp,lp-ft", metavar="A,B,...",
+        help="of flyp, ce, lp, lp-ft, flyp-ce; others are compared with the first (default: %(default)s)")
+    add("--lr", metavar="A,B,...", help=f"to choose from (default: {TRIED['lr']}, or the middle ones of these, as many as "
+        "there are of --lp-c)")
+    add("--lp-c", metavar="A,B,...", help="as many, in place of learning rates, for lp: its inverse strength of "
+        f"regularisation (default: {TRIED['lp-c']}, or the middle ones of these, as many as there are of --lr)")
+    add("--seeds", default="0:3", metavar="A:B|A,B,...", help="without B (default: %(default)s)")
+    add("--shots", metavar="K,L,...", help="so many images a class, drawn by the seed; a table for each")
+    add("--templates", action="append", metavar="FILE", help="to train with (a file, openai, simple, or one template); "
+        "repeatable, a table for each. Sets with a templates file of their own are scored with that")
+    add("--out", required=True, metavar="DIR", help="for compare.md, compare.json, compare.png and runs/")
+    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -259,7 +290,7 @@ def _id_sets(names: list[str], id_test: str | None) -> list[str]:
     return [names[0], id_test]
 
 
-def compare_command(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """`flyp compare`: run what --out lacks, then write compare.md, which also goes to stdout, .json and .png.
 
     Raises:
@@ -267,8 +298,10 @@ def compare_command(args: argparse.Namespace) -> None:
     """
     comparison = Comparison(args)
     out, counts, tried = comparison.out, comparison.counts, len(comparison.values[comparison.methods[0]])
-    settings = {name: value for name, value in vars(args).items() if name not in ("function", "out")}
-    begin(out, {**settings, "seeds": comparison.seeds[0]})  # which has chosen; the others may come and go
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
+    claim_folder(
+        out, {**settings, "seeds": comparison.seeds[0]}
+    )  # which has chosen; the others may come and go
     _log.info(
         f"Plan: {counts['training']} trainings and {counts['sweep']} sweeps over alpha, of which "
         f"{len(list(out.glob(f'runs/**/{DONE}')))} are finished already. In each table each method "
@@ -277,7 +310,7 @@ def compare_command(args: argparse.Namespace) -> None:
     )
     results: dict[Block, dict[str, Any]] = {block: {} for block in comparison.blocks}
     failed = 0
-    with in_turn(out, counts) as jobs:
+    with run_jobs(out, counts) as jobs:
         for block, method in product(comparison.blocks, comparison.methods):
             try:
                 results[block][method] = _method(comparison, block, method, jobs)
@@ -319,7 +352,7 @@ def _method(comparison: Comparison, block: Block, method: str, jobs: Jobs) -> di
 
 def _train(comparison: Comparison, run: Run, jobs: Jobs) -> None:
     folder = comparison.folder(run)
-    command = [sys.executable, "-m", "flyp_plugin.train", *comparison.flags(run)]
+    command = [sys.executable, "-m", "flyp_plugin", "train", *comparison.flags(run)]
     command += ["--logs", str(folder.parent), "--name", folder.name]
     command += ["--resume", "latest", "--delete-previous-checkpoint"]
     val = comparison.id_sets[0]
@@ -329,8 +362,8 @@ def _train(comparison: Comparison, run: Run, jobs: Jobs) -> None:
 def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
     out = comparison.folder(run) / "wiseft"
     args = vars(comparison.train_args[run.block, run.method])
-    command = [sys.executable, "-m", "flyp_plugin.cli", "wiseft", str(comparison.folder(run)), "--force"]
-    command += as_words({name: args[name] for name in ("device", "batch_size", "workers")})
+    command = [sys.executable, "-m", "flyp_plugin", "wiseft", str(comparison.folder(run)), "--force"]
+    command += to_argv({name: args[name] for name in ("device", "batch_size", "workers")})
     if comparison.args.id_test:
         command += ["--per-set"]  # the ID test set is no part of a mean OOD
 
@@ -343,11 +376,11 @@ def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
 
 
 def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Block, dict[str, Any]]) -> None:
-    """Write what report.py makes of it all."""
+    """Write what plots.py makes of it all."""
     blocks = []
     for block, methods in results.items():
-        table = report.rows(methods, comparison.id_sets)
-        less = report.differences(table, list(methods)) if comparison.methods[0] in methods else {}
+        table = plots.rows(methods, comparison.id_sets)
+        less = plots.differences(table, list(methods)) if comparison.methods[0] in methods else {}
         entry = {"title": block.title, "shots": block.shots, "templates": block.templates, "methods": methods}
         blocks.append({**entry, "rows": table, "differences": less})
     record = {
@@ -356,12 +389,12 @@ def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Bl
         **{name: getattr(comparison, name) for name in ("methods", "seeds", "id_sets")},
         "blocks": blocks,
     }
-    out, text = comparison.out, report.document(record)
+    out, text = comparison.out, plots.document(record)
     write_atomically(out / "compare.json", json.dumps(record, indent=1) + "\n")
     write_atomically(out / "compare.md", text)
     picture = ""
     if any(results.values()):
         picture = ", compare.png"
-        report.draw(record, out / "compare.png")
+        plots.draw(record, out / "compare.png")
     sys.stdout.write(text)
     _log.info(f"Wrote {out}/compare.md, compare.json{picture}; the runs are in {out}/runs.")

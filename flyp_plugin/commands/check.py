@@ -13,14 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from flyp_plugin.errors import InputError, printable
+from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import same_names
 from flyp_plugin.shards import in_processes, local_shards
 from flyp_plugin.sources import (
     IMAGE_KEY,
-    TAR_ERRORS,
-    count_shard,
-    first_endings,
     read_length,
     read_sizes,
     why_apart,
@@ -119,7 +116,7 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
 
     found = Findings()
     if (apart := why_apart(shard)) is not None:  # else each of its samples lacks something
-        found.problems["shards that are not sorted by name"].append(printable(apart))
+        found.problems["shards that are not sorted by name"].append(escape_control_chars(apart))
         return found
     unreadable: list[str] = []
     lonely: list[str] = []
@@ -154,36 +151,7 @@ def _check_image(sample: dict[str, Any], found: Findings) -> None:
     found.deep += is_deep(image)
 
 
-def count_command(args: argparse.Namespace) -> None:
-    """flyp shards count"""
-    pairs = [(source, split) for source in args.source for split in _splits(source, args.split)]
-    shards = [shard for pair in pairs for shard in local_shards(*pair)]
-    sizes = dict(zip(shards, in_processes(partial(_count, image_key=args.image_key), shards, 1, "counting")))
-    if args.json:
-        print(json.dumps({"shards": sizes, "total": sum(sizes.values())}))
-    else:
-        print("\n".join(f"{size:>10}  {shard}" for shard, size in sizes.items()))
-        print(f"{sum(sizes.values()):>10}  in {len(sizes)} shards")
-    for shard in shards:
-        if (apart := why_apart(shard)) is not None:
-            _log.warning(f"{shard} cannot be used as it is: {printable(apart)}.")
-        elif not sizes[shard]:
-            members = printable(", ".join(first_endings(shard)))
-            _log.warning(
-                f"{shard} has no sample with a {args.image_key.replace(';', '/')} member; the members of its first are "
-                f"{members[:200] or 'none'}. --image-key names the one that holds the image."
-            )
-
-
-def _count(shard: str, image_key: str) -> int:
-    try:
-        return count_shard(shard, image_key)
-    except TAR_ERRORS as error:
-        reason = str(error).partition(":")[0]
-        raise InputError(f"{shard} cannot be read as a tar ({reason}); write or download it again.") from None
-
-
-def check_command(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """flyp shards check; status 1 where something is wrong"""
     from flyp_plugin.prompts import resolve_prompts
 

@@ -29,21 +29,47 @@ from flyp_plugin.checkpoints import (
     save,
     weights_file,
 )
+from flyp_plugin.commands.flags import add_classes_flags, add_data_flags, add_model_flags
+from flyp_plugin.commands.targets import choose_weights, device_of, fill_in, find_record, spec_from_args
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import EvalSet, eval_sets_from_args, loader_from_args
 from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
-from flyp_plugin.jobs import alone
 from flyp_plugin.learned import HEAD, ClassHead, head_of
 from flyp_plugin.metrics import Metrics, table
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.names import same_names
 from flyp_plugin.precision import match_open_clip_precision
 from flyp_plugin.record import Record, merged_name, sha256
-from flyp_plugin.targets import choose_weights, device_of, fill_in, find_record, spec_from_args
+from flyp_plugin.run_folder import folder_lock
 from flyp_plugin.wiseft import average, check_same, choose, interpolate, sweep
 
 Results = Mapping[float, Mapping[str, Metrics]]  # of each alpha on each set, the ID set first
 _log = logging.getLogger(__name__)
+EXAMPLE = """  flyp wiseft logs/birds
+  flyp wiseft --model ViT-B-16 --pretrained openai --finetuned epoch_10.pt --eval-data val=data/val --out merged"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser)
+    add_data_flags(parser)
+    add_classes_flags(parser)
+    # fmt: off
+    add = parser.add_argument
+    add("run", nargs="?", metavar="RUN", help="a run's folder (its last epoch, or --epoch) or a checkpoint in one")
+    add("--pretrained", metavar="TAG|PATH", help="what the fine-tuning started from (default: what the run did)")
+    finetuned = parser.add_mutually_exclusive_group()
+    finetuned.add_argument("--finetuned", metavar="PATH", help="a checkpoint in place of RUN")
+    finetuned.add_argument("--average", nargs="+", metavar="PATH", help="several runs or checkpoints in place of RUN, of "
+        "which the mean is taken")
+    alphas = parser.add_mutually_exclusive_group()
+    of = "or A,B,... (default: %(default)s)"
+    alphas.add_argument("--alphas", default="0:1:0.1", metavar="A:B:STEP", help=of)
+    alphas.add_argument("--alpha", type=float, help="this one alone; needs no --eval-data")
+    add("--out", metavar="DIR", help="for the merged weights, wiseft.json and frontier.png (default: RUN/wiseft)")
+    add("--save-all", action="store_true", help="write the weights of every alpha")
+    add("--per-set", action="store_true", help="a curve a set in frontier.png, in place of the mean")
+    add("--json", action="store_true", help="JSON on the terminal in place of the table")
+    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -56,7 +82,7 @@ class _Ends:
     known: Record | None
 
 
-def wiseft_command(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """`flyp wiseft`; the table or the JSON goes to stdout.
 
     Raises:
@@ -77,7 +103,7 @@ def wiseft_command(args: argparse.Namespace) -> None:
     finetuned = {key: tensor.to(model.logit_scale.device) for key, tensor in finetuned.items()}
     results: Results = {alpha: {} for alpha in alphas}
     chosen = alphas[0]
-    with alone(out):
+    with folder_lock(out):
         _check_outputs(out, alphas, bool(sets), args.force)  # another sweep may just have ended
         if sets:
             loader = partial(loader_from_args, preprocess=val_preprocess(model), args=args)

@@ -1,0 +1,104 @@
+"""`flyp eval logs/birds --eval-data test=data/test`: score a classifier on labelled sets."""
+
+import argparse
+import csv
+import json
+import logging
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from flyp_plugin.commands.flags import RUN, add_classes_flags, add_data_flags, add_model_flags
+from flyp_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from flyp_plugin.evalsets import EvalSet
+
+EXAMPLE = """  flyp eval logs/birds --eval-data test=data/test
+  flyp eval openai --model ViT-B-16 --eval-data test=data/test"""
+_COLUMNS = ["set", "key", "label", "prediction", "probability", "group", "label_name", "prediction_name"]
+_log = logging.getLogger(__name__)
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    add_model_flags(parser)
+    add_data_flags(parser)
+    add_classes_flags(parser)
+    parser.add_argument("checkpoint", metavar="RUN", help=RUN)
+    parser.add_argument("--json", action="store_true", help="print JSON, not the table")
+    parser.add_argument(
+        "--predictions", metavar="FILE.csv", help="write each image's prediction to this file"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """`flyp eval`: score a checkpoint on the sets given; the table or the JSON goes to stdout."""
+    from flyp_plugin.checkpoints import refuse_existing
+    from flyp_plugin.commands.targets import target_from_args
+    from flyp_plugin.evalsets import eval_sets_from_args, loader_from_args, with_progress
+    from flyp_plugin.heads import ImageClassifier, val_preprocess
+    from flyp_plugin.metrics import evaluate, table
+    from flyp_plugin.precision import match_open_clip_precision
+
+    match_open_clip_precision()
+    target = target_from_args(args, args.checkpoint)
+    sets = eval_sets_from_args(args, target.record)
+    if not sets:
+        raise InputError("there is nothing to score on; give --eval-data NAME=SHARDS.")
+    if args.predictions:
+        refuse_existing(args.predictions, args.force)
+    model = target.model(args)
+    tokenizer, preprocess = target.spec.tokenizer(), val_preprocess(model)
+    classifiers = {  # first, for a learned head may lack a class
+        eval_set.name: ImageClassifier.from_model(
+            model, tokenizer, eval_set.prompts, args.precision, use_tqdm=sys.stderr.isatty()
+        )
+        for eval_set in sets
+    }
+    results = {}
+    with _predictions(args.predictions) as write:
+        for eval_set in sets:
+            classifier = classifiers[eval_set.name]
+            loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
+            on_batch = partial(_write, write, eval_set) if write else None
+            results[eval_set.name] = evaluate(classifier, loader, on_batch=on_batch)
+    text = json.dumps({"checkpoint": target.weights, "model": target.spec.name, "results": results}, indent=1)
+    sys.stdout.write((text if args.json else table(results, "set")) + "\n")
+    if args.predictions:
+        _log.info(f"Wrote each image's prediction to {args.predictions}.")
+
+
+@contextmanager
+def _predictions(path: str | None) -> Iterator[Callable | None]:
+    """Yields a function that writes lines of a CSV, to which `_write` gives those of a batch.
+
+    The evaluation runs in here, so its own errors must not be taken for those of the file.
+    """
+    if path is None:
+        yield None
+        return
+    from flyp_plugin.checkpoints import beside, writing
+
+    with beside(path) as part:
+
+        def write(rows: Iterable[Sequence], mode: str = "a") -> None:
+            with writing(path), open(part, mode, newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerows(rows)
+
+        write([_COLUMNS], "w")
+        yield write
+
+
+def _write(write: Callable, eval_set: "EvalSet", batch: dict[str, Any], logits: "torch.Tensor") -> None:
+    names, best = eval_set.prompts.classnames, logits.softmax(dim=1).max(dim=1)
+    labels, groups = batch["labels"].tolist(), batch.get("groups") or [""] * len(batch["labels"])
+    guesses, probabilities = best.indices.tolist(), [f"{p:.6f}" for p in best.values.tolist()]
+    write(
+        [eval_set.name, key, label, guess, *rest, names[label], names[guess]]
+        for key, label, guess, *rest in zip(batch["keys"], labels, guesses, probabilities, groups)
+    )
