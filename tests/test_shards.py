@@ -734,7 +734,7 @@ def test_what_clip_benchmark_writes_is_read_here(tmp_path, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from flyp_plugin import shards, check; sys.exit('torch' in sys.modules)"
+    code = "import sys; from flyp_plugin import shards; from flyp_plugin.commands import check; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(SystemExit) as done:
         flyp(["shards", "write", "--help"])
