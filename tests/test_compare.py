@@ -294,7 +294,7 @@ def test_mistakes_are_one_sentence_before_anything_is_written(argv, tmp_path, mo
 
 
 def test_flags_are_taken_whole_and_unknown_ones_go_to_training_alone():
-    parser = cli._parser()
+    parser = commands._parser("compare")
     args, rest = parser.parse_known_args(
         [*NEEDED, "--pre", "x", "--lr", "1", "--beta1", "-1", "--image-mean", "0", "1"]
     )
@@ -307,7 +307,7 @@ def test_help_opens_with_an_example_and_needs_no_torch():
     code = "import sys; from flyp_plugin import commands\ntry: commands.call(['compare', '--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "example:\n  flyp compare --model ViT-B-16" in done.stdout and "(default: 0:3)" in done.stdout
-    defaults = cli._parser().parse_args(NEEDED)
+    defaults = commands._parser("compare").parse_args(NEEDED)
     assert all(text in done.stdout for text in TRIED.values()) and len(parse_methods(defaults.methods)) == 4
     assert len(parse_values(["flyp", "lp"], TRIED)) == 2
 
@@ -357,7 +357,7 @@ def test_parse_seeds_and_blocks():
 
 def test_the_plan_counts_runs_and_each_run_has_its_own_flags(argv, monkeypatch, tmp_path):
     monkeypatch.setattr(compare.Comparison, "_checked", lambda self, run: self.flags(run))
-    args, rest = cli._parser().parse_known_args(
+    args, rest = commands._parser("compare").parse_known_args(
         argv("--methods", "flyp,ce", "--shots", "4,16", "--templates", "{c}", "--eval-frequency", "1")
     )
     args.train_flags = rest
