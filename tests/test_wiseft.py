@@ -12,7 +12,7 @@ import torch
 
 from flyp_plugin.commands.wiseft import draw_frontier, parse_alphas
 from flyp_plugin.errors import InputError
-from flyp_plugin.wiseft import average, choose, interpolate
+from flyp_plugin.wiseft import average, choose_alpha, interpolate
 from tests.helpers_eval import NAMES, checkpoint, flyp, root
 
 MODEL = "tiny-digits"
@@ -150,7 +150,7 @@ def test_alpha_is_chosen_on_the_first_set_alone_and_a_tie_goes_to_the_smaller():
         return {"val": {"top1": val}, "ood": {"top1": ood}}
 
     results = {1.0: at(0.8, 0.9), 0.4: at(0.8, 0.1), 0.6: at(0.8, 0.2), 0.0: at(0.2, 1.0)}
-    assert choose(results, "val") == 0.4
+    assert choose_alpha(results, "val") == 0.4
 
 
 def test_sweep_decodes_each_image_once_and_equals_separate_evaluations(tmp_path, capsys, monkeypatch):
