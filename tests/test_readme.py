@@ -183,7 +183,8 @@ def test_an_hour_with_your_own_images(shell, tmp_path, digits):
         photos(tmp_path / "photos" / split, data.images[some], data.target[some])
     photos(tmp_path / "other/photos", 16 - data.images[260:320], data.target[260:320])
     assert cli.call(["shards", "write", f"{tmp_path}/other/photos", f"{tmp_path}/other/test"]) in (0, None)
-    config = json.loads((digits / "digits-vit.json").read_text())    config["vision_cfg"]["head_width"] = 64  # open_clip 2.28 takes OpenAI's heads to be so wide
+    config = json.loads((digits / "digits-vit.json").read_text())
+    config["vision_cfg"]["head_width"] = 64  # open_clip 2.28 takes OpenAI's heads to be so wide
     config["text_cfg"]["heads"] = 1
     (tmp_path / "model.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "model.json")
