@@ -60,7 +60,7 @@ class ClassPrompts:
             )
         self.classnames, self.templates = list(classnames), list(templates)
         _check_entries(self.classnames, places[0], "class name")
-        _check_entries(self.templates, places[1], "template")
+        _check_entries(self.templates, places[1], "template with {c}")
         for number, template in enumerate(self.templates, 1):
             if not _PLACEHOLDER.search(template):
                 raise InputError(
@@ -124,8 +124,9 @@ class ClassPrompts:
             " and ".join(f"{self.classnames[i][:80]!r} (class {i})" for i in group[:_SHOWN])
             for group in groups[:_SHOWN]
         )
+        number = "1 group" if len(groups) == 1 else f"{len(groups)} groups"
         return (
-            f"{len(groups)} group(s) of classes have prompts with the same tokens, so the text tower cannot distinguish "
+            f"{number} of classes have prompts with the same tokens, so the text tower cannot distinguish "
             f"them: {shown}{', ...' if len(groups) > _SHOWN else ''}; give them names that differ in more than case, "
             "accents' encoding or punctuation."
         )

@@ -47,7 +47,9 @@ def read_folder(source: str) -> tuple[list[Row], list[str]]:
         if re.search("[\ud800-\udfff]", name):  # how Python decodes other bytes
             raise InputError(f"the folder name {os.fsencode(folder)!r} is not UTF-8; rename the folder.")
         if name in classes:
-            raise InputError(f"{classes[name]} and {folder} are the same class name, {name!r}; rename one.")
+            raise InputError(
+                f"{classes[name].name!r} and {folder.name!r} are the same class name; rename one."
+            )
         classes[name] = folder
         for top, inner, files in os.walk(folder, onerror=_raise_unreadable):
             skipped += [path for folder in inner if os.path.islink(path := os.path.join(top, folder))]
@@ -101,7 +103,7 @@ def read_table(
         if header.count(column) != 1:
             columns = escape_control_chars(", ".join(header) or "none")
             raise InputError(
-                f"{flag} must name one column of {path}, got {column!r}; its columns are {columns}."
+                f"{flag} {column} matches {header.count(column)} columns of {path}, not one of: {columns}."
             )
     rows: list[Row] = []
     missing = []
@@ -172,8 +174,8 @@ def _read_csv(text: str, path: str, wanted: set[str]) -> Iterator[tuple[int, lis
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(
-            f"{path}, lines {line} to {reader.line_num}: {error}; quote a whole field and double the quotes within it "
-            '("6"" plate"), or delete them.'
+            f"{path}, line {line} to line {reader.line_num}, is not valid CSV ({error}); quote the whole field and double the "
+            'quotes within it ("6"" plate"), or delete them.'
         ) from None
 
 
@@ -184,13 +186,16 @@ def _report_splits(values: dict[str, Counter[str]], split_col: str, split: str |
         alike = [value for value in others if value.strip().casefold() == split.strip().casefold()]
         level = logging.WARNING if alike else logging.INFO
         if others:
-            _log.log(level, f"--split {split!r} leaves out the lines of {path} with {_list_values(others)}.")
+            _log.log(
+                level,
+                f"--split {split!r} leaves out {others.total()} lines of {path}: {_list_values(others)}.",
+            )
     elif split is None:
         for column, counter in values.items():
             if column.casefold() == split_col.casefold() and len(counter) > 1:
                 raise InputError(
-                    f"{path} has a column {column} with {_list_values(counter)}; give the lines to take with --split VALUE, "
-                    "or --split '' for all."
+                    f"{path} has a column {column} with {_list_values(counter)}; choose the lines with --split "
+                    f"{next(iter(counter))!r}, or take all with --split ''."
                 )
             names = set(_SPLIT_NAME.findall(" ".join(counter).casefold()))
             if len(counter) <= MAX_SPLITS and len(names) > 1:

@@ -167,8 +167,6 @@ def few_shot_keys(
     """
     from flyp_plugin.samples import labelled, read_samples
 
-    if shots < 1:
-        raise InputError(f"--shots must be >= 1, got {shots}.")
     classes = defaultdict(list)
     seen = set()
     read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
@@ -272,7 +270,7 @@ def _shard_sizes(samples: int, shard_size: int | None) -> dict[str, int]:
 def _resolve_dest(dest: str) -> Path:
     folder = Path(os.path.abspath(dest))
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise InputError(f"{dest} is a file or not empty; choose a new split folder, such as data/train.")
+        raise InputError(f"{dest} is a file or is not empty; choose a new split folder, such as data/train.")
     return folder
 
 
