@@ -111,10 +111,8 @@ class ClassPrompts:
                 f"and are truncated, the first: {tokens.cut[0][:80]!r}"
             )
         # equal names already have a warning of their own
-        same = [
-            group for group in tokens.same if len({normalize_name(self.classnames[i]) for i in group}) > 1
-        ]
-        if same:
+        names = [normalize_name(name) for name in self.classnames]
+        if same := [group for group in tokens.same if len({names[i] for i in group}) > 1]:
             _log.warning(self.describe_same_tokens(same))
         return tokens
 

@@ -34,34 +34,30 @@ def read_folder(source: str) -> tuple[list[Row], list[str]]:
     entries = sorted(Path(source).iterdir())
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if not folders:
-        raise InputError(
-            f"{source} contains no folders; give one that has a folder of images for each class."
-        )
+        raise InputError(f"{source} contains no folders; give one with a folder of images for each class.")
     if {folder.name.lower() for folder in folders} <= {"train", "test", "val", "valid", "validation"}:
         raise InputError(f"{source} contains splits, not classes; give one of them, such as {folders[0]}.")
     rows: list[Row] = []
     skipped = [str(entry) for entry in entries if not entry.is_dir()]
-    classes: dict[str, Path] = {}
+    classes: dict[str, str] = {}  # folder names
     for folder in folders:
         name = normalize_name(folder.name)
         if re.search("[\ud800-\udfff]", name):  # how Python decodes other bytes
             raise InputError(f"the folder name {os.fsencode(folder)!r} is not UTF-8; rename the folder.")
         if name in classes:
-            raise InputError(
-                f"{classes[name].name!r} and {folder.name!r} are the same class name; rename one."
-            )
-        classes[name] = folder
+            raise InputError(f"{classes[name]!r} and {folder.name!r} are the same class name; rename one.")
+        classes[name] = folder.name
         for top, inner, files in os.walk(folder, onerror=_raise_unreadable):
-            skipped += [path for folder in inner if os.path.islink(path := os.path.join(top, folder))]
-            inner[:] = [folder for folder in inner if not folder.startswith(".")]
-            for file in files:
-                path, is_image = os.path.join(top, file), image_extension(file) and not file.startswith(".")
-                rows.append((path, name, None)) if is_image else skipped.append(path)
+            skipped += [path for child in inner if os.path.islink(path := os.path.join(top, child))]
+            inner[:] = [child for child in inner if not child.startswith(".")]
+            images = {file for file in files if image_extension(file) and not file.startswith(".")}
+            rows += [(os.path.join(top, file), name, None) for file in images]
+            skipped += [os.path.join(top, file) for file in files if file not in images]
     if not rows:
         raise InputError(f"the class folders in {source} contain no {EXTENSIONS} files; check the path.")
     if skipped:
         _log.info(
-            f"Skipped {len(skipped)} hidden files, links or files other than {EXTENSIONS}: {min(skipped)}, ..."
+            f"Skipped {len(skipped)} files (hidden, links or not {EXTENSIONS}), such as {min(skipped)}."
         )
     return sorted(rows), list(classes)
 
@@ -90,9 +86,8 @@ def read_table(
     text = read_text(path)
     if text is None:
         raise InputError(f"there is no folder or CSV file {path}; check the path.")
-    image_col, label_col, group_col, split_col = (
-        column.strip() for column in (image_col, label_col, group_col, split_col)
-    )
+    columns = [column.strip() for column in (image_col, label_col, group_col, split_col)]
+    image_col, label_col, group_col, split_col = columns
     flags = {"--image-col": image_col, "--label-col": label_col}
     flags |= {"--group-col": group_col} if group_col else {}
     needed = list(flags.values())
@@ -101,10 +96,8 @@ def read_table(
     header = [column.strip() for column in next(lines, (0, []))[1]]
     for flag, column in flags.items():
         if header.count(column) != 1:
-            columns = escape_control_chars(", ".join(header) or "none")
-            raise InputError(
-                f"{flag} {column} matches {header.count(column)} columns of {path}, not one of: {columns}."
-            )
+            found = f"{header.count(column)} columns of {path} ({escape_control_chars(', '.join(header))})"
+            raise InputError(f"{flag} {column} matches {found}; name one of them.")
     rows: list[Row] = []
     missing = []
     others = [column for column in header if column == split_col or column not in needed]
@@ -118,30 +111,28 @@ def read_table(
             continue
         if empty := [column for column in needed if not row[column].strip()]:
             raise InputError(f"{place}, has no {empty[0]}; fill it in, or delete the line.")
-        label = row[label_col].strip()
-        if len(label.splitlines()) > 1:
-            first = label.splitlines()[0][:40]
+        first, *more = row[label_col].strip().splitlines()
+        if more:
             raise InputError(
-                f"{place}: the {label_col} {first!r}... has a line break; close the quotes before it."
+                f"{place}: the {label_col} {first[:40]!r} continues on the next line; close its quotes."
             )
         image = os.path.join(root or os.path.dirname(path), row[image_col])
         if not os.path.isfile(image):
             missing.append(f"{escape_control_chars(image)} (line {line})")
         elif not image_extension(image):
             raise InputError(f"{place}: {image} is not a {EXTENSIONS} file; convert it first.")
-        rows.append((image, normalize_name(label), row[group_col].strip() if group_col else None))
+        rows.append((image, normalize_name(first), row[group_col].strip() if group_col else None))
     if missing:
-        raise InputError(
-            f"{len(missing)} of {len(rows)} images of {path} do not exist, first {missing[0]}; check --root."
-        )
+        number = f"{len(missing)} of {len(rows)}"
+        raise InputError(f"{number} images of {path} do not exist, first {missing[0]}; check --root.")
     if not rows:
-        found = f" with {split_col} {split!r}, only {_list_values(values[split_col])}" if split else ""
-        raise InputError(f"{path} has no lines{found}; there is nothing to write.")
+        only = f" with {split_col} {split!r}, only {_list_values(values[split_col])}" if split else ""
+        raise InputError(f"{path} has no lines{only}; there is nothing to write.")
     _report_splits(values, split_col, split, path)
     labels = Counter(image for image, _ in {row[:2] for row in rows})
     if several := sorted(image for image, count in labels.items() if count > 1):
         _log.warning(
-            f"{len(several)} images are in more than one class, such as {several[0]}: each is written for each."
+            f"{len(several)} images have several classes, such as {several[0]}; each class gets a copy."
         )
     return rows, sorted({label for _, label, _ in rows})
 
@@ -150,15 +141,12 @@ def _read_csv(text: str, path: str, wanted: set[str]) -> Iterator[tuple[int, lis
     """(line number, fields) of the header and of each line that is not blank, by the separator that suits the header."""
 
     def columns(separator: str) -> set[str]:
-        first = text.lstrip()[:100_000].splitlines()[:1]
-        return {
-            name.strip() for name in next(csv.reader(first, delimiter=separator, skipinitialspace=True), [])
-        }
+        header = csv.reader(text.lstrip()[:100_000].splitlines(), delimiter=separator, skipinitialspace=True)
+        return {name.strip() for name in next(header, [])}
 
     separator = max(",\t;|", key=lambda one: (wanted <= columns(one), len(columns(one))))
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True
-    )
+    file = io.StringIO(text, newline="")
+    reader = csv.reader(file, delimiter=separator, strict=True, skipinitialspace=True)
     width, line = 0, 1
     try:
         for fields in reader:
@@ -184,12 +172,9 @@ def _report_splits(values: dict[str, Counter[str]], split_col: str, split: str |
     if split:
         others = values[split_col] - Counter({split: values[split_col][split]})
         alike = [value for value in others if value.strip().casefold() == split.strip().casefold()]
-        level = logging.WARNING if alike else logging.INFO
+        log = _log.warning if alike else _log.info
         if others:
-            _log.log(
-                level,
-                f"--split {split!r} leaves out {others.total()} lines of {path}: {_list_values(others)}.",
-            )
+            log(f"--split {split!r} leaves out {others.total()} lines of {path}: {_list_values(others)}.")
     elif split is None:
         for column, counter in values.items():
             if column.casefold() == split_col.casefold() and len(counter) > 1:
@@ -207,8 +192,8 @@ def _report_splits(values: dict[str, Counter[str]], split_col: str, split: str |
 
 def _list_values(counter: Counter[str]) -> str:
     """Values and how many lines have each, for a message."""
-    shown = ", ".join(f"{value!r} ({count})" for value, count in counter.most_common(10))
-    return shown + (f" and {len(counter) - 10} more values" if len(counter) > 10 else "")
+    shown = [f"{value!r} ({count})" for value, count in counter.most_common(10)]
+    return ", ".join(shown + ["..."] * (len(counter) > 10))
 
 
 def image_extension(path: str) -> str | None:

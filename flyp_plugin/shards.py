@@ -39,7 +39,7 @@ from flyp_plugin.sources import (
 
 if (
     TYPE_CHECKING
-):  # prompts, samples and webdataset import torch, so only the functions that need them import them
+):  # what imports torch (prompts, samples, webdataset) is imported in functions, for a fast --help
     from flyp_plugin.prompts import ClassPrompts
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -93,10 +93,8 @@ def write(
         jobs = [(part / name, list(islice(samples, size))) for name, size in sizes.items()]
         map_parallel(_write_shard, jobs, workers, "writing")
         _write_lists(folder.parent, {CLASSNAMES: prompts.classnames, TEMPLATES: prompts.templates})
-    classes = len({label for _, label, _ in rows})
-    _log.info(
-        f"Wrote {len(rows)} images of {classes} of {len(prompts.classnames)} classes in {len(sizes)} shards to {dest}."
-    )
+    classes = f"{len({label for _, label, _ in rows})} of {len(prompts.classnames)} classes"
+    _log.info(f"Wrote {len(rows)} images of {classes} in {len(sizes)} shards to {dest}.")
     _log.info(f"Next: flyp shards check {os.path.relpath(folder.parent)}")
 
 
@@ -173,9 +171,7 @@ def few_shot_keys(
     for sample in labelled(read, len(classnames) or 2**63, _warn, image_key, label_key):
         identity = (sample["shard"], sample["key"])
         if identity in seen:
-            raise InputError(
-                f"{identity[0]} has two samples with the key {identity[1]}; make the keys unique."
-            )
+            raise InputError(f"{identity[0]} has two samples with the key {identity[1]}; rename one.")
         seen.add(identity)
         classes[sample["label"]].append(identity)
     if not classes:
@@ -210,10 +206,8 @@ def list_splits(source: str, split: str | None) -> list[str]:
     return [split] if split else sorted(found, key=lambda name: (name != "train", name)) or ["train"]
 
 
-def _resolve_lists(
-    found: list[str], data: Path, classnames: str | None, templates: str | None
-) -> "ClassPrompts":
-    """The set's class names and templates: those given, else those in the folder `data`, else as found and the default."""
+def _resolve_lists(found: list, data: Path, classnames: str | None, templates: str | None) -> "ClassPrompts":
+    """Class names and templates: those given, else those in the folder `data`, else the names found and the default."""
     from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts, read_templates
 
     existing = {name: str(data / name) for name in (CLASSNAMES, TEMPLATES) if (data / name).exists()}
@@ -228,9 +222,7 @@ def _resolve_lists(
         prompts = ClassPrompts(sorted(found, key=float if numbers else str), read_templates(templates))
         _log.info(f"Class order: sorted, {len(found)} names, written to {data / CLASSNAMES}.")
         if numbers:
-            _log.warning(
-                f"The class names are numbers ({prompts(0, 0)!r}); name them with --classnames FILE."
-            )
+            _log.warning(f"The class names are numbers ({prompts(0, 0)!r}); name them by --classnames FILE.")
     if len(prompts.classnames) < 2:
         raise InputError(f"there is only one class, {prompts.classnames[0]!r}; training needs at least two.")
     _check_lists(data, {CLASSNAMES: prompts.classnames, TEMPLATES: prompts.templates})

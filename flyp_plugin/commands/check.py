@@ -56,8 +56,9 @@ class Findings:
     problems: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))
 
     def add(self, other: "Findings") -> None:
-        for counter in ("images", "labels", "formats"):
-            getattr(self, counter).update(getattr(other, counter))
+        self.images += other.images
+        self.labels += other.labels
+        self.formats += other.formats
         self.pixels += other.pixels
         self.deep += other.deep
         self.keys += other.keys
@@ -83,9 +84,10 @@ def check(
         found.add(part)
     first: dict[tuple[str, str], str] = {}
     for shard, key in found.keys:
-        other = first.setdefault((os.path.dirname(shard), key), shard)
-        if other is not shard:
-            found.problems["repeated keys"].append(f"{shard}, sample {key}, also in {other}")
+        identity = (os.path.dirname(shard), key)
+        if identity in first:
+            found.problems["repeated keys"].append(f"{shard}, sample {key}, also in {first[identity]}")
+        first.setdefault(identity, shard)
     if image_key == IMAGE_KEY:
         _check_counts(shards, found)
     return found
@@ -93,26 +95,24 @@ def check(
 
 def _check_counts(shards: Sequence[str], found: Findings) -> None:
     """Compare the images found with sizes.json or, where a folder without one is checked as a whole, with __len__."""
-    for folder in dict.fromkeys(map(os.path.dirname, shards)):
-        images = {shard: found.images[shard] for shard in shards if os.path.dirname(shard) == folder}
+    for folder in dict.fromkeys(os.path.dirname(shard) or "." for shard in shards):
+        here = [shard for shard in shards if (os.path.dirname(shard) or ".") == folder]
+        counted = {os.path.basename(shard): found.images[shard] for shard in here}
         kind = "wrong sizes.json"
         try:
-            if (sizes := read_sizes(folder or ".")) is not None:
-                stated = {os.path.join(folder, name): size for name, size in sizes.items()}
-            else:
-                kind = "wrong __len__"
-                whole = {os.path.join(folder, tar.name) for tar in Path(folder).glob("[!.]*.tar")} == set(
-                    images
-                )
-                length = read_length(folder or ".")
-                stated = {folder or ".": length} if whole and length is not None else {}
-                images = {folder or ".": sum(images.values())}
+            stated = read_sizes(folder)
+            if stated is None:
+                kind, length = "wrong __len__", read_length(folder)
+                whole = counted.keys() == {tar.name for tar in Path(folder).glob("[!.]*.tar")}
+                stated = {"__len__": length} if whole and length is not None else {}
+                counted = {"__len__": sum(counted.values())}
         except InputError as error:
             found.problems[kind].append(str(error))
             continue
-        for place in images:
-            if stated.get(place, images[place]) != images[place]:
-                found.problems[kind].append(f"{place}: {images[place]} images, not {stated[place]}")
+        for name, images in counted.items():
+            if stated.get(name, images) != images:
+                place = os.path.join(folder, name)
+                found.problems[kind].append(f"{place}: {images} images, not {stated[name]}")
 
 
 def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -> Findings:
