@@ -34,11 +34,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a data folder, a split folder or tars, all local")
-    add("--split", default=None, help="of a data folder (default: all)")
+    add("--split", default=None, metavar="NAME", help="split of a data folder (default: all)")
     add("--classnames", default=None, metavar="FILE", help="default: classnames.txt of the set")
     add("--templates", default=None, metavar="FILE", help="default: those of the set")
     add_key_flags(add)
-    add("--workers", type=count, default=min(4, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    add("--workers", type=count, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="processes (default: %(default)s)")
     add("--json", action="store_true", default=False, help="print JSON instead of the table")
     # fmt: on
 
@@ -202,8 +203,8 @@ def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") 
     notes = [prompts.describe_same_tokens(same)] if same else []
     if found.deep:
         notes.append(
-            f"{found.deep} images of 16 bits: the plugin uses their upper 8 bits; loaders of timm and torchvision, and so an "
-            "exported classifier there, make them white."
+            f"{found.deep} images of 16 bits: the plugin uses their upper 8; the loaders of timm and torchvision, and so "
+            "an exported classifier there, make them white."
         )
     return {
         "samples": sum(per_class),

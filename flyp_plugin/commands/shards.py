@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A subcommand for each of write, subset, count and check."""
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="flyp shards")
 
     def command(name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
         added = commands.add_parser(
@@ -49,13 +49,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--templates", metavar="FILE", help="a file, openai, simple, or one template with its {c} "
         "(default: the file above DEST, else 'a photo of a {c}.')")
     add("--shard-size", **size)
-    add("--seed", type=int, default=0, help="of the shuffle before writing (default: %(default)s)")
-    add("--workers", type=count, default=min(4, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the shuffle before writing (default: %(default)s)")
+    add("--workers", type=count, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="processes (default: %(default)s)")
     add = parser.add_argument_group("for a CSV").add_argument
     add("--image-col", metavar="COL", help="column of image paths")
     add("--label-col", metavar="COL", help="column of class names, or of indices into the class names given")
     add("--split", metavar="VALUE", help="take the lines with this value in --split-col; '' takes all lines")
-    add("--split-col", metavar="COL", help="default: split")
+    add("--split-col", metavar="COL", help="the column that --split is about (default: split)")
     add("--group-col", metavar="COL", help="column to write as .group members, for worst-group accuracy")
     add("--root", metavar="DIR", help="folder that the image paths are relative to (default: the CSV's folder)")
 
@@ -64,15 +65,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="SOURCE", help="a data folder, a split folder or tars, all local")
     add("dest", metavar="DEST", help="the split folder to write")
     add("--shots", type=positive, required=True, metavar="K", help="images of each class")
-    add("--seed", type=int, default=0, help="which images are drawn (default: %(default)s)")
-    add("--split", default="train", help="of a data folder (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="which images are drawn (default: %(default)s)")
+    add("--split", default="train", metavar="NAME", help="split of a data folder (default: %(default)s)")
     add("--shard-size", **size)
     add_key_flags(add)
 
     help = "count samples by reading the headers of the tars"
     add = command("count", count_command, help, "  flyp shards count data").add_argument
     add("source", metavar="SOURCE", nargs="+", help="a data folder, a split folder or tars, all local")
-    add("--split", default=None, help="of a data folder (default: all)")
+    add("--split", default=None, metavar="NAME", help="split of a data folder (default: all)")
     add("--image-key", default=IMAGE_KEY, metavar="KEYS", help="count samples with one of these (default: %(default)s)")
     add("--json", action="store_true", default=False, help="print JSON instead of the table")
 
@@ -111,8 +112,8 @@ def count_command(args: argparse.Namespace) -> None:
         elif not sizes[shard]:
             members = escape_control_chars(", ".join(first_endings(shard)))[:200] or "none"
             _log.warning(
-                f"{shard} has no sample with a {args.image_key.replace(';', '/')} member, only {members}; name the member "
-                "that holds the image with --image-key."
+                f"{shard} has no sample with a {args.image_key.replace(';', '/')} member, only {members}; name the "
+                "member that holds the image with --image-key."
             )
 
 
