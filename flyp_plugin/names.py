@@ -32,7 +32,7 @@ def same_names(some: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def to_unique_keys(names: Sequence[str]) -> list[tuple[str, int]]:
-    """(normalized name, 1 for its first occurrence, 2 for its second, ...): unique where names repeat, as in ImageNet."""
+    """(normalized name, 1 for its first occurrence, 2 for its second, ...): unique even for ImageNet's repeated names."""
     seen: Counter[str] = Counter()
     keys = []
     for name in map(normalize_name, names):

@@ -71,7 +71,7 @@ class ClassPrompts:
             if occurrence == 2:
                 unit, first = places[0].rpartition(" ")[2], keys.index((name, 1)) + 1
                 _warn_once(
-                    f"{places[0]} {number}, repeats {unit} {first}, {name!r}: no prompt can distinguish the two classes."
+                    f"{places[0]} {number}, repeats {unit} {first}, {name!r}: no prompt can distinguish them."
                 )
 
     @classmethod
@@ -191,7 +191,7 @@ def _tokenize_chunk(
 
 
 def _group_equal_rows(table: np.ndarray) -> list[list[int]]:
-    """Groups of indices along the first axis whose parts are equal. Most classes already differ in the first template."""
+    """Groups of indices along the first axis whose parts are equal. Most classes differ in the first template."""
     groups = [list(range(len(table)))]
     for parts in (table[:, 0], table):
         finer: dict[bytes, list[int]] = defaultdict(list)
@@ -211,7 +211,7 @@ def resolve_prompts(
     Args:
         shards: tar URLs.
         classnames, templates: as for `ClassPrompts.from_files`; by default, classnames.txt and
-            zeroshot_classification_templates.txt of the shards. Without the latter, the template is 'a photo of a {c}.'.
+            zeroshot_classification_templates.txt of the shards. Without templates, 'a photo of a {c}.'.
 
     Raises:
         InputError: there are no class names, a file has a mistake in it, or `classnames` orders a name differently than
@@ -277,8 +277,8 @@ def _refuse_code(lines: list[str], place: str, what: str) -> None:
     if (syntax := detect_syntax(lines)) is not None:
         example = DEFAULT_TEMPLATE if what == "templates" else "golden retriever"
         raise InputError(
-            f"{place} is {syntax} ({escape_control_chars(lines[0][:40])!r}, ...); write each of the {what} on a line of "
-            f"its own, without quotes, commas or numbers: {example}"
+            f"{place} is {syntax} ({escape_control_chars(lines[0][:40])!r}, ...); write each of the {what} on a line "
+            f"of its own, without quotes, commas or numbers: {example}"
         )
 
 

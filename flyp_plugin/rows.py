@@ -138,7 +138,7 @@ def read_table(
 
 
 def _read_csv(text: str, path: str, wanted: set[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of the header and of each line that is not blank, by the separator that suits the header."""
+    """(line number, fields) of the header and of the lines that are not blank, by the separator that suits the header."""
 
     def columns(separator: str) -> set[str]:
         header = csv.reader(text.lstrip()[:100_000].splitlines(), delimiter=separator, skipinitialspace=True)
@@ -155,20 +155,20 @@ def _read_csv(text: str, path: str, wanted: set[str]) -> Iterator[tuple[int, lis
                 if len(fields) != width:
                     shown = escape_control_chars(separator.join(fields)[:80])
                     raise InputError(
-                        f"{path}, line {line}, has {len(fields)} fields and the header {width}: {shown!r}; quote a text that "
-                        f'contains {separator!r} ("crane, bird").'
+                        f"{path}, line {line}, has {len(fields)} fields and the header {width}: {shown!r}; quote a text "
+                        f'that contains {separator!r} ("crane, bird").'
                     )
                 yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(
-            f"{path}, line {line} to line {reader.line_num}, is not valid CSV ({error}); quote the whole field and double the "
-            'quotes within it ("6"" plate"), or delete them.'
+            f"{path}, line {line} to line {reader.line_num}, is not valid CSV ({error}); quote the whole field and double "
+            'the quotes within it ("6"" plate"), or delete them.'
         ) from None
 
 
 def _report_splits(values: dict[str, Counter[str]], split_col: str, split: str | None, path: str) -> None:
-    """Refuse or report what would silently mix splits: no --split for a column of splits, or a value spelled otherwise."""
+    """Refuse or report what would silently mix splits: --split forgotten, or its value spelled differently in some lines."""
     if split:
         others = values[split_col] - Counter({split: values[split_col][split]})
         alike = [value for value in others if value.strip().casefold() == split.strip().casefold()]
@@ -185,8 +185,8 @@ def _report_splits(values: dict[str, Counter[str]], split_col: str, split: str |
             names = set(_SPLIT_NAME.findall(" ".join(counter).casefold()))
             if len(counter) <= MAX_SPLITS and len(names) > 1:
                 _log.warning(
-                    f"{path} has a column {column} with {_list_values(counter)}, and all lines are taken; to take those of "
-                    f"one value, give --split VALUE --split-col {column}."
+                    f"{path} has a column {column} with {_list_values(counter)}, and all lines are taken; to take those "
+                    f"of one value, give --split VALUE --split-col {column}."
                 )
 
 

@@ -4,7 +4,7 @@ A sample is two members of a tar, KEY.(jpg|jpeg|png|webp) and KEY.cls, the class
 CLIP_benchmark, which open_clip's and webdataset's own tools read too. Image bytes are copied, never re-encoded.
 `flyp shards` (commands/shards.py) calls `write` and `subset`; train.py calls `subset` for --shots.
 
-A split folder appears complete or not at all: its tars are written to a folder FOLDER.part, which is renamed at the end.
+A split folder appears complete or not at all: it is written as FOLDER.part, which is renamed at the end.
 """
 
 import logging
@@ -64,9 +64,9 @@ def write(
     Args:
         source: the folder, or a CSV or TSV file with a header line.
         dest: the split folder, such as data/train; class names and templates go into the folder above it.
-        classnames: the class order: a file or `imagenet`. By default classnames.txt above `dest`, else the sorted names.
-        templates: a file, `openai`, `simple` or one template. By default the file above `dest`, else 'a photo of a {c}.'.
-        shard_size: most samples in a shard. By default SHARD_SIZE, or fewer, to make MIN_SHARDS shards.
+        classnames: the class order: a file or `imagenet`. Default: classnames.txt above `dest`, else the sorted names.
+        templates: a file, `openai`, `simple` or one template. Default: the file above `dest`, else 'a photo of a {c}.'.
+        shard_size: most samples in a shard. Default: SHARD_SIZE, or fewer, to make MIN_SHARDS shards.
         seed: of the shuffle before writing. The same source and seed give the same bytes.
         workers: number of processes.
         columns: for a CSV: image_col, label_col, split_col, split, group_col and root of rows.read_table.
@@ -112,7 +112,7 @@ def subset(
     """Write a few-shot set: `shots` images of each class (see few_shot_keys), with all their members unchanged.
 
     Args:
-        source: local shards: a brace pattern, a split folder, a data folder (then its `split`), or several joined by '::'.
+        source: local shards: a brace pattern, a split folder, a data folder (then its `split`), '::' between several.
         dest: the split folder to write; class names and templates are copied into the folder above it.
 
     Returns:
@@ -235,7 +235,7 @@ def _to_indices(labels: set[str], classnames: Sequence[str]) -> dict[str, int]:
     if repeated := sorted(label for label in labels if (label, 2) in keys):
         lines = " and ".join(f"line {keys.index((repeated[0], n)) + 1}" for n in (1, 2))
         raise InputError(
-            f"the class {repeated[0]!r} is {lines} of the class names; give a CSV with class indices (from 0) as labels."
+            f"the class {repeated[0]!r} is {lines} of the class names; give a CSV with class indices as labels."
         )
     indices = {name: index for index, (name, _) in enumerate(keys)}
     if labels.isdisjoint(indices) and not labels.isdisjoint(map(str, range(len(keys)))):
@@ -244,8 +244,8 @@ def _to_indices(labels: set[str], classnames: Sequence[str]) -> dict[str, int]:
     if unknown := sorted(labels - indices.keys()):
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise InputError(
-            f"the class {unknown[0]!r}{more} is not in the list of {len(keys)} class names; remove its images, or write "
-            "to another data folder with a list that contains it."
+            f"the class {unknown[0]!r}{more} is not in the list of {len(keys)} class names; remove its images, or "
+            "write to another data folder with a list that contains it."
         )
     return indices
 

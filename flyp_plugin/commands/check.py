@@ -203,7 +203,7 @@ def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") 
     notes = [prompts.describe_same_tokens(same)] if same else []
     if found.deep:
         notes.append(
-            f"{found.deep} images of 16 bits: the plugin uses their upper 8; the loaders of timm and torchvision, and so "
+            f"{found.deep} images of 16 bits: the plugin uses their upper 8; loaders of timm and torchvision, and so "
             "an exported classifier there, make them white."
         )
     return {
