@@ -32,7 +32,7 @@ def same_names(some: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def to_unique_keys(names: Sequence[str]) -> list[tuple[str, int]]:
-    """(normalized name, 1 for its first occurrence, 2 for its second, ...): unique even for ImageNet's repeated names."""
+    """(normalized name, 1 at its first occurrence, 2 at its second, ...): unique even where ImageNet repeats a name."""
     seen: Counter[str] = Counter()
     keys = []
     for name in map(normalize_name, names):

@@ -97,7 +97,8 @@ def read_table(
     for flag, column in flags.items():
         if header.count(column) != 1:
             found = f"{header.count(column)} columns of {path} ({escape_control_chars(', '.join(header))})"
-            raise InputError(f"{flag} {column} matches {found}; name one of them.")
+            flag = f"{flag} {column}".strip()
+            raise InputError(f"{flag} matches {found}; name one of them.")
     rows: list[Row] = []
     missing = []
     others = [column for column in header if column == split_col or column not in needed]
@@ -138,7 +139,7 @@ def read_table(
 
 
 def _read_csv(text: str, path: str, wanted: set[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of the header and of the lines that are not blank, by the separator that suits the header."""
+    """(line number, fields) of the header and of the lines that are not blank, split by the separator of the header."""
 
     def columns(separator: str) -> set[str]:
         header = csv.reader(text.lstrip()[:100_000].splitlines(), delimiter=separator, skipinitialspace=True)
@@ -155,20 +156,20 @@ def _read_csv(text: str, path: str, wanted: set[str]) -> Iterator[tuple[int, lis
                 if len(fields) != width:
                     shown = escape_control_chars(separator.join(fields)[:80])
                     raise InputError(
-                        f"{path}, line {line}, has {len(fields)} fields and the header {width}: {shown!r}; quote a text "
+                        f"{path}, line {line}, has {len(fields)} fields and the header {width}: {shown!r}; quote text "
                         f'that contains {separator!r} ("crane, bird").'
                     )
                 yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(
-            f"{path}, line {line} to line {reader.line_num}, is not valid CSV ({error}); quote the whole field and double "
-            'the quotes within it ("6"" plate"), or delete them.'
+            f"{path}, line {line} to line {reader.line_num}, is not valid CSV ({error}); quote the whole field and "
+            'double the quotes within it ("6"" plate"), or delete them.'
         ) from None
 
 
 def _report_splits(values: dict[str, Counter[str]], split_col: str, split: str | None, path: str) -> None:
-    """Refuse or report what would silently mix splits: --split forgotten, or its value spelled differently in some lines."""
+    """Refuse or report what would silently mix splits: --split forgotten, or its value spelled differently."""
     if split:
         others = values[split_col] - Counter({split: values[split_col][split]})
         alike = [value for value in others if value.strip().casefold() == split.strip().casefold()]
@@ -185,8 +186,8 @@ def _report_splits(values: dict[str, Counter[str]], split_col: str, split: str |
             names = set(_SPLIT_NAME.findall(" ".join(counter).casefold()))
             if len(counter) <= MAX_SPLITS and len(names) > 1:
                 _log.warning(
-                    f"{path} has a column {column} with {_list_values(counter)}, and all lines are taken; to take those "
-                    f"of one value, give --split VALUE --split-col {column}."
+                    f"{path} has a column {column} with {_list_values(counter)}, and all lines are taken; to take "
+                    f"those of one value, give --split VALUE --split-col {column}."
                 )
 
 
