@@ -5,13 +5,14 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
+
+from tqdm import tqdm
 
 from flyp_plugin.commands import check
 from flyp_plugin.commands.flags import add_key_flags, count, positive
 from flyp_plugin.errors import InputError, escape_control_chars
-from flyp_plugin.shards import list_splits, local_shards, map_parallel, subset, write
+from flyp_plugin.shards import list_splits, local_shards, subset, write
 from flyp_plugin.sources import IMAGE_KEY, TAR_ERRORS, count_shard, first_endings, why_apart
 
 EXAMPLE = "  flyp shards write photos/train data/train\n  flyp shards check data"
@@ -100,7 +101,8 @@ def count_command(args: argparse.Namespace) -> None:
     """flyp shards count"""
     pairs = [(source, split) for source in args.source for split in list_splits(source, args.split)]
     shards = [shard for pair in pairs for shard in local_shards(*pair)]
-    sizes = dict(zip(shards, map_parallel(partial(_count, image_key=args.image_key), shards, 1, "counting")))
+    bar = tqdm(shards, desc="counting", unit="shard", disable=None)
+    sizes = {shard: _count(shard, args.image_key) for shard in bar}
     if args.json:
         print(json.dumps({"shards": sizes, "total": sum(sizes.values())}))
     else:
