@@ -55,9 +55,7 @@ class ClassPrompts:
         places: tuple[str, str] = ("the list of class names, entry", "the list of templates, entry"),
     ):
         if isinstance(classnames, str) or isinstance(templates, str):
-            raise InputError(
-                "classnames and templates must be lists, such as ['cat', 'dog'], got one string."
-            )
+            raise InputError("classnames and templates must be lists such as ['cat', 'dog'], got a string.")
         self.classnames, self.templates = list(classnames), list(templates)
         _check_entries(self.classnames, places[0], "class name")
         _check_entries(self.templates, places[1], "template with {c}")
@@ -278,7 +276,7 @@ def _refuse_code(lines: list[str], place: str, what: str) -> None:
         example = DEFAULT_TEMPLATE if what == "templates" else "golden retriever"
         raise InputError(
             f"{place} is {syntax} ({escape_control_chars(lines[0][:40])!r}, ...); write each of the {what} on a line "
-            f"of its own, without quotes, commas or numbers: {example}"
+            f"of its own, without quotes, brackets, bullets or numbers around it: {example}"
         )
 
 
