@@ -149,6 +149,6 @@ def _blocks(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator[
         yield block
 
 
-def choose_alpha(results: Mapping[float, Mapping[str, Metrics]], id_set: str) -> float:
+def choose_alpha(results: Mapping[float, Mapping[str, Mapping[str, Any]]], id_set: str) -> float:
     """The alpha with the best top-1 on the ID validation set; the smallest of equal ones."""
     return best({alpha: by_set[id_set]["top1"] for alpha, by_set in results.items()})

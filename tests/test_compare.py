@@ -18,10 +18,16 @@ from scipy import stats
 
 from flyp_plugin import commands
 from flyp_plugin.commands import compare, plots
-from flyp_plugin.commands.compare import parse_blocks, parse_methods, parse_seeds, parse_values, with_defaults
+from flyp_plugin.commands.compare import (
+    TRIED,
+    parse_blocks,
+    parse_methods,
+    parse_seeds,
+    parse_values,
+    with_defaults,
+)
 from flyp_plugin.commands.jobs import seconds_left
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import TRIED
 from flyp_plugin.metrics import best
 from flyp_plugin.run_folder import folder_lock
 from tests.helpers_eval import checkpoint, flyp, root
@@ -372,11 +378,6 @@ def test_the_value_chosen_is_the_best_and_of_equal_ones_the_smallest():
 def test_seconds_left_takes_a_kind_not_run_yet_to_be_like_the_others():
     assert seconds_left({"training": [10, 20], "sweep": []}, {"training": 2, "sweep": 1}) == 45
     assert seconds_left({"training": [10, 20], "sweep": [1]}, {"training": 0, "sweep": 3}) == 3
-
-
-def test_t_quantile_is_scipys():
-    for df in [*range(1, 200), 10_000]:
-        assert plots.t_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1.1e-4)
 
 
 def test_figure_is_scipys_interval():
