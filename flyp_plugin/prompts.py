@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from flyp_plugin.errors import CONTROLS, InputError, escape_control_chars
 from flyp_plugin.names import normal, numbered, repeated_names, what_else
-from flyp_plugin.sources import all_beside, find_beside, lines_of
+from flyp_plugin.sources import find_all_beside, find_beside, read_lines
 
 CLASSNAMES = {"imagenet": open_clip.IMAGENET_CLASSNAMES}
 TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
@@ -231,7 +231,7 @@ def resolve_prompts(
     Raises:
         InputError: there are no class names, or a file has a mistake in it.
     """
-    own = all_beside(shards, "classnames.txt") if classnames else []
+    own = find_all_beside(shards, "classnames.txt") if classnames else []
     classnames = classnames or find_beside(shards, "classnames.txt")
     if classnames is None:
         raise InputError(
@@ -250,7 +250,7 @@ def resolve_prompts(
 def _check_order(given: list[str], path: str | Sequence[str], own: str) -> None:
     """InputError where a name that is given is another line of the list beside the shards, which their labels number."""
     here = {key: line for line, key in enumerate(numbered(given), 1)}
-    for line, key in enumerate(numbered(lines_of(own) or []), 1):
+    for line, key in enumerate(numbered(read_lines(own) or []), 1):
         if here.get(key, line) != line:
             raise InputError(
                 f"{key[0]!r} is line {here[key]} of {path} and line {line} of {own}; the labels in the shards are line "
@@ -274,7 +274,7 @@ def read_templates(templates: str) -> list[str]:
 
 
 def _read_lines(path: str, what: str, flag: str, builtin: list[str]) -> list[str]:
-    lines = lines_of(path)
+    lines = read_lines(path)
     if lines is None:
         or_one = ", or one template with {c} in it" if what == "templates" else ""
         raise InputError(

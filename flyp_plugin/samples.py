@@ -97,8 +97,7 @@ def read_samples(
         for delay in backoff_delays(retries if is_remote(shard) else 0):
             errors: list[Exception] = []
             held: Sample | None = None  # yielded once it is known whether the tar breaks off behind it
-            samples = group_by_keys(_read_members(shard, errors), handler=lambda e: not errors.append(e))  # noqa: B023
-            for sample in islice(samples, num_read, None):
+            for sample in islice(_group_members(shard, errors), num_read, None):
                 if held:
                     yield {**held, "__broken__": False}
                     num_read += 1
@@ -113,6 +112,14 @@ def read_samples(
             if errors:
                 skip(reason, max(0, sizes.get(shard, 1) - num_read))
             break
+
+
+def _group_members(shard: str, errors: list[Exception]) -> Iterator[Sample]:
+    def note(error: Exception) -> bool:
+        errors.append(error)
+        return True  # go on
+
+    return group_by_keys(_read_members(shard, errors), handler=note)
 
 
 def _read_members(shard: str, errors: list[Exception]) -> Iterator[Sample]:

@@ -31,7 +31,7 @@ from flyp_plugin.sources import (
     expand_sources,
     find_beside,
     is_remote,
-    lines_of,
+    read_lines,
     read_text,
     write_atomically,
     write_sizes,
@@ -160,14 +160,14 @@ def few_shot_keys(
     Raises:
         InputError: a label that is missing or not an integer, or a key twice in a shard.
     """
-    from flyp_plugin.samples import labelled, read_samples
+    from flyp_plugin.samples import label_samples, read_samples
 
     if shots < 1:
         raise InputError(f"{shots} shots give no set; ask for 1 or more.")
     classes = defaultdict(list)
     seen = set()
     read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
-    for sample in labelled(read, len(classnames) or 2**63, _warn, image_key, label_key):
+    for sample in label_samples(read, len(classnames) or 2**63, _warn, image_key, label_key):
         identity = (sample["shard"], sample["key"])
         if identity in seen:
             raise InputError(f"{identity[0]} has two samples with the key {identity[1]}; give each its own.")
@@ -326,7 +326,7 @@ def _write_tar(shard: Path, samples: Iterable[dict[str, Any]]) -> None:
 
 def _is_there(path: Path, lines: Sequence[str]) -> bool:
     """Whether a file is there; InputError where it holds other lines."""
-    there = lines_of(str(path))
+    there = read_lines(str(path))
     if there is not None and not same_names(there, lines):
         raise InputError(f"{path} holds another list than this set's; write to another data folder.")
     return there is not None

@@ -118,6 +118,8 @@ def expand_source(source: str, split: str) -> list[str]:
         InputError: there are no such shards.
     """
     source = source.strip()
+    if not source:
+        raise InputError("a source of shards is empty; give one between every two '::'.")
     if source.startswith("pipe:") or re.search(r"\.(tar|tar\.gz|tgz)\}?$|[{*]", source):
         return _expand_pattern(source)
     source = source.rstrip("/")
@@ -126,10 +128,10 @@ def expand_source(source: str, split: str) -> list[str]:
     for folder in (source, f"{source}/{split}"):
         if names := _list_tars(folder):
             return [os.path.join(_hub_url(folder, "resolve"), name) for name in names]
-    missing = "nshards.txt" if is_url(source) else ".tar files"
+    missing = "nshards.txt" if is_url(source) else "*.tar"
     raise InputError(
-        f"there are no {missing} in {source} or {source}/{split}; give a data folder in CLIP_benchmark's layout "
-        "(`flyp shards write` makes one) or a pattern of tars, such as DIR/{0..9}.tar."
+        f"there is no {source}/{missing} or {source}/{split}/{missing}; give a data folder in CLIP_benchmark's layout "
+        "(`flyp shards write` makes one) or a pattern of tars (DIR/{0..9}.tar)."
     )
 
 
@@ -152,9 +154,11 @@ def _list_tars(folder: str) -> list[str]:
     """Names of the tars in a folder, sorted by the numbers in them; on a server 0.tar, 1.tar, ... by nshards.txt."""
     stated = read_text(_hub_url(f"{folder}/nshards.txt", "raw"))
     if is_url(folder):
-        if stated and not re.fullmatch(r"\s*0*[1-9][0-9]{0,5}\s*", stated) or stated == "":
+        if stated is None:
+            return []
+        if not re.fullmatch(r"\s*0*[1-9][0-9]{0,5}\s*", stated):
             raise InputError(f"{folder}/nshards.txt holds {stated.strip()[:40]!r}, not a number of shards.")
-        return [f"{i}.tar" for i in range(int(stated or 0))]
+        return [f"{i}.tar" for i in range(int(stated))]
     names = [path.name for path in Path(folder).glob("[!.]*.tar")]
     if names and stated is not None and stated.strip() != str(len(names)):
         raise InputError(

@@ -18,9 +18,8 @@ from flyp_plugin.names import same_names
 from flyp_plugin.shards import in_processes, local_shards
 from flyp_plugin.sources import (
     IMAGE_KEY,
-    read_length,
-    read_sizes,
-    why_apart,
+    find_scattered_sample,
+    read_counts,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +88,9 @@ def _compare_lengths(shards: Sequence[str], images: Counter[str], problems: dict
     """Whether __len__ of each folder that is checked as a whole, and has no sizes.json, is its number of images."""
     for folder, number in images.items():
         try:
-            length = read_length(folder or ".") if not Path(folder, "sizes.json").exists() else None
+            length = (
+                read_counts(folder or ".", "__len__") if not Path(folder, "sizes.json").exists() else None
+            )
         except InputError as error:
             problems["wrong __len__"].append(str(error))
             continue
@@ -104,7 +105,7 @@ def _stated_sizes(shards: Sequence[str], problems: dict[str, list[str]]) -> dict
     stated: dict[str, int] = {}
     for folder in {os.path.dirname(shard): None for shard in shards}:
         try:
-            sizes = read_sizes(folder or ".") or {}
+            sizes = read_counts(folder or ".", "sizes.json") or {}
             stated |= {os.path.join(folder, name): size for name, size in sizes.items()}
         except InputError as error:
             problems["wrong sizes.json"].append(str(error))
@@ -112,10 +113,10 @@ def _stated_sizes(shards: Sequence[str], problems: dict[str, list[str]]) -> dict
 
 
 def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -> Findings:
-    from flyp_plugin.samples import labelled, read_samples
+    from flyp_plugin.samples import label_samples, read_samples
 
     found = Findings()
-    if (apart := why_apart(shard)) is not None:  # else each of its samples lacks something
+    if (apart := find_scattered_sample(shard)) is not None:  # else each of its samples lacks something
         found.problems["shards that are not sorted by name"].append(escape_control_chars(apart))
         return found
     unreadable: list[str] = []
@@ -124,7 +125,7 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
         found.keys.append(sample["__key__"])
         found.images += any(name in sample for name in image_key.split(";"))
         try:
-            for one in labelled([sample], num_classes, lonely.append, image_key, label_key):
+            for one in label_samples([sample], num_classes, lonely.append, image_key, label_key):
                 found.samples += 1
                 found.labels[one["label"]] += 1
                 _check_image(one, found)
@@ -136,7 +137,7 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
 
 
 def _check_image(sample: dict[str, Any], found: Findings) -> None:
-    from flyp_plugin.samples import is_deep, open_image, place, reason
+    from flyp_plugin.samples import describe_error, is_deep, locate, open_image
 
     try:
         with warnings.catch_warnings():
@@ -144,7 +145,7 @@ def _check_image(sample: dict[str, Any], found: Findings) -> None:
             image = open_image(sample["image"])
             image.load()
     except Exception as error:  # noqa: BLE001 - PIL raises nearly anything on a broken file
-        found.problems["unreadable images"].append(f"{place(sample)}: {reason(error)}")
+        found.problems["unreadable images"].append(f"{locate(sample)}: {describe_error(error)}")
         return
     found.formats[image.format or "?"] += 1
     found.pixels.append(image.size)
