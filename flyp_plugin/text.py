@@ -66,16 +66,15 @@ def reason_full_context(model: nn.Module) -> str | None:
 def shorten(
     model: nn.Module, tokens: Tensor | None = None, unique: bool = True, multiple_of: int = 1
 ) -> bool:
-    """Make `model` encode text short from now on, in place; call it before DDP and torch.compile.
+    """Make `model` encode text short from now on, in place. Call it before DDP and torch.compile.
 
     The tower's class becomes a subclass of its own, so copies, pickles, hooks and wrappers work as before.
 
     Args:
-        model: an open_clip model.
-        tokens: int (N, context length), a few prompts for `self_check`; None skips the check.
+        tokens: int (N, context length), a few prompts for `self_check`; None skips it.
         unique: encode equal rows of a batch once.
-        multiple_of: round the number of positions up. 16 makes features bit-equal to open_clip's on CPUs whose float32
-            kernels add 16 positions at a time.
+        multiple_of: round the number of positions up. With 16, features are bit-equal to open_clip's on CPUs whose
+            float32 kernels add 16 positions at a time.
 
     Returns:
         Whether it was done. If not, the model is unchanged and the log has the reason.
@@ -96,43 +95,30 @@ def short_text(model: nn.Module) -> Iterator[None]:
 
     A model for which `reason_full_context` has a reason stays as it is, with a log line.
     """
-    tower, reason = _text_tower(model), reason_full_context(model)
-    if reason is not None:
+    tower = _text_tower(model)
+    if (reason := reason_full_context(model)) is not None:
         _log_reason(reason)
         yield
         return
-    before = getattr(tower, "short_options", None)
     chunk = CHUNK.get(tower.positional_embedding.device.type, CHUNK_ELSEWHERE)
-    set_text_options(tower, _Options(chunk=chunk))
-    try:
+    with _text_options(tower, _Options(chunk=chunk)):
         yield
-    finally:
-        set_text_options(tower, before)
 
 
 def self_check(model: nn.Module, tokens: Tensor) -> bool:
     """Whether `tokens`, int (N, context length), have the same features in full and short, with these weights.
 
-    Each row's difference must be within 1e-5 of the feature's norm in fp32, within 8 units in the last place in TF32,
-    fp16 and bf16. Runs in eval mode without autocast; modes are restored and no random numbers are drawn.
+    For towers that `reason_full_context` has no reason against: those draw no random numbers and are the same in training
+    and eval mode. Each row's difference must be within 1e-5 of the feature's norm in fp32, within 8 units in the last
+    place in TF32, fp16 and bf16.
     """
-    if reason_full_context(model) is not None:
-        return False
     model, tower = _unwrap(model), _text_tower(model)
-    before = getattr(tower, "short_options", None)
-    modes = [(module, module.training) for module in model.modules()]
     tokens = tokens.to(tower.positional_embedding.device)
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            set_text_options(tower, None)
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with _text_options(tower, None):
             full = model.encode_text(tokens).double()  # type: ignore[operator]
-            set_text_options(tower, _Options())
+        with _text_options(tower, _Options()):
             short = model.encode_text(tokens)  # type: ignore[operator]
-    finally:
-        set_text_options(tower, before)
-        for module, training in modes:
-            module.training = training
     tf32 = short.is_cuda and short.dtype == torch.float32 and allows_tf32()
     exact = short.dtype in (torch.float32, torch.float64) and not tf32
     limit = 1e-5 if exact else 8 * torch.finfo(torch.float16 if tf32 else short.dtype).eps
@@ -214,10 +200,21 @@ def _original_class(module: nn.Module) -> type:
 
 
 def set_text_options(tower: nn.Module, options: _Options | None) -> None:
-    """Make a tower encode text short as `options` say, or, with None, as open_clip does."""
+    """Make a tower encode text short, as `options` say; with None, as open_clip does."""
     tower.__class__ = _original_class(tower) if options is None else _SHORT[_original_class(tower)]
-    tower.__dict__.pop("short_options", None)
-    tower.__dict__.update({} if options is None else {"short_options": options})
+    tower.__dict__["short_options"] = options
+    if options is None:
+        del tower.__dict__["short_options"]
+
+
+@contextmanager
+def _text_options(tower: nn.Module, options: _Options | None) -> Iterator[None]:
+    before = getattr(tower, "short_options", None)
+    set_text_options(tower, options)
+    try:
+        yield
+    finally:
+        set_text_options(tower, before)
 
 
 @cache  # one line for each reason, not for each head
