@@ -238,10 +238,10 @@ class _WorkerStream(IterableDataset):
 
 
 def _start_workers(dataset: "ClassPromptDataset | LabelledDataset", num_workers: int) -> DataLoader:
+    # A copy of the data set, because a cycle with its loader would leave the workers to the garbage collector: torch then
+    # waits 5 seconds for each of them
     return DataLoader(
-        _WorkerStream(
-            copy.copy(dataset)
-        ),  # no cycle with its loader: torch waits 5 s for each worker left to the gc
+        _WorkerStream(copy.copy(dataset)),
         batch_size=None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
@@ -337,22 +337,21 @@ def _join(batches: Sequence[Batch], size: int) -> tuple[Batch, list[Batch]]:
 def peek(
     shards: Sequence[str],
     prompts: ClassPrompts,
-    seed: int = 0,
+    seed: int,
     image_key: str = IMAGE_KEY,
     label_key: str = "cls",
-    number: int = 3,
 ) -> list[tuple[str, str]]:
-    """(key, prompt) of the first `number` samples in the first shards, as epoch 0 pairs them.
+    """(key, prompt) of the first 3 samples in the first 3 shards, as epoch 0 pairs them.
 
     Raises:
-        InputError: one of their labels is wrong, or there is nothing readable in any shard.
+        InputError: one of their labels is wrong, or no shard has anything readable.
     """
     skip = Skipped()
-    samples = steps.read_samples(shards[:number], skip)
+    samples = steps.read_samples(shards[:3], skip)
     samples = steps.label_samples(samples, len(prompts.classnames), skip, image_key, label_key)
-    samples = islice(steps.draw_prompts(samples, len(prompts.templates), seed, 0, 0), number)
+    samples = islice(steps.draw_prompts(samples, len(prompts.templates), seed, 0, 0), 3)
     pairs = [(sample["key"], prompts(sample["label"], sample["template"])) for sample in samples]
-    if not pairs and len(shards) <= number:
+    if not pairs and len(shards) <= 3:
         raise _nothing_readable(shards, skip)
     return pairs
 
@@ -368,8 +367,7 @@ class LabelledDataset(IterableDataset):
         shards: tar URLs, see sources.expand_source.
         num_classes: labels are 0..num_classes-1.
         group_key: member with the group of a sample, or `json:FIELD`; None: no groups.
-        max_lost: largest share of the samples that may be unreadable.
-        The others are ClassPromptDataset's.
+        The others are as for ClassPromptDataset.
 
     Raises:
         InputError: labels outside the classes, nothing readable, or more than `max_lost` unreadable.
