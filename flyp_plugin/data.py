@@ -1,21 +1,21 @@
 """Class-labelled shards -> batches: ClassPromptDataset for training, LabelledDataset for evaluation.
 
 The rule of an epoch
-- The image (augmented) and the prompt that a sample gives are a pure function of (seed, epoch, key), whatever the
-  number of workers and ranks: both are drawn from a generator that is seeded with these three.
-- The order, and with it the batches, is a function of (seed, epoch, ranks, workers): shards are shuffled and dealt to
-  the ranks, each rank's to its workers, and each worker's samples pass through a shuffle buffer.
-- A rank sees each of its samples once before it sees any twice. A single process sees every sample once, in
-  ceil(N / batch_size) batches of which the last is smaller.
-- R ranks make ceil(N / R / batch_size) batches each, of equal sizes, because a gradient step waits for every rank. A
-  rank whose shards hold more than N / R samples leaves the rest out, one whose shards hold fewer starts them again
-  (`repeat` 1, 2, ...) with other crops and prompts. So write shards of one size, a multiple of R in number.
-- Unreadable images and tars are skipped, counted and reported, and end the run when they exceed `max_lost`. A wrong
-  label ends it at once: the class list does not belong to the shards.
+- A sample's augmented image and its prompt are a pure function of (seed, epoch, key), whatever the number of workers
+  and ranks: both are drawn from a generator that is seeded with these three.
+- The order of the samples, and with it the batches, is a function of (seed, epoch, ranks, workers): shards are shuffled
+  and dealt to the ranks, each rank's to its workers, and each worker's samples pass through a shuffle buffer.
+- A rank sees each of its samples once before it sees any twice. A single process sees all N samples once, in
+  ceil(N / batch_size) batches, the last one smaller.
+- Each of R ranks makes ceil(ceil(N / R) / batch_size) batches, of equal sizes, because a gradient step waits for every
+  rank. A rank whose shards hold more than its N / R samples leaves the rest out; one whose shards hold fewer starts
+  them again (`repeat` 1, 2, ...) with new crops and prompts. So write shards of one size, a multiple of R in number.
+- Unreadable images and tars are skipped, counted and reported, and end the run once they exceed `max_lost`. A wrong
+  label ends it at once, because the class list does not belong to the shards.
 
-Read on in the order of a sample's way: a worker reads, labels, shuffles, prompts, decodes and batches it
-(ClassPromptDataset.worker_batches, by the steps in samples.py); the main process takes the batches of all workers
-(_receive), joins the workers' smaller last ones (rebatch) and ends the epoch at its last sample (__iter__).
+The code follows a sample from tar to batch. A worker reads, labels, shuffles, prompts, decodes and batches it
+(ClassPromptDataset.worker_batches, with the steps in samples.py). The main process takes the batches of all workers
+(_receive), joins the smaller last ones (rebatch) and ends the epoch at its last sample (ClassPromptDataset.__iter__).
 """
 
 import copy
@@ -51,8 +51,8 @@ _log = logging.getLogger(__name__)
 class ClassPromptDataset(IterableDataset):
     """Batches of (images, class prompts) from class-labelled webdataset shards, for FLYP (arXiv 2212.00638, sec. 3).
 
-    Each image comes with its class name in one of the templates. The rule of an epoch stands at the top of this module.
-    Iterate over it directly: it starts its own workers. Every pass is a new epoch; `set_epoch` chooses which.
+    Each image comes with its class name in one of the templates, by the rule of an epoch above. Iterate over the data set
+    directly: it starts its own workers. Every pass is a new epoch; `set_epoch` chooses which.
 
     Yields:
         images float (B, 3, H, W) and tokens int64 (B, L), as a tuple or as {"image", "text"}.
@@ -112,6 +112,8 @@ class ClassPromptDataset(IterableDataset):
     ):
         by_source = expand_sources(shards, "train") if isinstance(shards, str) else [shards]
         self.shards = list(chain.from_iterable(by_source))
+        if not self.shards:
+            raise InputError("the list of shards is empty; give at least one tar.")
         self.prompts = prompts or resolve_prompts(self.shards)
         if rank is None or world_size is None:
             distributed = dist.is_available() and dist.is_initialized()
@@ -389,6 +391,8 @@ class LabelledDataset(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
     ):
+        if not shards:
+            raise InputError("the list of shards is empty; give at least one tar.")
         self.shards, self.sizes = list(shards), shard_sizes(shards, image_key)
         self.preprocess, self.batch_size, self.num_classes = preprocess, batch_size, num_classes
         self.image_key, self.label_key, self.group_key = image_key, label_key, group_key

@@ -1,10 +1,9 @@
-"""Single samples, as generators over dicts, in the order of a sample's way from tar to tensor:
+"""The steps from a tar to tensors, one sample at a time: generators over dicts, in the order in which they run.
 
-    read_samples -> label_samples -> (data.py shuffles) -> draw_prompts -> decode_images
+    read_samples -> label_samples -> (shuffled by data.py) -> draw_prompts -> decode_images
 
-What is unreadable goes to `skip`, a function of a message, and is left out: one bad image in a million must not end a
-run. A wrong label raises InputError: then the class list is wrong for every sample. Batches, epochs and workers are
-data.py's.
+Anything unreadable is left out and reported to `skip`, because one bad image in a million must not end a run. A wrong
+label raises InputError, because then the class list is wrong for all samples. Batches, epochs and workers are data.py's.
 """
 
 import io
