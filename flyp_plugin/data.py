@@ -429,7 +429,7 @@ class LabelledDataset(IterableDataset):
 def _check_lost(skipped: Skipped, samples: int, max_lost: float, where: str) -> None:
     if skipped.lost > max_lost * samples:
         raise InputError(
-            f"{where}: {skipped.lost} of {samples} samples are unreadable, more than --max-lost {max_lost:g} allows, the "
+            f"{where}: {skipped.lost} of {samples} samples are lost, more than --max-lost {max_lost:g} allows, the "
             f"first: {skipped.first}; repair the data (`flyp shards check`), or allow more."
         )
 
