@@ -15,6 +15,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from http.client import HTTPException, IncompleteRead
 from itertools import groupby
@@ -261,17 +262,17 @@ def read_counts(folder: str, name: str) -> Any:
         InputError: it holds something else.
     """
     text = read_text(_hub_url(f"{folder}/{name}", "raw"))
-    try:
-        content = json.loads(text or "null")
+    if text is None:
+        return None
+    counts: Any = -1
+    with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        content = json.loads(text)
         counts = {tar: int(size) for tar, size in content.items()} if name == "sizes.json" else int(content)
-        valid = all(size >= 0 for size in (counts.values() if isinstance(counts, dict) else [counts]))
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        valid = False
-    if text is not None and not valid:
+    if any(size < 0 for size in (counts.values() if isinstance(counts, dict) else [counts])):
         raise InputError(
             f"{folder}/{name} does not hold sample counts; delete it, and the shards are counted."
         )
-    return None if text is None else counts
+    return counts
 
 
 def _is_newer(folder: str, counts: str, tar: str) -> bool:
