@@ -159,7 +159,9 @@ class ClassPromptDataset(IterableDataset):
     def worker_batches(self, worker: int, num_workers: int, skip: Skipped) -> Iterator[Batch]:
         """One worker's share of one pass over the shards; its last batch may be smaller."""
         epoch, repeat = self._clock.tolist()
-        samples = _read_labelled(self, self._deal_shards(epoch, repeat, worker, num_workers), skip)
+        shards = self._deal_shards(epoch, repeat, worker, num_workers)
+        samples = steps.read_samples(shards, skip, self.retries, self.sizes)
+        samples = steps.label_samples(samples, self.num_classes, skip, self.image_key, self.label_key)
         rng = random.Random(repr((self.seed, epoch, repeat, self.rank, worker)))
         samples = wds.shuffle(SHUFFLE, initial=SHUFFLE_INITIAL, rng=rng)(samples)
         samples = steps.draw_prompts(samples, self._tokens.table.shape[1], self.seed, epoch, repeat)
@@ -261,17 +263,6 @@ def _init_worker(worker: int) -> None:
             sys.__excepthook__(kind, *rest)
 
     sys.excepthook = ignore_lost_connection
-
-
-def _read_labelled(
-    dataset: "ClassPromptDataset | LabelledDataset",
-    shards: Sequence[str],
-    skip: Skipped,
-    group_key: str | None = None,
-) -> Iterator[Sample]:
-    samples = steps.read_samples(shards, skip, dataset.retries, dataset.sizes)
-    keys = dataset.image_key, dataset.label_key, group_key
-    return steps.label_samples(samples, dataset.num_classes, skip, *keys)
 
 
 def _batch_samples(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
@@ -402,11 +393,13 @@ class LabelledDataset(IterableDataset):
     def worker_batches(self, worker: int, num_workers: int, skip: Skipped) -> Iterator[dict[str, Any]]:
         """One worker's share of the shards or, if there are too few of them, of the samples."""
         part, parts = self.rank * num_workers + worker, self.world_size * num_workers
-        if len(self.shards) >= parts:
-            samples = _read_labelled(self, self.shards[part::parts], skip, self.group_key)
-        else:  # all read everything and decode every parts-th sample; one of them counts what is unreadable
-            unread = skip if part == 0 else Skipped()
-            samples = islice(_read_labelled(self, self.shards, unread, self.group_key), part, None, parts)
+        enough = len(self.shards) >= parts  # otherwise all read everything, and decode every parts-th sample
+        shards = self.shards[part::parts] if enough else self.shards
+        unread = skip if enough or part == 0 else Skipped()  # what all of them meet, one counts
+        keys = self.image_key, self.label_key, self.group_key
+        samples = steps.read_samples(shards, unread, self.retries, self.sizes)
+        samples = steps.label_samples(samples, self.num_classes, unread, *keys)
+        samples = samples if enough else islice(samples, part, None, parts)
         for batch in _batch_samples(steps.decode_images(samples, self.preprocess, skip), self.batch_size):
             yield {
                 "images": default_collate([sample["image"] for sample in batch]),
