@@ -13,7 +13,7 @@ from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.record import Record
-from flyp_plugin.sources import RETRIES, expand_source, find_beside, stated_samples
+from flyp_plugin.sources import RETRIES, expand_source, find_beside, shard_sizes
 
 _FILES = {"classnames": "classnames.txt", "templates": "zeroshot_classification_templates.txt"}  # of a set
 
@@ -94,7 +94,9 @@ def loader_from_args(
 
 def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
     """The batches of a loader, with a progress bar in images; its total is shown if the shards state their sizes."""
-    total = stated_samples(getattr(loader, "shards", ())) if sys.stderr.isatty() else None
+    shards = getattr(loader, "shards", ())
+    sizes = shard_sizes(shards) if sys.stderr.isatty() else {}
+    total = sum(sizes[shard] for shard in shards) if sizes.keys() >= set(shards) else None
     with tqdm(desc=name, unit="image", total=total or None, disable=None) as bar:
         for batch in loader:
             yield batch

@@ -1,7 +1,7 @@
-"""Float32 and TF32: on a GPU a product of float32 matrices may keep 10 bits of 23, and who says when.
+"""TF32: a GPU may multiply float32 matrices with 10 of 23 mantissa bits, if torch is told that it may.
 
-torch forbids it unless told otherwise; open_clip's main() allows it, for speed. The towers follow open_clip, in training
-and in whatever scores what it has trained; class logits, of which several are often equal in few bits, are always exact.
+torch forbids it by default; open_clip's main() allows it, for speed. The towers follow open_clip, in training and in
+whatever scores its results. Class logits are always exact, because TF32 makes many of them equal.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,7 @@ import torch
 
 
 def match_open_clip_precision() -> None:
-    """Let a GPU compute as in open_clip's training script, whose main() sets the same: figures then agree with its.
-
-    TF32 is allowed, and cuDNN chooses its algorithms by their speed. Without a GPU nothing is set.
-    """
+    """Set a GPU's precision as open_clip's main() does, so that scores agree with training's. Does nothing without one."""
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -22,35 +19,28 @@ def match_open_clip_precision() -> None:
 
 
 def allows_tf32() -> bool:
-    """Whether a product of float32 matrices on a GPU may be in TF32."""
+    """Whether float32 matrices may be multiplied in TF32 on a GPU."""
     matmul = torch.backends.cuda.matmul
-    # torch 2.9 has a new name for it; there reading the old one raises once the new one was set
+    # since torch 2.9, reading the old name raises after the new one was set
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within it a GPU multiplies float32 matrices in float32.
-
-    The setting is torch's, for the whole process, and is put back at the end.
-    """
+    """Forbid TF32 within a block. The setting is process-wide, and is restored afterwards."""
+    matmul = torch.backends.cuda.matmul
     if not allows_tf32():
         yield
         return
     try:
-        level = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was allowed by its new name, of which this knows nothing
-        level = "new"
-    matmul = torch.backends.cuda.matmul
-    matmul.allow_tf32 = (
-        False  # by the old name, which sets the new one too: some products read one, some the other
-    )
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # TF32 was allowed by its new name
+        precision = ""
+    matmul.allow_tf32 = False  # sets both names: some products read the one, some the other
     try:
         yield
     finally:
-        if level == "new":
-            matmul.fp32_precision = "tf32"
-        elif level == "medium":
-            torch.set_float32_matmul_precision(level)
+        if precision:
+            torch.set_float32_matmul_precision(precision)
         else:
-            matmul.allow_tf32 = True
+            matmul.fp32_precision = "tf32"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from flyp_plugin.errors import CONTROLS, InputError, escape_control_chars
 from flyp_plugin.names import detect_syntax, normalize_name, to_unique_keys
-from flyp_plugin.sources import all_beside, find_beside, lines_of
+from flyp_plugin.sources import find_all_beside, find_beside, read_lines
 
 _TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 DEFAULT_TEMPLATE = "a photo of a {c}."
@@ -215,7 +215,7 @@ def resolve_prompts(
         InputError: there are no class names, a file has a mistake in it, or `classnames` orders a name differently than
             classnames.txt of the shards: their labels, which are line numbers there, would mean other classes.
     """
-    own = all_beside(shards, "classnames.txt") if classnames else []
+    own = find_all_beside(shards, "classnames.txt") if classnames else []
     classnames = classnames or find_beside(shards, "classnames.txt")
     if classnames is None:
         raise InputError(
@@ -228,7 +228,7 @@ def resolve_prompts(
     prompts = ClassPrompts.from_files(classnames, templates or DEFAULT_TEMPLATE)
     given = {key: line for line, key in enumerate(to_unique_keys(prompts.classnames), 1)}
     for path in own:
-        for line, key in enumerate(to_unique_keys(lines_of(path) or []), 1):
+        for line, key in enumerate(to_unique_keys(read_lines(path) or []), 1):
             if given.get(key, line) != line:
                 raise InputError(
                     f"{key[0]!r} is line {given[key]} of {classnames} and line {line} of {path}; the labels in the "
@@ -263,7 +263,7 @@ def read_templates(templates: str) -> list[str]:
 
 
 def _read_lines(path: str, what: str, flag: str) -> list[str]:
-    lines = lines_of(path)
+    lines = read_lines(path)
     if lines is None:
         raise InputError(f"there is no file {path} with {what}; give one with {flag}.")
     _refuse_code(lines, path, what)

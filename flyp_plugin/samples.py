@@ -1,6 +1,9 @@
-"""Single samples, as generators over dicts: read from shards, labelled, given a prompt, decoded, transformed.
+"""The steps from a tar to tensors, one sample at a time: generators over dicts, in the order in which they run.
 
-Nothing here knows of batches, epochs or workers: those are data.py's.
+    read_samples -> label_samples -> (shuffled by data.py) -> draw_prompts -> decode_images
+
+Anything unreadable is left out and reported to `skip`, because one bad image in a million must not end a run. A wrong
+label raises InputError, because then the class list is wrong for all samples. Batches, epochs and workers are data.py's.
 """
 
 import io
@@ -10,10 +13,9 @@ import random
 import re
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -30,118 +32,115 @@ from flyp_plugin.sources import (
     RETRIES,
     Header,
     backoff_delays,
+    find_scattered_sample,
     is_member,
     is_remote,
     is_transient,
-    opened,
-    why_apart,
+    open_source,
 )
 
 Sample = dict[str, Any]
-# What an image may be, whatever its ending. Not PostScript: Pillow has another program run it
+# Image formats that are read, whatever the member's name. Not PostScript: Pillow runs another program for it
 FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-# What image files of these formats are called
-ENDINGS = {"jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "avif"}
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Skipped:
-    """What could not be read: how many images and tars, about how many samples with them, what was wrong with the first."""
+    """What was unreadable: images and tars, the samples lost with them (estimated for a tar), and the first message."""
 
     number: int = 0
     lost: int = 0
     first: str = ""
 
-    def __call__(self, what: str, lost: int = 1) -> None:
-        self.add(Skipped(1, lost, what))
+    def __call__(self, message: str, lost: int = 1) -> None:
+        self.add(Skipped(1, lost, message))
 
     def add(self, other: "Skipped") -> None:
         self.first = self.first or other.first
         self.number += other.number
         self.lost += other.lost
 
-    def taken(self) -> "Skipped":
-        """What has come together so far, handed on: this one starts again from nothing."""
-        taken = Skipped(self.number, self.lost, self.first)
+    def drain(self) -> "Skipped":
+        """Return what was added so far, and start again from nothing."""
+        drained = replace(self)
         self.number, self.lost, self.first = 0, 0, ""
-        return taken
+        return drained
 
     def report(self, where: str) -> None:
-        """Say in the log what was skipped, if anything was."""
+        """Log what was skipped, if anything."""
         if self.number:
             things = "image or tar" if self.number == 1 else "images or tars"
             _log.warning(f"{where}: skipped {self.number} unreadable {things}, the first: {self.first}")
 
 
-def sample_seed(*what: object) -> int:
-    """64 bits that are a pure function of `what`, the same on every machine: (seed, epoch, repeat, key)."""
-    return int.from_bytes(blake2b(repr(what).encode(), digest_size=8).digest(), "little")
+def sample_seed(*values: object) -> int:
+    """64 bits that are a pure function of `values`, the same on every machine: (seed, epoch, repeat, key)."""
+    return int.from_bytes(blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
 def read_samples(
     shards: Iterable[str],
     skip: Callable[[str, int], None],
     retries: int = RETRIES,
-    samples_in: Callable[[str], int] = lambda shard: 1,
+    sizes: Mapping[str, int] = {},
 ) -> Iterator[Sample]:
-    """The samples of `shards`, grouped as webdataset does it, with the bytes of their members.
+    """The samples of `shards` as webdataset groups them: dicts from ending to bytes, with __key__ and __url__.
 
-    A tar that is not local is read again where it breaks, `retries` times, each later than the one before. One that
-    stays broken is skipped from there on: `skip` gets what is wrong and how many of its `samples_in(shard)` samples
-    were not read, and the last one that was has `__broken__` set, for it may lack a member.
+    A remote tar that breaks off is read again from there, up to `retries` times. What stays unreadable is skipped:
+    `skip` gets the reason and the samples lost, by the `sizes` of the shards. The last sample before the break is marked
+    `__broken__`, because it may lack a member.
     """
     for shard in shards:
-        given = 0
-        for wait in [*backoff_delays(retries if is_remote(shard) else 0), None]:
+        num_read = 0
+        for delay in backoff_delays(retries if is_remote(shard) else 0):
             errors: list[Exception] = []
-            held: Sample | None = None
-            for sample in islice(_grouped(shard, errors), given, None):
+            held: Sample | None = None  # yielded once it is known whether the tar breaks off behind it
+            for sample in islice(_group_members(shard, errors), num_read, None):
                 if held:
                     yield {**held, "__broken__": False}
-                    given += 1
+                    num_read += 1
                 held = sample
-            if errors and wait is not None and is_transient(errors[0]):
-                _log.warning(
-                    f"{escape_control_chars(shard)}: {reason(errors[0])}; trying again in {wait:.0f} s."
-                )
-                time.sleep(wait)
+            reason = f"{escape_control_chars(shard)}: {describe_error(errors[0])}" if errors else ""
+            if errors and delay is not None and is_transient(errors[0]):
+                _log.warning(f"{reason}; trying again in {delay:.0f} s.")
+                time.sleep(delay)
                 continue
             if held:
                 yield {**held, "__broken__": bool(errors)}
             if errors:
-                skip(f"{escape_control_chars(shard)}: {reason(errors[0])}", max(0, samples_in(shard) - given))
+                skip(reason, max(0, sizes.get(shard, 1) - num_read))
             break
 
 
-def _grouped(shard: str, errors: list[Exception]) -> Iterator[Sample]:
-    def go_on(error: Exception) -> bool:
+def _group_members(shard: str, errors: list[Exception]) -> Iterator[Sample]:
+    def note(error: Exception) -> bool:
         errors.append(error)
-        return True
+        return True  # go on
 
-    return group_by_keys(_members(shard, errors), handler=go_on)
+    return group_by_keys(_read_members(shard, errors), handler=note)
 
 
-def _members(shard: str, errors: list[Exception]) -> Iterator[dict[str, Any]]:
-    """The regular files in a tar as webdataset has them, up to the first error or else to the mark at the end."""
-    whole = False
+def _read_members(shard: str, errors: list[Exception]) -> Iterator[Sample]:
+    """The regular files of a tar, in webdataset's form, up to its end mark or the first error."""
+    complete = False
+    by_command = is_remote(shard) and not shard.startswith(("http://", "https://"))
     try:
-        by_command = is_remote(shard) and not shard.startswith(("http://", "https://"))
         with (
-            wds.gopen(shard) if by_command else opened(shard) as stream,
+            wds.gopen(shard) if by_command else open_source(shard) as stream,
             tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar,
         ):
             for member in tar:
                 if member.isreg() and is_member(member.name):
                     yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": shard}  # type: ignore[union-attr]
-                tar.members = []  # type: ignore[attr-defined]
-            whole = True
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+            complete = True
     except Exception as error:  # noqa: BLE001 - tarfile and decompressors raise nearly anything on broken bytes
-        if not whole:  # else a command that cannot write what is behind the mark
+        if not complete:  # else a command failed because nobody reads what it writes after the end mark
             errors.append(error)
 
 
-def labelled(
+def label_samples(
     samples: Iterable[Sample],
     num_classes: int,
     skip: Callable[[str], None],
@@ -149,127 +148,117 @@ def labelled(
     label_key: str = "cls",
     group_key: str | None = None,
 ) -> Iterator[Sample]:
-    """Samples as {"key", "shard", "image": bytes, "label": int, "group": str}; without an image they are skipped.
+    """Samples as {"key", "shard", "image": bytes, "label": int, "group": str}; those without an image are skipped.
 
     Raises:
-        InputError: a label that is missing, not an integer or not in 0..num_classes-1: the class list is wrong. Or a
-            tar that is not sorted by name, where that is why a label is missing.
+        InputError: a label that is missing, not an integer or not in 0..num_classes-1.
     """
     for sample in samples:
-        key, shard = sample["__key__"], sample["__url__"]
-        found = {"key": key, "shard": shard}
+        labelled = {"key": sample["__key__"], "shard": sample["__url__"]}
         image = next((sample[name] for name in image_key.split(";") if name in sample), None)
-        text = _member(sample, label_key)
-        if (image is None or text is None) and sample["__broken__"]:  # between the two, and is counted
-            continue
+        text = _read_field(sample, label_key)
+        if (image is None or text is None) and sample["__broken__"]:
+            continue  # cut off between the two, and counted with its tar
         if image is None:
-            skip(f"{place(found)}, has no {image_key.replace(';', '/')} member{_why_no_image(sample)}")
+            skip(f"{locate(labelled)}, has no {image_key.replace(';', '/')} member{_hint_at_image(sample)}")
             continue
         if text is None:
-            members = escape_control_chars(", ".join(_members_of(sample)))
+            members = escape_control_chars(", ".join(_member_names(sample)))
+            hint = escape_control_chars(find_scattered_sample(sample["__url__"]) or _hint_at_label(sample))
             raise InputError(
-                f"{place(found)}, has no label '{label_key}' (its members: {members[:200]}); "
-                f"{escape_control_chars(why_apart(shard) or _label_elsewhere(sample))}."
+                f"{locate(labelled)}, has no label '{label_key}' (its members: {members[:200]}); {hint}."
             )
         if not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text):
             raise InputError(
-                f"{place(found)}: the label {text[:40]!r} is not an integer; --label-key names the member with "
-                "the class index, which is the line number, from 0, of a name in classnames.txt, not the name."
+                f"{locate(labelled)}: the label {text[:40]!r} is not an integer; --label-key names the member that holds "
+                "the class index, the line number (from 0) of the class in classnames.txt."
             )
-        label = int(text)
-        if not 0 <= label < num_classes:
+        if not 0 <= int(text) < num_classes:
             raise InputError(
-                f"{place(found)}: label {label} is outside 0..{num_classes - 1}, for there are {num_classes} "
-                "class names; give the list that belongs to these shards with --classnames."
+                f"{locate(labelled)}: label {int(text)} is outside 0..{num_classes - 1} ({num_classes} class names); "
+                "give the list of names that belongs to these shards with --classnames."
             )
-        group = {} if group_key is None else {"group": (_member(sample, group_key) or "").strip()}
-        yield {**found, "image": image, "label": label, **group}
+        group = {} if group_key is None else {"group": (_read_field(sample, group_key) or "").strip()}
+        yield {**labelled, "image": image, "label": int(text), **group}
 
 
-def _members_of(sample: Sample) -> list[str]:
+def _member_names(sample: Sample) -> list[str]:
     return [name for name in sample if not name.startswith("__")]
 
 
-def _why_no_image(sample: Sample) -> str:
-    """What to do about a sample without an image where its members, or its tar, tell; else nothing."""
-    apart = why_apart(sample["__url__"])
-    if apart is not None:
-        return escape_control_chars(f": {apart}")
-    for name in _members_of(sample):
+def _hint_at_image(sample: Sample) -> str:
+    if (scattered := find_scattered_sample(sample["__url__"])) is not None:
+        return escape_control_chars(f": {scattered}")
+    for name in _member_names(sample):
         ending = name.rpartition(".")[2]
-        if ending == name and ending in ENDINGS:
+        if Image.registered_extensions().get(f".{ending}") not in FORMATS:
+            continue
+        if ending == name:
             return f", but '{ending}': give --image-key {ending}"
-        if ending in ENDINGS:
-            return escape_control_chars(
-                f", but '{name[:80]}': a sample's key ends at the first dot of its file name, so write the rest without "
-                "dots (img_v2_1.png, not img.v2.1.png)"
-            )
+        return escape_control_chars(
+            f", but '{name[:80]}': a sample's key ends at the first dot of its file name, so write the rest without dots "
+            "(img_v2_1.png, not img.v2.1.png)"
+        )
     return ""
 
 
-def _label_elsewhere(sample: Sample) -> str:
-    """Which member may hold the label: the one integer among them, if there is one."""
-    integers = [name for name in _members_of(sample) if re.fullmatch(rb"\s*[0-9]{1,9}\s*", sample[name])]
+def _hint_at_label(sample: Sample) -> str:
+    names = _member_names(sample)
+    integers = [name for name in names if re.fullmatch(rb"\s*[0-9]{1,9}\s*", sample[name])]
     if len(integers) == 1:
         return f"'{integers[0]}' holds an integer: if that is the class index, give --label-key {integers[0]}"
-    if len(_members_of(sample)) == 1 and is_remote(sample["__url__"]):
-        return (
-            "if its label comes later in the tar, make the tar again, sorted by name (tar --sort=name), or else name the "
-            "member that holds the class index with --label-key"
-        )
-    return "name the member that holds the class index with --label-key"
+    hint = "name the member that holds the class index with --label-key"
+    if len(names) == 1 and is_remote(sample["__url__"]):
+        return f"if its label comes later in the tar, sort the tar by name (tar --sort=name), or else {hint}"
+    return hint
 
 
-def prompted(samples: Iterable[Sample], num_templates: int, *seed: object) -> Iterator[Sample]:
-    """Give each sample a template number and the seed of its augmentation, both pure functions of (*seed, key)."""
+def _read_field(sample: Sample, key: str) -> str | None:
+    """A member's text, or for `json:FIELD` that field of its .json; None if there is none."""
+    name, _, field = key.partition(":")
+    if name not in sample:
+        return None
+    text = sample[name].decode("utf-8", "replace")
+    if not field:
+        return text
+    try:
+        return str(json.loads(text)[field])
+    except (ValueError, RecursionError, LookupError, TypeError):  # not JSON, or not an object with that field
+        return None
+
+
+def locate(sample: Sample) -> str:
+    """Where a sample is, for a message."""
+    return escape_control_chars(f"{sample['shard']}, sample {sample['key']}")
+
+
+def describe_error(error: BaseException) -> str:
+    """A short message of one line, whatever a broken file put into the error."""
+    if status := re.search(r"exit (-?\d+) \(read\)", str(error)):  # webdataset, of a `pipe:`
+        return f"the command ended with status {status[1]}"
+    text = getattr(error, "strerror", None) or str(error.args[0] if error.args else error)
+    text = re.sub(r" <_io\.\w+ object at \w+>", "", text)[:160]
+    return escape_control_chars(": ".join([type(error).__name__, *text.splitlines()[:1]]))
+
+
+def draw_prompts(samples: Iterable[Sample], num_templates: int, *seed: object) -> Iterator[Sample]:
+    """Add a template number and the augmentation's seed, both pure functions of (*seed, key)."""
     for sample in samples:
         drawn = sample_seed(*seed, sample["key"])
         yield {**sample, "template": drawn % num_templates, "seed": drawn >> 1}
 
 
-def _member(sample: Sample, key: str) -> str | None:
-    """A member's text; `json:FIELD` is a field of the .json member. None where it is not there."""
-    name, _, name_in_json = key.partition(":")
-    if name not in sample:
-        return None
-    text = sample[name].decode("utf-8", "replace")
-    if not name_in_json:
-        return text
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return str(content[name_in_json]) if isinstance(content, dict) and name_in_json in content else None
-
-
-def place(sample: Sample) -> str:
-    """Where a sample is, for a message."""
-    return escape_control_chars(f"{sample['shard']}, sample {sample['key']}")
-
-
-def reason(error: BaseException) -> str:
-    """What is wrong, for a message: short, and in one line whatever a broken file made of it."""
-    known = getattr(error, "strerror", None)  # an OSError's first argument is a number
-    if found := re.search(r"exit (-?\d+) \(read\)", str(error)):  # webdataset's, of a `pipe:`
-        return f"the command ended with status {found[1]}"
-    text = re.sub(r" <_io\.\w+ object at \w+>", "", str(known or (error.args[0] if error.args else error)))
-    return escape_control_chars(
-        f"{type(error).__name__}: {text.splitlines()[0][:160]}" if text else type(error).__name__
-    )
-
-
 def open_image(raw: bytes) -> Image.Image:
-    """The image in a file's bytes, not yet decoded. Formats that other programs would be started for are none."""
-    return Image.open(io.BytesIO(raw), formats=_formats())
+    """Open, without decoding it, an image of one of FORMATS."""
+    Image.init()
+    return Image.open(io.BytesIO(raw), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The one way from a PIL image of any mode to the RGB image that a transform gets, in training and evaluation.
+    """The RGB image that a transform gets, in training and evaluation, from a PIL image of any mode.
 
-    Of 16 bits of grey the upper 8 are taken, where `image.convert("RGB")` makes nearly all white; else it is that.
-
-    Raises:
-        Nearly anything, where the image's file is broken: it is decoded here.
+    Of 16-bit grey the upper 8 bits are kept, where `image.convert("RGB")` makes nearly all of it white. A lazily opened
+    file is decoded here, which may raise nearly anything if it is broken.
     """
     if is_deep(image):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
@@ -277,23 +266,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image's grey values have 16 bits (which Pillow may hold in 32)."""
+    """Whether an image has 16-bit grey values (which Pillow may hold in 32 bits)."""
     return image.mode.startswith("I")
 
 
-@cache
-def _formats() -> list[str]:
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]  # Pillow may be without AVIF
-
-
-def decoded(
+def decode_images(
     samples: Iterable[Sample], preprocess: Callable, skip: Callable[[str], None], jpeg_draft: int = 0
 ) -> Iterator[Sample]:
-    """Replace the image's bytes by the transformed image, float (3, H, W).
+    """Replace the image's bytes by `preprocess`'s tensor, float (3, H, W), with all its random numbers from "seed".
 
-    With `jpeg_draft`, a target size in pixels, the decoder makes a JPEG of at least twice that size smaller by 2, 4 or
-    8, never below the target: faster, with slightly other pixels.
+    With `jpeg_draft`, in pixels, a JPEG of at least twice that size is decoded at 1/2, 1/4 or 1/8 of its size, never
+    below `jpeg_draft`: faster, with slightly different pixels.
     """
     for sample in samples:
         try:
@@ -301,24 +284,21 @@ def decoded(
             if jpeg_draft and image.format == "JPEG":
                 image.draft("RGB", (jpeg_draft, jpeg_draft))
             image = to_rgb(image)
-        except Exception as error:  # noqa: BLE001 (PIL raises nearly anything on a broken file)
-            skip(f"{place(sample)}: {reason(error)}")
+        except Exception as error:  # noqa: BLE001 - Pillow raises nearly anything on a broken file
+            skip(f"{locate(sample)}: {describe_error(error)}")
             continue
-        yield {**sample, "image": _transformed(preprocess, image, sample.get("seed"))}
-
-
-def _transformed(preprocess: Callable, image: Image.Image, seed: int | None) -> torch.Tensor:
-    """`preprocess(image)` with every generator that a transform may use seeded; `random_states_kept` undoes it."""
-    if seed is not None:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPU's generators too
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-    return preprocess(image)
+        if "seed" in sample:
+            torch.default_generator.manual_seed(
+                sample["seed"]
+            )  # torch.manual_seed would seed the GPUs as well
+            random.seed(sample["seed"])
+            np.random.seed(sample["seed"] % 2**32)
+        yield {**sample, "image": preprocess(image)}
 
 
 @contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leave the CPU's random states as they were, for transforms that run in the training process itself."""
+def preserve_random_states() -> Iterator[None]:
+    """Restore the CPU's random states afterwards: transforms seed them, also in the training process itself."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield

@@ -32,7 +32,7 @@ from flyp_plugin.sources import (
     expand_sources,
     find_beside,
     is_remote,
-    lines_of,
+    read_lines,
     write_atomically,
     write_sizes,
 )
@@ -122,7 +122,7 @@ def subset(
 
     folder, shards = _resolve_dest(dest), local_shards(source, split)
     paths = {name: find_beside(shards, name) for name in (CLASSNAMES, TEMPLATES)}
-    lists = {name: lines_of(path) or [] for name, path in paths.items() if path}
+    lists = {name: read_lines(path) or [] for name, path in paths.items() if path}
     _check_lists(folder.parent, lists)
     chosen = few_shot_keys(shards, shots, seed, label_key, image_key, lists.get(CLASSNAMES, []))
     rename = len({key for _, key in chosen}) < len(chosen)  # sets joined by '::' may share keys
@@ -163,12 +163,12 @@ def few_shot_keys(
     Raises:
         InputError: a label is missing or not an integer, or a key is repeated in a shard.
     """
-    from flyp_plugin.samples import labelled, read_samples
+    from flyp_plugin.samples import label_samples, read_samples
 
     classes = defaultdict(list)
     seen = set()
     read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
-    for sample in labelled(read, len(classnames) or 2**63, _warn, image_key, label_key):
+    for sample in label_samples(read, len(classnames) or 2**63, _warn, image_key, label_key):
         identity = (sample["shard"], sample["key"])
         if identity in seen:
             raise InputError(f"{identity[0]} has two samples with the key {identity[1]}; rename one.")
@@ -315,7 +315,7 @@ def _write_tar(shard: Path, samples: Iterable[dict[str, Any]]) -> None:
 
 def _check_lists(data: Path, lists: dict[str, list[str]]) -> None:
     for name, lines in lists.items():
-        existing = lines_of(str(data / name))
+        existing = read_lines(str(data / name))
         if existing is not None and not same_names(existing, lines):
             raise InputError(f"{data / name} differs from this set's list; write to another data folder.")
 

@@ -1,6 +1,8 @@
-"""From what a user types for a set of shards to tar URLs, the text files beside them and sample counts.
+"""From what a user types for a set of shards to tar URLs, the text files beside them, and sample counts.
 
-Reads names, small text files and tar headers; the samples themselves are samples.py's.
+A source is a brace pattern, a `pipe:` command, a folder of tars or a data folder in CLIP_benchmark's layout, local or on
+a server. expand_source lists its tars, find_beside finds its class names and templates, shard_sizes says how many
+samples each tar holds. Only names, small text files and tar headers are read here; samples.py reads the samples.
 """
 
 import json
@@ -10,15 +12,15 @@ import random
 import re
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from http.client import HTTPException, IncompleteRead
 from itertools import groupby
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import braceexpand
 from tqdm import tqdm
@@ -26,16 +28,14 @@ from tqdm import tqdm
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import same_names
 
-IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as open_clip has it
-TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)  # what reading a broken one raises
+IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as in open_clip
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)  # what reading a broken tar raises
 TIMEOUT = 30  # seconds without an answer, over http
-RETRIES, BACKOFF = 6, 1.0  # tries again after 1, 2, 4, ... 32 seconds, at most: a minute in all
+RETRIES, BACKOFF = 6, 1.0  # retry after at most 1, 2, 4, ... 32 seconds: about a minute in all
 TEXT_RETRIES = 4  # for a text file, which a person may be waiting for
-MOST_TEXT, MOST_MEMBER = 100 << 20, 1 << 30  # bytes of a text file and of a tar's member
-MOST_SHARDS = 1_000_000  # that nshards.txt may ask for
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # a server's answers that may be others soon
-# Members of a sample: as in webdataset, files in a row that have one name up to its first dot
-_MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+MAX_TEXT, MAX_MEMBER = 100 << 20, 1 << 30  # bytes of a text file, and of a tar's member
+TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)  # HTTP errors that may pass
+_MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and ending, split at the first dot as in webdataset
 _log = logging.getLogger(__name__)
 
 
@@ -47,52 +47,50 @@ def is_remote(shard: str) -> bool:
     return is_url(shard) or shard.startswith("pipe:")
 
 
-def backoff_delays(retries: int) -> Iterator[float]:
-    """Seconds to wait before each further try: exponential backoff, with jitter for the sake of the server."""
+def backoff_delays(retries: int) -> Iterator[float | None]:
+    """Seconds to wait after each failed attempt (exponential backoff with jitter); None after the last."""
     for attempt in range(retries):
         yield BACKOFF * 2**attempt * random.SystemRandom().uniform(0.5, 1)
+    yield None
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether what failed over a network may work a little later: not a wrong address, a 404, a member that is twice."""
-    code, reason = (getattr(error, name, None) for name in ("code", "reason"))
-    if code is not None:
-        return code in PASSING
-    return not isinstance(reason, str) and not isinstance(error, ValueError)
+    """Whether a failed read may succeed later: not a malformed address, a 404 or a member that occurs twice."""
+    if (code := getattr(error, "code", None)) is not None:
+        return code in TRANSIENT_STATUS
+    return not isinstance(error, ValueError) and not isinstance(getattr(error, "reason", None), str)
+
+
+def open_source(path: str) -> IO[bytes]:
+    """Open a local file or URL that the user gave, or one beside it."""
+    return urllib.request.urlopen(path, timeout=TIMEOUT) if is_url(path) else open(path, "rb")  # noqa: S310
 
 
 def read_text(path: str) -> str | None:
-    """A text file's content, local or http(s); None where there is none. A server is asked again for some seconds.
+    """Content of a text file, local or http(s); None if it does not exist. A failing server is asked again.
 
     Raises:
-        InputError: it is there but is not UTF-8, or larger than text is, or the server does not answer.
+        InputError: the file is not UTF-8 or larger than MAX_TEXT, or the server does not answer.
     """
-    for wait in [*backoff_delays(TEXT_RETRIES if is_url(path) else 0), None]:
+    for delay in backoff_delays(TEXT_RETRIES if is_url(path) else 0):
         try:
-            with opened(path) as stream:
-                raw = stream.read(MOST_TEXT + 1)
-                left = getattr(stream, "length", None)  # of what the server announced
-                if left and len(raw) <= MOST_TEXT:
-                    raise IncompleteRead(raw, left)
+            with open_source(path) as stream:
+                raw = stream.read(MAX_TEXT + 1)
+                unsent = getattr(stream, "length", None)  # what a server has announced but not sent
+                if unsent and len(raw) <= MAX_TEXT:
+                    raise IncompleteRead(raw, unsent)
             break
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: no address at all
-            code = getattr(error, "code", None)
-            if code in (403, 404, 410):
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a malformed address
+            if getattr(error, "code", None) in (403, 404, 410):
                 return None
-            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-            if wait is None or not is_transient(error):
-                what = (
-                    f": the server answers {code} {reason}." if code else f" ({reason}); check the address."
-                )
-                raise InputError(f"{path} could not be read{what}") from None
-            _log.warning(f"{path} could not be read ({code or reason}); trying again.")
-            time.sleep(wait)
-    if len(raw) > MOST_TEXT:
-        raise InputError(
-            f"{path} is larger than {MOST_TEXT >> 20} MiB, so it is not the text file it should be."
-        )
+            if delay is None or not is_transient(error):
+                raise InputError(f"{path} could not be read ({error}); check the address.") from None
+            _log.warning(f"{path} could not be read ({error}); retrying.")
+            time.sleep(delay)
+    if len(raw) > MAX_TEXT:
+        raise InputError(f"{path} is larger than {MAX_TEXT >> 20} MiB; give a text file.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -100,312 +98,229 @@ def read_text(path: str) -> str | None:
         raise InputError(f"{path}, line {line}, is not UTF-8; save the file as UTF-8 text.") from None
 
 
-def opened(path: str) -> IO[bytes]:
-    """The bytes of a local file or of an address, which the user typed or which is beside what the user typed."""
-    return urllib.request.urlopen(path, timeout=TIMEOUT) if is_url(path) else open(path, "rb")  # noqa: S310
+def read_lines(path: str) -> list[str] | None:
+    """Lines of a list of names or templates; None if there is no such file."""
+    text = read_text(path)
+    return None if text is None else [line.strip() for line in text.rstrip().split("\n")]
 
 
 def expand_sources(sources: str, split: str) -> list[list[str]]:
-    """The tar URLs of each of the sources that `::` joins; see expand_source."""
+    """The tar URLs of each of several sources, joined by `::`; see expand_source."""
     return [expand_source(source, split) for source in sources.split("::")]
 
 
 def expand_source(source: str, split: str) -> list[str]:
     """The tar URLs of one source: a brace pattern, a `pipe:` command, a folder of shards, or a data folder.
 
-    A folder (local or http(s), also in the form .../datasets/USER/REPO/tree/BRANCH) is taken as the split folder
-    where it holds shards itself, and else as the data folder, whose `split` is then used.
+    A folder (local, http(s), or a data hub's .../datasets/USER/REPO/tree/BRANCH) that holds no shards itself is taken
+    as a data folder, and its subfolder `split` is used.
 
     Raises:
-        InputError: nothing is there.
+        InputError: there are no such shards.
     """
     source = source.strip()
     if not source:
-        raise InputError(
-            "a source of shards is empty; give a tar pattern or a folder, joined by '::' if several."
-        )
+        raise InputError("a source of shards is empty; give one between every two '::'.")
     if source.startswith("pipe:") or re.search(r"\.(tar|tar\.gz|tgz)\}?$|[{*]", source):
         return _expand_pattern(source)
     source = source.rstrip("/")
-    return _expand_url(source, split) if is_url(source) else _expand_folder(source, split)
+    if not is_url(source) and not os.path.exists(source):
+        raise InputError(f"there is no file or folder '{source}'; check the path.")
+    for folder in (source, f"{source}/{split}"):
+        if names := _list_tars(folder):
+            return [os.path.join(_hub_url(folder, "resolve"), name) for name in names]
+    missing = "nshards.txt" if is_url(source) else "*.tar"
+    raise InputError(
+        f"there is no {source}/{missing} or {source}/{split}/{missing}; give a data folder in CLIP_benchmark's layout "
+        "(`flyp shards write` makes one) or a pattern of tars (DIR/{0..9}.tar)."
+    )
 
 
 def _expand_pattern(source: str) -> list[str]:
-    if "*" in source and not source.startswith("pipe:"):
-        raise InputError(f"'{source}' has a '*'; shards are named by braces (DIR/{{0..9}}.tar) or by folder.")
     try:
         shards = list(braceexpand.braceexpand(source))
     except ValueError as error:
+        raise InputError(f"unbalanced braces in '{source}' ({error}); write {{0..9}} or {{a,b}}.") from None
+    missing = [shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)]
+    if missing or ("*" in source and not source.startswith("pipe:")):
+        others = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
         raise InputError(
-            f"the braces in '{source}' do not pair ({error}); write {{0..9}} or {{a,b}}."
-        ) from None
-    missing = [s for s in shards if not is_remote(s) and not os.path.isfile(s)]
-    if missing:
-        more = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
-        raise InputError(f"there is no shard {missing[0]}{more}; check the path or the range in '{source}'.")
+            f"there is no shard {(missing or shards)[0]}{others}; check the path and the range in '{source}' (braces, as in "
+            "DIR/{0..9}.tar, are expanded; '*' is not)."
+        )
     return shards
 
 
-def _expand_folder(source: str, split: str) -> list[str]:
-    if os.path.isfile(source):
-        raise InputError(f"{source} is not a tar file or a folder; `flyp shards write` makes shards.")
-    if not os.path.isdir(source):
-        raise InputError(f"there is no file or folder {source}; check the path.")
-    for folder in (Path(source), Path(source, split)):
-        tars = [path for path in folder.glob("*.tar") if not path.name.startswith(".")]
-        # by the numbers in their names
-        tars.sort(key=lambda p: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", p.name)])
-        if tars:
-            stated = read_text(str(folder / "nshards.txt"))
-            if stated is not None and stated.strip() != str(len(tars)):
-                raise InputError(
-                    f"{folder}/nshards.txt says {stated.strip()!r} shards but the folder has {len(tars)}; "
-                    "write the set again, or fix nshards.txt."
-                )
-            # joined, for str(Path("./pipe:x.tar")) would be a command
-            return [os.path.join(folder if str(folder) != "." else "./", tar.name) for tar in tars]
-    raise InputError(
-        f"neither {source} nor {source}/{split} holds .tar files; `flyp shards write` makes shards."
-    )
+def _list_tars(folder: str) -> list[str]:
+    """Names of the tars in a folder, sorted by the numbers in them; on a server 0.tar, 1.tar, ... by nshards.txt."""
+    stated = read_text(_hub_url(f"{folder}/nshards.txt", "raw"))
+    if is_url(folder):
+        if stated is None:
+            return []
+        if not re.fullmatch(r"\s*0*[1-9][0-9]{0,5}\s*", stated):
+            raise InputError(f"{folder}/nshards.txt holds {stated.strip()[:40]!r}, not a number of shards.")
+        return [f"{i}.tar" for i in range(int(stated))]
+    names = [path.name for path in Path(folder).glob("[!.]*.tar")]
+    if names and stated is not None and stated.strip() != str(len(names)):
+        raise InputError(
+            f"{folder}/nshards.txt says {stated.strip()!r} shards but the folder has {len(names)}; write the set again, or "
+            "correct nshards.txt."
+        )
+    return sorted(names, key=lambda name: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)])
 
 
-def _expand_url(source: str, split: str) -> list[str]:
-    for folder in (source, f"{source}/{split}"):
-        stated = read_text(_on_hub(f"{folder}/nshards.txt", "raw"))
-        if stated is not None:
-            if not re.fullmatch(r"\s*0*[1-9][0-9]{0,6}\s*", stated) or int(stated) > MOST_SHARDS:
-                raise InputError(
-                    f"{folder}/nshards.txt holds {stated.strip()[:40]!r}, not a number of shards."
-                )
-            return [f"{_on_hub(folder, 'resolve')}/{i}.tar" for i in range(int(stated))]
-    raise InputError(
-        f"neither {source}/nshards.txt nor {source}/{split}/nshards.txt can be had; give a data folder in the "
-        "CLIP_benchmark layout, or the shards themselves (URL/{0..9}.tar)."
-    )
-
-
-def _on_hub(url: str, part: str) -> str:
-    """Where a data hub keeps it: its tars are under resolve/, its text under raw/; other addresses stay as they are."""
+def _hub_url(url: str, part: str) -> str:
+    """The address of a file on a data hub, which serves tars under resolve/ and text under raw/; others unchanged."""
     return re.sub(r"(://.*?/datasets/[^/]+/[^/]+)/(?:tree|resolve)/", rf"\1/{part}/", url, count=1)
 
 
 def find_beside(shards: Sequence[str], name: str) -> str | None:
-    """Path of the text file `name` in the folder of the first shard or the one above; None where neither has it.
+    """Path of the text file `name` in the folder of the first shard or in its parent; None if neither has it.
 
     Raises:
-        InputError: shards in other folders have another `name`; lines are compared as in names.py.
+        InputError: the shards of another folder come with another list (lines are compared as in names.py).
     """
-    paths = all_beside(shards, name)
+    paths = find_all_beside(shards, name)
     for path in paths[1:]:
-        if not same_names(lines_of(path) or [], lines_of(paths[0]) or []):
+        if not same_names(read_lines(path) or [], read_lines(paths[0]) or []):
             flag = "--classnames" if name == "classnames.txt" else "--templates"
             raise InputError(
-                f"{path} is not the same list as {paths[0]}, so their shards do not go together; give {flag}, or write "
-                "the sets again with one list."
+                f"{path} differs from {paths[0]}, so their shards cannot be used together; give {flag}, or write the "
+                "sets again with one list."
             )
     return paths[0] if paths else None
 
 
-def lines_of(path: str) -> list[str] | None:
-    """The lines of a text file that is a list of names or templates; None where there is none."""
-    text = read_text(path)
-    return None if text is None else [line.strip() for line in text.rstrip().split("\n")]
-
-
-def all_beside(shards: Sequence[str], name: str) -> list[str]:
-    """As find_beside, in or above the folder of each shard: each path once."""
-    first_in = {os.path.dirname(shard): shard for shard in reversed(shards)}
-    paths = (_beside(shard, name) for shard in reversed(first_in.values()))
-    return list(dict.fromkeys(path for path in paths if path))
-
-
-def _beside(shard: str, name: str) -> str | None:
-    if shard.startswith("pipe:"):
-        return None
-    folder = os.path.dirname(_on_hub(shard, "raw")) or "."
-    if is_url(folder):
-        paths = [f"{folder}/{name}", f"{os.path.dirname(folder)}/{name}"]
-    else:
-        paths = [os.path.normpath(os.path.join(folder, up, name)) for up in (os.curdir, os.pardir)]
-    return next((path for path in paths if read_text(path) is not None), None)
+def find_all_beside(shards: Sequence[str], name: str) -> list[str]:
+    """Like find_beside, for the folder of every shard: each path once."""
+    paths = []
+    for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards if not shard.startswith("pipe:")):
+        if is_url(folder):
+            folder = _hub_url(f"{folder}/", "raw").rstrip("/")
+            candidates = [f"{folder}/{name}", f"{os.path.dirname(folder)}/{name}"]
+        else:
+            candidates = [os.path.normpath(os.path.join(folder, up, name)) for up in (".", "..")]
+        paths += [path for path in candidates if read_text(path) is not None][:1]
+    return list(dict.fromkeys(paths))
 
 
 def count_samples(shards: Sequence[str], image_key: str = IMAGE_KEY) -> int:
-    """Number of samples in `shards`: from sizes.json or __len__ beside them, else from the headers of local tars.
+    """Number of samples in `shards`, counted if it is not known; see shard_sizes."""
+    sizes = shard_sizes(shards, image_key, count=True)
+    return sum(sizes[shard] for shard in shards)
 
-    Beside local tars a count is believed only where it is newer than they are (by the nanosecond, and also than a
-    rename or a link) and of the default `image_key`, which is what sizes.json is about; what is not believed is counted
-    anew. So files that came in any order, by a copy or a download, are counted once. Counts of remote tars are believed.
-    What was counted is remembered in sizes.json in the form that open_clip reads, {tar: samples}, where the folder has
-    none or one that was out of date.
+
+def shard_sizes(shards: Sequence[str], image_key: str = IMAGE_KEY, count: bool = False) -> dict[str, int]:
+    """{shard: number of samples} for the shards whose sizes are known.
+
+    Sizes come from sizes.json beside the shards, {tar: samples}, or from __len__, the total of a whole folder, as in
+    open_clip. Beside local tars they are believed only while newer than the tars (to the nanosecond, and newer than a
+    rename or a link) and only for the default `image_key`, which they are about; beside remote tars always. With
+    `count`, local tars are otherwise counted from their headers, and sizes.json remembers the result.
 
     Raises:
-        InputError: remote shards without sizes.json, or a sizes.json that is not what it should be.
+        InputError: a sizes.json or __len__ without counts, or, with `count`, remote shards of unknown size.
     """
-    total = 0
-    for folder, names in _by_folder(shards).items():
-        stated = None if folder is None else _stated(folder, names, image_key)
-        if stated is not None:
-            total += stated
-        elif folder is None or is_url(folder):
-            raise InputError(
-                f"the number of samples in {shards[0]} is not known (no sizes.json beside it); give it with "
-                "--train-num-samples."
-            )
-        else:
-            total += _count_folder(folder, names, image_key)
-    return total
-
-
-def stated_samples(shards: Sequence[str], image_key: str = IMAGE_KEY) -> int | None:
-    """Number of samples in `shards` as sizes.json or __len__ beside them state it; None where they are not believed."""
-    try:
-        stated = [
-            None if folder is None else _stated(folder, names, image_key)
-            for folder, names in _by_folder(shards).items()
-        ]
-    except InputError:
-        return None
-    return None if None in stated else sum(stated)  # type: ignore[arg-type]
-
-
-def _by_folder(shards: Sequence[str]) -> dict[str | None, list[str]]:
-    folders: dict[str | None, list[str]] = {}
+    folders: dict[str, list[str]] = {}
     for shard in shards:
-        folder = None if shard.startswith("pipe:") else os.path.dirname(shard) or "."
-        folders.setdefault(folder, []).append(os.path.basename(shard))
-    return folders
+        folder = shard if shard.startswith("pipe:") else os.path.dirname(shard) or "."
+        folders.setdefault(folder, []).append(shard)
+    sizes: dict[str, int] = {}
+    for folder, group in folders.items():
+        names = [os.path.basename(shard) for shard in group]
+        known = {} if folder.startswith("pipe:") else _believed_sizes(folder, names, image_key)
+        if count and not known.keys() >= set(names):
+            if is_remote(folder):
+                raise InputError(
+                    f"the number of samples in {group[0]} is not known (no sizes.json beside it); give it with "
+                    "--train-num-samples."
+                )
+            known = _count_folder(folder, names, image_key)
+        sizes |= {shard: known[name] for shard, name in zip(group, names) if name in known}
+    return sizes
 
 
-def _stated(folder: str, names: Sequence[str], image_key: str) -> int | None:
-    """The samples in the tars `names` of a folder as counts in it that are believed have it; None where there are none."""
-    if read_sizes(folder) is not None:
-        sizes = _believed_sizes(folder, image_key)
-        return sum(sizes[name] for name in names) if all(name in sizes for name in names) else None
-    length = read_length(folder)
-    # __len__ is the whole folder's, and says nothing of a part of it
-    if length is None or sorted(names) != sorted(_tars_in(folder) or ()):
-        return None
-    newer = is_url(folder) or all(_is_newer(folder, "__len__", name) for name in names)
-    return length if newer and (is_url(folder) or image_key == IMAGE_KEY) else None
-
-
-def _tars_in(folder: str) -> list[str] | None:
-    """Names of all tars in a folder; of a remote one by its nshards.txt, None where it has none."""
-    if not is_url(folder):
-        return [path.name for path in Path(folder).glob("[!.]*.tar")]
-    stated = (read_text(_on_hub(f"{folder}/nshards.txt", "raw")) or "").strip()
-    return [f"{i}.tar" for i in range(int(stated))] if re.fullmatch("[0-9]{1,6}", stated) else None
-
-
-def _believed_sizes(folder: str, image_key: str) -> dict[str, int]:
-    """Of read_sizes what is believed: see count_samples."""
-    sizes = read_sizes(folder) or {}
-    if is_url(folder):
-        return sizes
-    if image_key != IMAGE_KEY:
+def _believed_sizes(folder: str, names: Sequence[str], image_key: str) -> dict[str, int]:
+    local = not is_url(folder)
+    if local and image_key != IMAGE_KEY:
         return {}
-    return {name: size for name, size in sizes.items() if _is_newer(folder, "sizes.json", name)}
+    sizes = read_counts(folder, "sizes.json")
+    if sizes is not None:
+        return {n: size for n, size in sizes.items() if not local or _is_newer(folder, "sizes.json", n)}
+    total = read_counts(folder, "__len__")
+    if total is None or sorted(names) != sorted(_list_tars(folder)):  # it says nothing about part of a folder
+        return {}
+    if local and not all(_is_newer(folder, "__len__", name) for name in names):
+        return {}
+    return {name: total // len(names) + (i < total % len(names)) for i, name in enumerate(names)}
+
+
+def read_counts(folder: str, name: str) -> Any:
+    """What a folder's sizes.json ({tar: samples}) or __len__ (an int) says, believed or not; None without that file.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    text = read_text(_hub_url(f"{folder}/{name}", "raw"))
+    if text is None:
+        return None
+    counts: Any = -1
+    with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        content = json.loads(text)
+        counts = {tar: int(size) for tar, size in content.items()} if name == "sizes.json" else int(content)
+    if any(size < 0 for size in (counts.values() if isinstance(counts, dict) else [counts])):
+        raise InputError(
+            f"{folder}/{name} does not hold sample counts; delete it, and the shards are counted."
+        )
+    return counts
 
 
 def _is_newer(folder: str, counts: str, tar: str) -> bool:
-    """Whether a file of counts in a local folder was written after the tar came to be what it is."""
     path = os.path.join(folder, tar)
     try:
         link, file = os.lstat(path), os.stat(path)
-        # the change time, too: a file that is moved or copied to a name may bring an old time of writing
+        # the change time as well: a file that is moved or copied may keep an old modification time
         changed = max(link.st_mtime_ns, link.st_ctime_ns, file.st_mtime_ns, file.st_ctime_ns)
         return os.stat(os.path.join(folder, counts)).st_mtime_ns > changed
     except (OSError, ValueError):
         return False
 
 
-def read_length(folder: str) -> int | None:
-    """The number of samples in `folder`, local or not, as __len__ in it has it; None where there is none.
-
-    Raises:
-        InputError: it holds something else.
-    """
-    text = read_text(_on_hub(f"{folder}/__len__", "raw"))
-    if text is None:
-        return None
-    if not re.fullmatch(r"\s*[0-9]{1,18}\s*", text):
-        raise _no_counts(f"{folder}/__len__")
-    return int(text)
-
-
-def read_sizes(folder: str) -> dict[str, int] | None:
-    """The number of samples by tar as sizes.json in `folder`, local or not, has it; None where there is none.
-
-    Raises:
-        InputError: it holds something else.
-    """
-    text = read_text(_on_hub(f"{folder}/sizes.json", "raw"))
-    if text is None:
-        return None
-    try:
-        sizes = {name: int(size) for name, size in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        sizes = {"": -1}
-    if any(size < 0 for size in sizes.values()):
-        raise _no_counts(f"{folder}/sizes.json")
+def _count_folder(folder: str, names: Sequence[str], image_key: str) -> dict[str, int]:
+    sizes, complete, note = {}, True, ""
+    for name in tqdm(dict.fromkeys(names), desc=f"counting {folder}", unit="shard", disable=None, delay=3):
+        path, sizes[name] = os.path.join(folder, name), 0
+        try:
+            for _ in _keys_with_image(path, image_key):
+                sizes[name] += 1  # an error after these does not lose them
+        except TAR_ERRORS as error:
+            complete = False
+            reason = str(error).partition(":")[0]  # tarfile adds a line for each compression that it tried
+            _log.warning(
+                f"{path} cannot be read to its end as a tar ({reason}); counted {sizes[name]} samples."
+            )
+    stated, believed = read_counts(folder, "sizes.json"), _believed_sizes(folder, names, image_key)
+    stale = {name for name in stated or () if os.path.exists(os.path.join(folder, name))} - believed.keys()
+    if image_key == IMAGE_KEY and (stale or (stated is None and os.path.exists(f"{folder}/__len__"))):
+        note = ", because the counts there are not newer than the tars"
+    # Not remembered: zero samples, since the image key may be wrong, and a part of what is stale, since the rest would
+    # then look new as well
+    countable = complete and any(sizes.values()) and image_key == IMAGE_KEY
+    if countable and (stale or stated is None) and stale <= sizes.keys():
+        try:
+            write_sizes(folder, believed | sizes)
+            note += f"; remembered in {folder}/sizes.json"
+        except OSError as error:
+            note += f"; sizes.json could not be written ({error.strerror})"
+    _log.info(f"Counted {sum(sizes.values())} samples in {len(sizes)} shards of {folder}{note}.")
     return sizes
 
 
-def stated_sizes(shards: Sequence[str], image_key: str = IMAGE_KEY) -> dict[str, int]:
-    """The number of samples of those of the tars for which sizes.json beside them states it and is believed."""
-    sizes = {folder: folder and _believed_sizes(folder, image_key) for folder in _by_folder(shards)}
-    by_shard = {s: (sizes.get(os.path.dirname(s) or ".") or {}).get(os.path.basename(s)) for s in shards}
-    return {shard: size for shard, size in by_shard.items() if size is not None}
-
-
-def _no_counts(path: str) -> InputError:
-    return InputError(f"{path} does not hold sample counts; delete it, and the shards are counted.")
-
-
-def _count_folder(folder: str, names: Sequence[str], image_key: str) -> int:
-    sizes, whole = {}, True
-    for name in tqdm(dict.fromkeys(names), desc=f"counting {folder}", unit="shard", disable=None, delay=3):
-        path = os.path.join(folder, name)
-        found = 0
-        try:
-            for _ in _with_image(path, image_key):
-                found += 1  # keeps those before an error
-        except TAR_ERRORS as error:
-            whole = False
-            reason = str(error).partition(":")[0]  # tarfile goes on with a line for each compression
-            _log.warning(f"{path} cannot be read to its end as a tar ({reason}); {found} samples count.")
-        sizes[name] = found
-    counted = sum(sizes[name] for name in names)
-    before, believed = read_sizes(folder), _believed_sizes(folder, image_key)
-    out_of_date = {
-        name for name in before or () if os.path.exists(os.path.join(folder, name))
-    } - believed.keys()
-    old, kept = "", ""
-    if image_key == IMAGE_KEY and (out_of_date or (before is None and os.path.exists(f"{folder}/__len__"))):
-        old = ", for what counts there are is not newer than all of them"
-    # nothing at all: the image key may be wrong; a part of what is out of date: the rest would look new, too
-    if (
-        whole
-        and counted
-        and image_key == IMAGE_KEY
-        and (before is None or out_of_date)
-        and out_of_date <= sizes.keys()
-    ):
-        try:
-            write_sizes(folder, believed | sizes)
-            kept = f"; remembered in {folder}/sizes.json"
-        except OSError:
-            kept = " (which cannot be written to)"
-    _log.info(f"Counted {counted} samples in {len(sizes)} shards of {folder}{old}{kept}.")
-    return counted
-
-
 def write_sizes(folder: str | Path, sizes: dict[str, int]) -> None:
-    """Write sizes.json, {tar: samples}, into a local folder, so that it is newer than those tars."""
+    """Write sizes.json, {tar: samples}, into a local folder, with a time newer than the tars'."""
     path = Path(folder, "sizes.json")
     write_atomically(path, json.dumps(sizes, indent=1) + "\n")
-    for _ in range(10):  # a clock that ticks every 4 or 10 milliseconds
+    for _ in range(10):  # file clocks may tick only every 4 to 10 milliseconds
         if all(_is_newer(str(folder), path.name, name) for name in sizes):
             return
         time.sleep(0.005)
@@ -413,7 +328,7 @@ def write_sizes(folder: str | Path, sizes: dict[str, int]) -> None:
 
 
 class Header(tarfile.TarInfo):
-    """A member's header. What is wrong with it is an error here: tarfile takes it for the end of the tar."""
+    """A member's header that raises when it is damaged: tarfile would take it for the end of the tar."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
@@ -421,66 +336,62 @@ class Header(tarfile.TarInfo):
             return super().fromtarfile(tar)
         except tarfile.HeaderError as error:
             kind = type(error).__name__
-            if kind == "EOFHeaderError":  # the mark at the end
+            if kind == "EOFHeaderError":  # the end mark
                 raise
-            end = kind == "EmptyHeaderError"
-            raise tarfile.ReadError("it has no end mark, so it is cut short" if end else str(error)) from None
+            cut = kind == "EmptyHeaderError"
+            raise tarfile.ReadError("no end mark, the file is cut short" if cut else str(error)) from None
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
         header = super().frombuf(buf, encoding, errors)
-        if header.size > MOST_MEMBER:
-            raise tarfile.ReadError(f"{header.name[:80]} in it claims to have {header.size} bytes")
+        if header.size > MAX_MEMBER:
+            raise tarfile.ReadError(f"member {header.name[:80]} claims to have {header.size} bytes")
         return header
 
 
-def count_shard(path: str, image_key: str = IMAGE_KEY) -> int:
-    """Number of samples with an image in one local tar, from its headers."""
-    return sum(1 for _ in _with_image(path, image_key))
-
-
 def is_member(name: str) -> bool:
-    """Whether a file in a tar is read at all: not what begins with a dot, as macOS' ._ files, nor webdataset's __NAME__."""
+    """Whether a file in a tar belongs to a sample: not a hidden one, such as macOS' ._ files, or webdataset's __NAME__."""
     return not re.match(r"__[^/]*__($|/)", name) and not name.rpartition("/")[2].startswith(".")
 
 
-def _groups(path: str) -> Iterator[tuple[str, Iterator[str]]]:
-    """(key, endings of the members) of each sample in a local tar, grouped as samples.read_samples does."""
+def _group_members(path: str) -> Iterator[tuple[str, Iterator[str]]]:
+    """(key, endings of the members) of each sample in a local tar, grouped as by samples.read_samples."""
     with tarfile.open(path, tarinfo=Header) as tar:
-        names = (
-            _MEMBER.fullmatch(member.name) for member in tar if member.isreg() and is_member(member.name)
-        )
-        for key, members in groupby((found.groups() for found in names if found), lambda member: member[0]):
+        files = (member.name for member in tar if member.isreg() and is_member(member.name))
+        parts = (found.groups() for found in map(_MEMBER.fullmatch, files) if found)
+        for key, members in groupby(parts, lambda part: part[0]):
             yield key, (ending.lower() for _, ending in members)
 
 
-def _with_image(path: str, image_key: str) -> Iterator[str]:
+def _keys_with_image(path: str, image_key: str) -> Iterator[str]:
     images = set(image_key.split(";"))
-    # known with the image, whatever breaks after it
-    return (key for key, endings in _groups(path) if any(ending in images for ending in endings))
+    return (key for key, endings in _group_members(path) if any(ending in images for ending in endings))
+
+
+def count_shard(path: str, image_key: str = IMAGE_KEY) -> int:
+    """Number of samples with an image in a local tar, from its headers."""
+    return sum(1 for _ in _keys_with_image(path, image_key))
 
 
 def first_endings(path: str) -> list[str]:
-    """The endings of the members of the first sample in a local tar."""
-    return next((sorted(endings) for _, endings in _groups(path)), [])
+    """Endings of the members of the first sample in a local tar."""
+    return next((sorted(endings) for _, endings in _group_members(path)), [])
 
 
-def why_apart(path: str) -> str | None:
-    """A sentence where some sample's members are not next to each other in a local tar; None where all are, or remote.
+def find_scattered_sample(path: str) -> str | None:
+    """A message if some sample's members are not next to each other in a local tar; None if all are, or for remote tars.
 
-    A key that comes again with the same members is another matter: two samples of one key.
+    Two samples with the same key and the same members are another matter.
     """
-    try:
-        return None if is_remote(path) else _why_apart(path, os.stat(path).st_mtime_ns)
-    except OSError:
-        return None
+    known = not is_remote(path) and os.path.isfile(path)
+    return _find_scattered_sample(path, os.stat(path).st_mtime_ns) if known else None
 
 
-@lru_cache(64)
-def _why_apart(path: str, written: int) -> str | None:
+@lru_cache(64)  # asked again for each sample that lacks something
+def _find_scattered_sample(path: str, modified: int) -> str | None:
     first: dict[str, set[str]] = {}
     try:
-        for key, members in _groups(path):
+        for key, members in _group_members(path):
             endings = set(members)
             if first.setdefault(key, endings) is not endings and first[key].isdisjoint(endings):
                 return (
@@ -488,12 +399,12 @@ def _why_apart(path: str, written: int) -> str | None:
                     f"other in {path}; make the tar again, sorted by name: tar --sort=name -cf {path} FOLDER"
                 )
     except TAR_ERRORS:
-        pass  # what was read before the break is in order
+        pass  # everything before the damage is in order
     return None
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that it is there whole or not at all."""
+    """Write a small text file so that readers see all of it or none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")

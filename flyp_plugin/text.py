@@ -1,9 +1,14 @@
-"""Text towers run on the positions and prompts that matter, with the features of open_clip's own code.
+"""Exact short text: text towers run only on the positions and the prompts that matter.
 
-A causal tower that is read at the EOT token cannot see what comes after it, so a batch of prompts is cut
-behind its last EOT (77 positions become about 15 for class prompts), and equal prompts are encoded once.
-open_clip's own encode_text runs; it only sees shorter tokens, positional embeddings and mask. Parameters and
-state_dict stay as they are. Not for towers where this is not proved to hold: those keep their full context.
+CLIP's text tower is causal and its feature is read at the EOT token, so nothing behind EOT can change the feature or
+get a gradient. Class prompts use about 10 of 77 positions. A batch of tokens is therefore cut behind its last EOT, and
+equal rows, which are frequent among class prompts, are encoded once. open_clip's own code computes the features from
+shorter tokens, positional embeddings and mask; parameters and state_dict stay as they are.
+
+Features and gradients equal open_clip's up to rounding: kernels add the same terms in another order. The cost is a
+search for equal rows in each batch, and matrix shapes that vary (`multiple_of` limits them for torch.compile). Measured
+on a CPU, a training step of ViT-B-32 takes 1/1.6 of the time, a zero-shot head 1/9.5. A tower for which this is not
+proved keeps its full context: see reason_full_context. train.py shortens for training, heads.py for heads.
 """
 
 import logging
@@ -21,10 +26,9 @@ from torch import Tensor, nn
 
 from flyp_plugin.precision import allows_tf32
 
-# Rows encoded at once where there are many and no gradient: rows of nearly one length, whose activations
-# stay in the CPU's cache (measured: 64 the best of 16 ... 256). An accelerator wants larger matrices.
-CHUNK = {"cpu": 64}
-CHUNK_ELSEWHERE = 1024
+# Rows encoded at once without gradient, sorted by length: on a CPU their activations stay in the cache (measured: 64 is
+# the best of 16 ... 256), an accelerator needs larger matrices
+CHUNK, CHUNK_ELSEWHERE = {"cpu": 64}, 1024
 _BLOCKS = {transformer.ResidualAttentionBlock, transformer.CustomResidualAttentionBlock}
 _log = logging.getLogger(__name__)
 
@@ -36,21 +40,21 @@ class _Options(NamedTuple):
 
 
 def reason_full_context(model: nn.Module) -> str | None:
-    """None where text behind the EOT token provably cannot change `model.encode_text`; else why, for a log.
+    """None if positions behind EOT provably cannot change `model.encode_text`; otherwise the reason, for a log.
 
-    Proved, by structure: open_clip's CLIP, and its CustomTextCLIP with its TextTransformer, with a causal
-    mask, open_clip's blocks, no dropout, and a feature read at the largest token ('argmax') or at 'eos'.
+    Proved by structure: open_clip's CLIP, or its CustomTextCLIP with a TextTransformer, with a causal mask, open_clip's
+    blocks and no dropout, read at the largest token (pool type 'argmax') or at 'eos'.
     """
-    model, tower = _unwrap(model), _tower(model)
-    if _full(model) not in (CLIP, CustomTextCLIP) or _full(tower) not in _SHORT:
-        return f"nothing is known of the text tower of a {type(model).__name__} (a {type(tower).__name__})"
+    model, tower = _unwrap(model), _text_tower(model)
+    if _original_class(model) not in (CLIP, CustomTextCLIP) or _original_class(tower) not in _SHORT:
+        return f"nothing is known about the text tower of {type(model).__name__} ({type(tower).__name__})"
     pool_type, mask, blocks = _pooling(tower)[0], tower.attn_mask, tower.transformer
     if getattr(tower, "cls_emb", None) is not None:
         return "its text feature is read at a class token behind the text"
     if pool_type not in ("argmax", "eos"):
         return f"its text feature is not read at the EOT token (pool type {pool_type!r})"
     if getattr(tower, "output_tokens", False):
-        return "its text tower gives all tokens back, not the feature alone"
+        return "its text tower returns all tokens"
     if mask is None or not torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1)):
         return "its text tower is not causal"
     if type(blocks) is not transformer.Transformer or {type(b) for b in blocks.resblocks} - _BLOCKS:
@@ -63,77 +67,59 @@ def reason_full_context(model: nn.Module) -> str | None:
 def shorten(
     model: nn.Module, tokens: Tensor | None = None, unique: bool = True, multiple_of: int = 1
 ) -> bool:
-    """Make `model` encode text short from now on, in place; to be called before DDP and torch.compile.
+    """Make `model` encode text short from now on, in place. Call it before DDP and torch.compile.
 
-    The tower's class becomes a subclass of what it was: copies, pickles, hooks and wrappers go on as before.
+    The tower's class becomes a subclass of its own, so copies, pickles, hooks and wrappers work as before.
 
     Args:
-        model: an open_clip model.
-        tokens: int (N, context length), a few prompts for `self_check`; None: no check.
-        unique: encode equal rows of a batch once; their gradients, added in another order, equal to rounding.
-        multiple_of: round the number of positions up to this. 16 makes features equal open_clip's to the last
-            bit on CPUs where it adds over positions 16 at a time (fp32); else they are equal to rounding.
+        tokens: int (N, context length), a few prompts for `self_check`; None skips it.
+        unique: encode equal rows of a batch once.
+        multiple_of: round the number of positions up. With 16, features are bit-equal to open_clip's on CPUs whose
+            float32 kernels add 16 positions at a time.
 
     Returns:
-        Whether it was done. Where not, the model is as it was, and a log line has said why.
+        Whether it was done. If not, the model is unchanged and the log has the reason.
     """
-    reason = reason_full_context(model)
-    if reason is not None:
-        _say(reason)
+    if (reason := reason_full_context(model)) is not None:
+        _log_reason(reason)
         return False
     if tokens is not None and not self_check(model, tokens):
-        _log.warning("Text is encoded at full length: on these weights short text gave other features.")
+        _log.warning("Text is encoded at full length: with these weights short text changes the features.")
         return False
-    _become(_tower(model), _Options(unique, multiple_of))
+    set_text_options(_text_tower(model), _Options(unique, multiple_of))
     return True
 
 
 @contextmanager
 def short_text(model: nn.Module) -> Iterator[None]:
-    """Within it `model.encode_text` is short; after it the model is as it was. For heads and evaluation.
+    """Make `model.encode_text` short within a block, for heads and evaluation. Without gradient, rows go in chunks.
 
-    Without gradient, many rows are also sorted by length and encoded in chunks of nearly equal lengths.
-    A model for which `reason_full_context` has a reason is left alone, with a log line.
+    A model for which `reason_full_context` has a reason stays as it is, with a log line.
     """
-    reason = reason_full_context(model)
-    if reason is not None:
-        _say(reason)
+    tower = _text_tower(model)
+    if (reason := reason_full_context(model)) is not None:
+        _log_reason(reason)
         yield
         return
-    tower = _tower(model)
-    before = getattr(tower, "short_options", None)
-    device = tower.positional_embedding.device.type
-    _become(tower, _Options(chunk=CHUNK.get(device, CHUNK_ELSEWHERE)))
-    try:
+    chunk = CHUNK.get(tower.positional_embedding.device.type, CHUNK_ELSEWHERE)
+    with _text_options(tower, _Options(chunk=chunk)):
         yield
-    finally:
-        _become(tower, before)
 
 
 def self_check(model: nn.Module, tokens: Tensor) -> bool:
-    """Whether `tokens`, int (N, context length), give the same features in full and short, on these weights.
+    """Whether `tokens`, int (N, context length), have the same features in full and short, with these weights.
 
-    In eval mode, without gradient or autocast; modes are put back, and no random number is drawn. The same:
-    the norm of each row's difference is within what two matrix kernels differ by, relative to the feature's
-    norm: 1e-5 in fp32, 8 units in the last place in TF32, fp16 and bf16.
+    For towers that `reason_full_context` has no reason against: those draw no random numbers and are the same in training
+    and eval mode. Each row's difference must be within 1e-5 of the feature's norm in fp32, within 8 units in the last
+    place in TF32, fp16 and bf16.
     """
-    if reason_full_context(model) is not None:
-        return False
-    model, tower = _unwrap(model), _tower(model)
-    before = getattr(tower, "short_options", None)
-    modes = [(module, module.training) for module in model.modules()]
+    model, tower = _unwrap(model), _text_tower(model)
     tokens = tokens.to(tower.positional_embedding.device)
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            _become(tower, None)
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with _text_options(tower, None):
             full = model.encode_text(tokens).double()  # type: ignore[operator]
-            _become(tower, _Options())
+        with _text_options(tower, _Options()):
             short = model.encode_text(tokens)  # type: ignore[operator]
-    finally:
-        _become(tower, before)
-        for module, training in modes:
-            module.training = training
     tf32 = short.is_cuda and short.dtype == torch.float32 and allows_tf32()
     exact = short.dtype in (torch.float32, torch.float64) and not tf32
     limit = 1e-5 if exact else 8 * torch.finfo(torch.float16 if tf32 else short.dtype).eps
@@ -141,7 +127,7 @@ def self_check(model: nn.Module, tokens: Tensor) -> bool:
 
 
 class _Trimmed:
-    """A text tower as its own methods see it when they run on `length` positions: other in two tensors."""
+    """A text tower as seen by its own methods when it runs on `length` positions: two tensors are shorter."""
 
     def __init__(self, tower: Any, length: int):
         self._tower = tower
@@ -150,81 +136,94 @@ class _Trimmed:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(type(self._tower), name, None)
-        if isinstance(method, FunctionType):  # helpers such as _embeds are to see the two tensors too
+        if isinstance(
+            method, FunctionType
+        ):  # bound to this object, so that helpers see the two tensors as well
             return MethodType(method, self)
         return getattr(self._tower, name)
 
 
-def _shortened(base: type, name: str) -> type:
-    """A subclass of `base` whose method `name`, (tokens, ...) -> features, obeys `short_options`."""
+def _short_class(base: type, name: str) -> type:
+    """A subclass of `base` whose method `name`, (tokens, ...) -> features, follows `short_options`."""
     full: Callable[..., Tensor] = getattr(base, name)
 
     def short(self: Any, text: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts, where = _plan(text, _pooling(self), self.short_options)
+        parts, index = _split_rows(text, _pooling(self), self.short_options)
         features = [full(_Trimmed(self, part.shape[1]), part, *args, **kwargs) for part in parts]
         joined = torch.cat(features) if len(features) > 1 else features[0]
-        return joined if where is None else joined[where]
+        return joined if index is None else joined[index]
 
     return type(f"Short{base.__name__}", (base,), {name: short, "__module__": __name__})
 
 
-@torch.compiler.disable  # what follows from the values of the tokens is no part of a graph
-def _plan(text: Tensor, pooling: tuple, options: _Options) -> tuple[list[Tensor], Tensor | None]:
-    """The rows to encode, in parts cut behind their last EOT, and where in them each row is (None: there)."""
+@torch.compiler.disable  # it depends on the values of the tokens
+def _split_rows(text: Tensor, pooling: tuple, options: _Options) -> tuple[list[Tensor], Tensor | None]:
+    """The rows to encode, in parts cut behind their last EOT, and the index that restores the batch (None: as it is)."""
 
-    def cut(rows: Tensor) -> tuple[Tensor, Tensor]:  # reads where open_clip's text_global_pool does
+    def cut(rows: Tensor) -> tuple[Tensor, Tensor]:  # at the position that open_clip's text_global_pool reads
         lengths = ((rows == pooling[1]).int() if pooling[0] == "eos" else rows).argmax(dim=-1) + 1
         return rows[:, : -(-int(lengths.max()) // options.multiple_of) * options.multiple_of], lengths
 
     if not len(text):
         return [text], None
-    (text, lengths), where = cut(text), None
+    (text, lengths), index = cut(text), None
     if options.unique:
         rows, inverse = torch.unique(text, dim=0, return_inverse=True)
         if len(rows) < len(text):
-            (text, lengths), where = cut(rows), inverse
+            (text, lengths), index = cut(rows), inverse
     if not options.chunk or torch.is_grad_enabled() or len(text) <= options.chunk:
-        return [text], where
+        return [text], index
     by_length = lengths.argsort()
-    back = by_length.argsort()
+    restore = by_length.argsort()
     parts = [cut(text[rows])[0] for rows in by_length.split(options.chunk)]
-    return parts, back if where is None else back[where]
+    return parts, restore if index is None else restore[index]
 
 
 def _pooling(tower: Any) -> tuple:
     """(pool type, EOS token) of a text tower; 'eos' came with open_clip 2.33."""
-    text = "text_" if isinstance(tower, CLIP) else ""
-    return getattr(tower, f"{text}pool_type", None), getattr(tower, f"{text}eos_id", None)
+    prefix = "text_" if isinstance(tower, CLIP) else ""
+    return getattr(tower, f"{prefix}pool_type", None), getattr(tower, f"{prefix}eos_id", None)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner
+        model = inner  # inside torch.compile's or DistributedDataParallel's wrapper
     return model
 
 
-def _tower(model: Any) -> Any:
+def _text_tower(model: Any) -> Any:
     model = _unwrap(model)
     return model.text if isinstance(model, CustomTextCLIP) else model
 
 
-def _full(module: nn.Module) -> type:
+def _original_class(module: nn.Module) -> type:
     return type(module).__bases__[0] if type(module) in _SHORT.values() else type(module)
 
 
-def _become(tower: nn.Module, options: _Options | None) -> None:
-    tower.__class__ = _full(tower) if options is None else _SHORT[_full(tower)]
-    tower.__dict__.pop("short_options", None)
-    tower.__dict__.update({} if options is None else {"short_options": options})
+def set_text_options(tower: nn.Module, options: _Options | None) -> None:
+    """Make a tower encode text short, as `options` say; with None, as open_clip does."""
+    tower.__class__ = _original_class(tower) if options is None else _SHORT[_original_class(tower)]
+    tower.__dict__["short_options"] = options
+    if options is None:
+        del tower.__dict__["short_options"]
 
 
-@cache  # one line a reason, not one a head
-def _say(reason: str) -> None:
+@contextmanager
+def _text_options(tower: nn.Module, options: _Options | None) -> Iterator[None]:
+    before = getattr(tower, "short_options", None)
+    set_text_options(tower, options)
+    try:
+        yield
+    finally:
+        set_text_options(tower, before)
+
+
+@cache  # one line for each reason, not for each head
+def _log_reason(reason: str) -> None:
     _log.info(f"Text is encoded at full length: {reason}.")
 
 
-# what open_clip's forward calls: in 4.x _encode_text, before it encode_text
-ShortCLIP = _shortened(CLIP, "_encode_text" if hasattr(CLIP, "_encode_text") else "encode_text")
-ShortTextTransformer = _shortened(TextTransformer, "forward")
+# The method that open_clip's forward calls: _encode_text in 4.x, encode_text before
+ShortCLIP = _short_class(CLIP, "_encode_text" if hasattr(CLIP, "_encode_text") else "encode_text")
+ShortTextTransformer = _short_class(TextTransformer, "forward")
 _SHORT: dict[type, type] = {CLIP: ShortCLIP, TextTransformer: ShortTextTransformer}

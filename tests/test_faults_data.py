@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from flyp_plugin import ClassPrompts
 from flyp_plugin.errors import CONTROLS, InputError
-from flyp_plugin.samples import labelled, read_samples
-from flyp_plugin.sources import read_sizes
+from flyp_plugin.samples import label_samples, read_samples
+from flyp_plugin.sources import read_counts
 from tests import tars
 from tests.faults import data, hostile, remote
 
@@ -67,7 +67,7 @@ def test_any_text_is_class_names_and_templates_or_a_sentence(tmp_path_factory, n
 def test_any_label_is_a_class_or_a_sentence(raw):
     sample = {"__key__": "k", "__url__": "0.tar", "__broken__": False, "png": b"", "cls": raw}
     try:
-        (found,) = labelled([sample], 5, pytest.fail)
+        (found,) = label_samples([sample], 5, pytest.fail)
     except InputError as error:
         assert not CONTROLS.search(str(error))
     else:
@@ -90,7 +90,7 @@ def test_any_sizes_json_is_counts_or_a_sentence(tmp_path_factory, raw):
     folder.mkdir(exist_ok=True)
     (folder / "sizes.json").write_bytes(raw)
     try:
-        sizes = read_sizes(str(folder))
+        sizes = read_counts(str(folder), "sizes.json")
     except InputError as error:
         assert "sizes.json" in str(error)
     else:

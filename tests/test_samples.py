@@ -13,10 +13,10 @@ from torchvision.transforms import ColorJitter, Compose, RandomResizedCrop, ToTe
 from flyp_plugin.errors import InputError
 from flyp_plugin.samples import (
     Skipped,
-    decoded,
-    labelled,
-    prompted,
-    random_states_kept,
+    decode_images,
+    draw_prompts,
+    label_samples,
+    preserve_random_states,
     read_samples,
     sample_seed,
     to_rgb,
@@ -34,10 +34,10 @@ def sample(key: str = "k", **members) -> dict:
 
 
 def read(*shards: str, **kwargs):
-    """(keys, labels, what was skipped) of shards, through read_samples and labelled."""
+    """(keys, labels, what was skipped) of shards, through read_samples and label_samples."""
     skipped: list[str] = []
     read = read_samples(shards, lambda what, lost: skipped.append(what), retries=1)
-    found = list(labelled(read, 10, skipped.append, **kwargs))
+    found = list(label_samples(read, 10, skipped.append, **kwargs))
     return [s["key"] for s in found], [s["label"] for s in found], skipped
 
 
@@ -93,7 +93,7 @@ def test_a_tar_that_ends_between_two_members_is_no_wrong_label(tmp_path, end):
 
 def test_what_is_lost_with_a_broken_tar_is_what_it_should_hold_less_what_was_read(tmp_path):
     shard, lost = tars.write(tmp_path / "0.tar", WHOLE[: 9 * BLOCK]), []
-    read = read_samples([shard], lambda what, number: lost.append(number), samples_in=lambda shard: 4)
+    read = read_samples([shard], lambda what, number: lost.append(number), sizes={shard: 4})
     assert [(sample["__key__"], sample["__broken__"]) for sample in read] == [
         ("s0000", False),
         ("s0001", True),
@@ -160,35 +160,37 @@ def test_shards_are_opened_one_after_another_as_they_are_needed(tmp_path):
     assert next(read_samples(shards(), pytest.fail))["__key__"] == "s0000"
 
 
-# labelled
+# label_samples
 
 
 def test_a_labelled_sample_has_key_shard_image_and_label():
-    found = list(labelled([sample(png=b"image", cls=b"3\n", txt=b"x")], 4, pytest.fail))
+    found = list(label_samples([sample(png=b"image", cls=b"3\n", txt=b"x")], 4, pytest.fail))
     assert found == [{"key": "k", "shard": "0.tar", "image": b"image", "label": 3}]
 
 
 @pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp"])
 def test_an_image_may_have_each_of_the_endings(ending):
-    assert next(labelled([sample(**{ending: b"image", "cls": b"0"})], 1, pytest.fail))["image"] == b"image"
+    assert (
+        next(label_samples([sample(**{ending: b"image", "cls": b"0"})], 1, pytest.fail))["image"] == b"image"
+    )
 
 
 def test_image_and_label_keys_can_be_chosen():
     one = sample(**{"seg.png": b"mask", "png": b"image", "class.txt": b" 1 "})
-    found = next(labelled([one], 2, pytest.fail, image_key="seg.png", label_key="class.txt"))
+    found = next(label_samples([one], 2, pytest.fail, image_key="seg.png", label_key="class.txt"))
     assert (found["image"], found["label"]) == (b"mask", 1)
 
 
 def test_a_label_may_be_a_field_of_a_json_member():
     one = sample(png=b"", json=b'{"label": 7, "text": "8", "place": {"x": 1}}')
-    assert next(labelled([one], 10, pytest.fail, label_key="json:label"))["label"] == 7
-    assert next(labelled([one], 10, pytest.fail, label_key="json:text"))["label"] == 8
+    assert next(label_samples([one], 10, pytest.fail, label_key="json:label"))["label"] == 7
+    assert next(label_samples([one], 10, pytest.fail, label_key="json:text"))["label"] == 8
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[7]", b"{", b"7", b'{"lab": 7}'])
 def test_a_json_member_without_the_field_has_no_label(content):
     with pytest.raises(InputError, match=naming("0.tar", "k", "'json:label'", "png, json")):
-        list(labelled([sample(png=b"", json=content)], 10, pytest.fail, label_key="json:label"))
+        list(label_samples([sample(png=b"", json=content)], 10, pytest.fail, label_key="json:label"))
 
 
 def test_groups_are_given_where_asked_for():
@@ -197,8 +199,8 @@ def test_groups_are_given_where_asked_for():
         sample(png=b"", cls=b"0"),
         sample(png=b"", cls=b"0", json=b'{"g": 4}'),
     ]
-    assert [s["group"] for s in labelled(some, 1, pytest.fail, group_key="group")] == ["left", "", ""]
-    assert [s["group"] for s in labelled(some, 1, pytest.fail, group_key="json:g")] == ["", "", "4"]
+    assert [s["group"] for s in label_samples(some, 1, pytest.fail, group_key="group")] == ["left", "", ""]
+    assert [s["group"] for s in label_samples(some, 1, pytest.fail, group_key="json:g")] == ["", "", "4"]
 
 
 @pytest.mark.parametrize(
@@ -217,17 +219,17 @@ def test_groups_are_given_where_asked_for():
 )
 def test_a_wrong_label_stops_with_shard_key_and_value(text, named):
     with pytest.raises(InputError, match=naming("0.tar", "k", *named)):
-        list(labelled([sample(png=b"", cls=text)], 4, pytest.fail))
+        list(label_samples([sample(png=b"", cls=text)], 4, pytest.fail))
 
 
 def test_a_missing_label_stops_with_the_members_that_are_there():
     with pytest.raises(InputError, match=naming("'cls'", "png, txt", "--label-key")):
-        list(labelled([sample(png=b"", txt=b"3")], 4, pytest.fail))
+        list(label_samples([sample(png=b"", txt=b"3")], 4, pytest.fail))
 
 
 def test_the_member_that_holds_an_integer_is_proposed():
     with pytest.raises(InputError, match=naming("'label'", "--label-key label")):
-        list(labelled([sample(png=b"", label=b"3\n", txt=b"a cat")], 4, pytest.fail))
+        list(label_samples([sample(png=b"", label=b"3\n", txt=b"a cat")], 4, pytest.fail))
 
 
 @pytest.mark.parametrize("labels_first", [False, True])
@@ -242,7 +244,7 @@ def test_a_tar_not_sorted_by_name_is_named_as_the_cause(tmp_path, labels_first):
 
 def test_a_remote_tar_with_lone_images_is_perhaps_not_sorted():
     with pytest.raises(InputError, match=naming("tar --sort=name", "--label-key")):
-        list(labelled([sample(png=b"") | {"__url__": "pipe:cat x"}], 4, pytest.fail))
+        list(label_samples([sample(png=b"") | {"__url__": "pipe:cat x"}], 4, pytest.fail))
 
 
 @pytest.mark.parametrize("hidden", ["._s0000.cls", ".DS_Store", "t/._x.png"])
@@ -261,27 +263,27 @@ def test_hidden_members_do_not_part_a_sample(tmp_path, hidden):
 )
 def test_why_a_sample_has_no_image_is_told(members, why):
     skipped: list[str] = []
-    assert not list(labelled([sample(cls=b"0", **members)], 1, skipped.append))
+    assert not list(label_samples([sample(cls=b"0", **members)], 1, skipped.append))
     assert says(skipped[0], *why)
 
 
 def test_a_sample_without_an_image_is_skipped_and_counted():
     skipped: list[str] = []
-    found = labelled([sample("a", cls=b"0"), sample("b", cls=b"0", png=b"")], 1, skipped.append)
+    found = label_samples([sample("a", cls=b"0"), sample("b", cls=b"0", png=b"")], 1, skipped.append)
     assert [s["key"] for s in found] == ["b"]
     (one,) = skipped
     assert says(one, "0.tar", "sample a", "jpg/jpeg/png/webp")
 
 
-# prompted
+# draw_prompts
 
 
 def test_template_and_augmentation_depend_only_on_seed_and_key():
     keys = [f"k{i}" for i in range(50)]
-    drawn = {s["key"]: s for s in prompted([{"key": key} for key in keys], 3, 0, 1, 0)}
+    drawn = {s["key"]: s for s in draw_prompts([{"key": key} for key in keys], 3, 0, 1, 0)}
     random.Random(0).shuffle(keys)
     assert {
-        s["key"]: s for s in prompted([{"key": key} for key in keys[:20]], 3, 0, 1, 0)
+        s["key"]: s for s in draw_prompts([{"key": key} for key in keys[:20]], 3, 0, 1, 0)
     }.items() <= drawn.items()
     assert {s["template"] for s in drawn.values()} == {0, 1, 2}
     assert len({s["seed"] for s in drawn.values()}) == 50
@@ -291,7 +293,9 @@ def test_template_and_augmentation_depend_only_on_seed_and_key():
 @pytest.mark.parametrize("other", [(1, 1, 0), (0, 2, 0), (0, 1, 1), (0, 11, 0)])
 def test_another_seed_epoch_or_repeat_draws_anew(other):
     def drawn(*seed):
-        return [(s["template"], s["seed"]) for s in prompted([{"key": f"k{i}"} for i in range(50)], 3, *seed)]
+        return [
+            (s["template"], s["seed"]) for s in draw_prompts([{"key": f"k{i}"} for i in range(50)], 3, *seed)
+        ]
 
     assert not {seed for _, seed in drawn(0, 1, 0)} & {seed for _, seed in drawn(*other)}
     assert [template for template, _ in drawn(0, 1, 0)] != [template for template, _ in drawn(*other)]
@@ -303,11 +307,11 @@ def test_a_sample_seed_is_the_same_on_every_machine():
 
 def test_prompting_leaves_what_it_is_given_alone():
     given = {"key": "k", "label": 3}
-    assert next(prompted([given], 1, 0))["label"] == 3
+    assert next(draw_prompts([given], 1, 0))["label"] == 3
     assert given == {"key": "k", "label": 3}
 
 
-# decoded
+# decode_images
 
 
 def numbers(image):
@@ -321,9 +325,9 @@ def fail(image):
 
 def test_transforms_draw_from_the_samples_seed_alone():
     some = [{"key": "k", "shard": "0.tar", "image": tars.png(i), "seed": i % 2} for i in range(4)]
-    first = [s["image"].tolist() for s in decoded(some, numbers, pytest.fail)]
+    first = [s["image"].tolist() for s in decode_images(some, numbers, pytest.fail)]
     torch.manual_seed(5)
-    again = [s["image"].tolist() for s in decoded(some, numbers, pytest.fail)]
+    again = [s["image"].tolist() for s in decode_images(some, numbers, pytest.fail)]
     assert first == again
     assert first[0] == first[2] != first[1] == first[3]
 
@@ -332,18 +336,18 @@ def test_random_states_are_kept_also_where_a_transform_fails():
     preprocess = Compose([RandomResizedCrop(8), ColorJitter(0.4, 0.4, 0.4), ToTensor()])
     some = [{"key": "k", "shard": "0.tar", "image": tars.png(i), "seed": i} for i in range(4)]
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
-    with random_states_kept():
-        list(decoded(some, preprocess, pytest.fail))
-        list(decoded(some, numbers, pytest.fail))
-    with pytest.raises(OSError, match="a bug"), random_states_kept():
-        list(decoded(some, fail, pytest.fail))
+    with preserve_random_states():
+        list(decode_images(some, preprocess, pytest.fail))
+        list(decode_images(some, numbers, pytest.fail))
+    with pytest.raises(OSError, match="a bug"), preserve_random_states():
+        list(decode_images(some, fail, pytest.fail))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), repr(np.random.get_state()))
 
 
 def test_a_failing_transform_is_not_taken_for_a_broken_image():
     with pytest.raises(OSError, match="a bug"):
-        list(decoded([{"key": "k", "shard": "0.tar", "image": tars.png(0)}], fail, pytest.fail))
+        list(decode_images([{"key": "k", "shard": "0.tar", "image": tars.png(0)}], fail, pytest.fail))
 
 
 def test_without_a_seed_the_transform_is_left_to_itself():
@@ -351,7 +355,7 @@ def test_without_a_seed_the_transform_is_left_to_itself():
     expected = torch.rand(())
     torch.manual_seed(3)
     some = [{"key": "k", "shard": "0.tar", "image": tars.png(0)}]
-    assert next(decoded(some, lambda _: torch.rand(()), pytest.fail))["image"] == expected
+    assert next(decode_images(some, lambda _: torch.rand(()), pytest.fail))["image"] == expected
 
 
 def test_images_come_to_the_transform_as_rgb():
@@ -359,7 +363,7 @@ def test_images_come_to_the_transform_as_rgb():
         raw = io.BytesIO()
         Image.new(mode, (4, 3)).save(raw, "png")
         one = {"key": "k", "shard": "0.tar", "image": raw.getvalue()}
-        assert next(decoded([one], lambda image: (image.mode, image.size), pytest.fail))["image"] == (
+        assert next(decode_images([one], lambda image: (image.mode, image.size), pytest.fail))["image"] == (
             "RGB",
             (4, 3),
         )
@@ -382,7 +386,7 @@ def test_an_unreadable_image_is_skipped_and_counted_with_its_place():
     raws = {"empty": b"", "text": b"<html>", "cut": tars.png(1)[:-60], "good": tars.png(1)}
     skipped: list[str] = []
     some = [{"key": key, "shard": "0.tar", "image": raw, "seed": 1} for key, raw in raws.items()]
-    assert [s["key"] for s in decoded(some, numbers, skipped.append)] == ["good"]
+    assert [s["key"] for s in decode_images(some, numbers, skipped.append)] == ["good"]
     assert [text.split(":")[0] for text in skipped] == [
         f"0.tar, sample {key}" for key in ("empty", "text", "cut")
     ]
@@ -398,7 +402,7 @@ def test_skipped_counts_and_keeps_the_first(caplog):
     skipped("a.tar: broken")
     skipped.report("epoch 1")
     skipped.add(Skipped(2, 9, "b"))
-    taken = skipped.taken()
+    taken = skipped.drain()
     taken.report("epoch 2")
     assert (skipped, taken) == (Skipped(), Skipped(3, 10, "a.tar: broken"))
     first, second = (record.getMessage() for record in caplog.records)
@@ -422,5 +426,5 @@ def test_a_jpeg_draft_is_never_smaller_than_the_target_and_other_formats_stay():
         stream = io.BytesIO()
         Image.new("RGB", size).save(stream, image_format)
         sample = {"image": stream.getvalue(), "shard": "0.tar", "key": "a"}
-        list(decoded([sample], preprocess, Skipped(), jpeg_draft=224))
+        list(decode_images([sample], preprocess, Skipped(), jpeg_draft=224))
     assert sizes == [(450, 350), (400, 300), (900, 700), (4000, 250)]

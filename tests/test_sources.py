@@ -201,12 +201,12 @@ def test_a_count_older_than_its_tars_is_counted_again(tmp_path, caplog, stated):
     shards = tars.shards(tmp_path, 10, 2)
     (tmp_path / "sizes.json").write_text(stated)
     age(tmp_path / "sizes.json")
-    assert (sources.stated_samples(shards), sources.stated_sizes(shards)) == (None, {})
+    assert sources.shard_sizes(shards) == {}
     with caplog.at_level(logging.INFO, "flyp_plugin"):
         assert count_samples(shards) == count_samples(shards) == 10
     assert len(re.findall("10 samples.*(?:newer|older)", caplog.text)) == 1  # then it is remembered
     assert json.loads((tmp_path / "sizes.json").read_text()) == {"0.tar": 5, "1.tar": 5}
-    assert sources.stated_sizes(shards) == dict.fromkeys(shards, 5)
+    assert sources.shard_sizes(shards) == dict.fromkeys(shards, 5)
 
 
 def test_tars_written_again_at_once_are_counted_again(tmp_path):
@@ -242,8 +242,8 @@ def test_an_old_len_is_counted_again_and_sizes_json_comes_before_it(tmp_path):
     shards = tars.shards(tmp_path, 10, 2)
     (tmp_path / "__len__").write_text("77\n")
     age(tmp_path / "__len__")
-    assert sources.stated_samples(shards) is None
-    assert count_samples(shards) == sources.stated_samples(shards) == 10
+    assert sources.shard_sizes(shards) == {}
+    assert count_samples(shards) == sum(sources.shard_sizes(shards).values()) == 10
 
 
 def test_another_image_key_neither_uses_nor_changes_the_counts(tmp_path):
@@ -253,7 +253,7 @@ def test_another_image_key_neither_uses_nor_changes_the_counts(tmp_path):
     assert not (tmp_path / "sizes.json").exists()
     assert count_samples([shard]) == 1
     assert count_samples([shard], "depth") == 3
-    assert sources.stated_sizes([shard], "depth") == {} and sources.stated_sizes([shard]) == {shard: 1}
+    assert sources.shard_sizes([shard], "depth") == {} and sources.shard_sizes([shard]) == {shard: 1}
     os.remove(tmp_path / "sizes.json")
     state(tmp_path / "__len__", "1")
     assert (count_samples([shard]), count_samples([shard], "depth")) == (1, 3)
@@ -272,15 +272,19 @@ def test_remote_counts_are_believed_but_no_len_for_a_part():
 def test_hidden_members_are_no_part_of_a_sample_and_not_between_two(tmp_path):
     members = {"t/._1.cls": b"", "t/1.cls": b"0", "t/._1.png": b"", "t/1.png": b"", "t/.DS_Store": b""}
     shard = tars.write(tmp_path / "0.tar", members | {"__meta__/x.png": b"", "._2.png": b""})
-    assert sources.count_shard(shard) == 1 and sources.why_apart(shard) is None
+    assert sources.count_shard(shard) == 1 and sources.find_scattered_sample(shard) is None
 
 
 def test_members_apart_are_told_from_keys_that_come_twice(tmp_path):
     apart = tars.write(tmp_path / "a.tar", {"1.png": b"", "2.png": b"", "1.cls": b"", "2.cls": b""})
-    assert says(sources.why_apart(apart), "sample 1", "cls, png", f"tar --sort=name -cf {apart}")
+    assert says(sources.find_scattered_sample(apart), "sample 1", "cls, png", f"tar --sort=name -cf {apart}")
     twice = [("1.png", b""), ("1.cls", b""), ("2.png", b""), ("2.cls", b""), ("1.png", b""), ("1.cls", b"")]
-    assert sources.why_apart(tars.write(tmp_path / "b.tar", tars.tar_of(twice))) is None
-    assert sources.why_apart("pipe:cat x.tar") is sources.why_apart(str(tmp_path / "gone.tar")) is None
+    assert sources.find_scattered_sample(tars.write(tmp_path / "b.tar", tars.tar_of(twice))) is None
+    assert (
+        sources.find_scattered_sample("pipe:cat x.tar")
+        is sources.find_scattered_sample(str(tmp_path / "gone.tar"))
+        is None
+    )
 
 
 @pytest.mark.parametrize(

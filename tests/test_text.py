@@ -238,7 +238,7 @@ def test_unknown_classes_foreign_blocks_other_masks_and_dropout_keep_their_full_
     drop.transformer.resblocks[1].attn.dropout = 0.1
     block.transformer.resblocks[0] = nn.Identity()
     caplog.set_level("INFO")
-    text._say.cache_clear()
+    text._log_reason.cache_clear()
     for model, word in ((mine, "Mine"), (mask, "causal"), (drop, "dropout"), (block, "blocks")):
         kind = type(model)
         assert word in text.reason_full_context(model)

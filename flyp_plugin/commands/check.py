@@ -21,7 +21,7 @@ from flyp_plugin.commands.flags import add_key_flags, count
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import same_names
 from flyp_plugin.shards import list_splits, local_shards, map_parallel
-from flyp_plugin.sources import IMAGE_KEY, read_length, read_sizes, why_apart
+from flyp_plugin.sources import IMAGE_KEY, find_scattered_sample, read_counts
 
 if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
@@ -101,9 +101,9 @@ def _check_counts(shards: Sequence[str], found: Findings) -> None:
         counted = {os.path.basename(shard): found.images[shard] for shard in here}
         kind = "wrong sizes.json"
         try:
-            stated = read_sizes(folder)
+            stated = read_counts(folder, "sizes.json")
             if stated is None:
-                kind, length = "wrong __len__", read_length(folder)
+                kind, length = "wrong __len__", read_counts(folder, "__len__")
                 whole = counted.keys() == {tar.name for tar in Path(folder).glob("[!.]*.tar")}
                 stated = {"__len__": length} if whole and length is not None else {}
                 counted = {"__len__": sum(counted.values())}
@@ -117,10 +117,12 @@ def _check_counts(shards: Sequence[str], found: Findings) -> None:
 
 
 def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -> Findings:
-    from flyp_plugin.samples import labelled, read_samples
+    from flyp_plugin.samples import label_samples, read_samples
 
     found = Findings()
-    if (apart := why_apart(shard)) is not None:  # otherwise each of its samples would lack something
+    if (
+        apart := find_scattered_sample(shard)
+    ) is not None:  # otherwise each of its samples would lack something
         found.problems["shards that are not sorted by name"].append(escape_control_chars(apart))
         return found
     unreadable: list[str] = []
@@ -129,7 +131,7 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
         found.keys.append((shard, sample["__key__"]))
         found.images[shard] += any(name in sample for name in image_key.split(";"))
         try:
-            for one in labelled([sample], num_classes, no_image.append, image_key, label_key):
+            for one in label_samples([sample], num_classes, no_image.append, image_key, label_key):
                 found.labels[one["label"]] += 1
                 _check_image(one, found)
         except InputError as error:
@@ -140,7 +142,7 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
 
 
 def _check_image(sample: dict[str, Any], found: Findings) -> None:
-    from flyp_plugin.samples import is_deep, open_image, place, reason
+    from flyp_plugin.samples import describe_error, is_deep, locate, open_image
 
     try:
         with warnings.catch_warnings():
@@ -148,7 +150,7 @@ def _check_image(sample: dict[str, Any], found: Findings) -> None:
             image = open_image(sample["image"])
             image.load()
     except Exception as error:  # noqa: BLE001 - PIL raises nearly anything on a broken file
-        found.problems["unreadable images"].append(f"{place(sample)}: {reason(error)}")
+        found.problems["unreadable images"].append(f"{locate(sample)}: {describe_error(error)}")
         return
     found.formats[image.format or "?"] += 1
     found.pixels.append(image.size)

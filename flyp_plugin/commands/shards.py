@@ -13,7 +13,7 @@ from flyp_plugin.commands import check
 from flyp_plugin.commands.flags import add_key_flags, count, positive
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.shards import list_splits, local_shards, subset, write
-from flyp_plugin.sources import IMAGE_KEY, TAR_ERRORS, count_shard, first_endings, why_apart
+from flyp_plugin.sources import IMAGE_KEY, TAR_ERRORS, count_shard, find_scattered_sample, first_endings
 
 EXAMPLE = "  flyp shards write photos/train data/train\n  flyp shards check data"
 WRITE_EXAMPLE = """  flyp shards write photos/train data/train
@@ -109,7 +109,7 @@ def count_command(args: argparse.Namespace) -> None:
         print("\n".join(f"{size:>10}  {shard}" for shard, size in sizes.items()))
         print(f"{sum(sizes.values()):>10}  in {len(sizes)} shards")
     for shard in shards:
-        if (apart := why_apart(shard)) is not None:
+        if (apart := find_scattered_sample(shard)) is not None:
             _log.warning(f"{shard} cannot be used as it is: {escape_control_chars(apart)}.")
         elif not sizes[shard]:
             members = escape_control_chars(", ".join(first_endings(shard)))[:200] or "none"
