@@ -22,13 +22,13 @@ import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import MAX_LOST
 from flyp_plugin.prompts import ClassPrompts, PromptTokens, as_it_is, resolve_prompts
 from flyp_plugin.samples import Sample, Skipped, decoded, labelled, prompted, random_states_kept, read_samples
 from flyp_plugin.sources import IMAGE_KEY, RETRIES, count_samples, expand_sources, stated_sizes
 
 # Samples in the shuffle buffer, and before the first leaves: as in open_clip
 SHUFFLE, SHUFFLE_INITIAL = 5000, 1000
+MAX_LOST = 0.01  # largest share of an epoch's samples that may be unreadable
 Batch = tuple[torch.Tensor, torch.Tensor]
 _log = logging.getLogger(__name__)
 

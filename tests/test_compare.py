@@ -17,10 +17,16 @@ from scipy import stats
 
 from flyp_plugin import commands
 from flyp_plugin.commands import compare, plots
-from flyp_plugin.commands.compare import parse_blocks, parse_methods, parse_seeds, parse_values, with_defaults
+from flyp_plugin.commands.compare import (
+    TRIED,
+    parse_blocks,
+    parse_methods,
+    parse_seeds,
+    parse_values,
+    with_defaults,
+)
 from flyp_plugin.commands.jobs import seconds_left
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import TRIED
 from flyp_plugin.metrics import best
 from flyp_plugin.run_folder import folder_lock
 from tests.helpers_eval import checkpoint, flyp, root

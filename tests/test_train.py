@@ -279,11 +279,6 @@ def test_locked_text_stays_as_it_was(launch, start):
     assert not torch.equal(before["visual.proj"], after["visual.proj"])
 
 
-def test_text_cannot_be_locked_without_its_layer_norms(launch):
-    with pytest.raises(InputError, match="give --lock-text-freeze-layer-norm with --lock-text"):
-        launch("--lock-text")
-
-
 # torch.compile's, for a CPU
 COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
@@ -486,40 +481,27 @@ def bad(digits, tmp_path):
         (["--pretrained", "no-such-tag"], r"no-such-tag"),
         (["--model-config", "{bad}/none.json"], r"no model configuration .*none\.json"),
         (["--templates", "a photo of a cat"], r"a photo of a cat"),
-        (["--train-num-samples", "0"], r"--train-num-samples 0"),
-        (["--name", ""], r"--name is empty"),
         (["--objective", "CE"], r"^Error: argument --objective: invalid choice: 'CE' .*\(see --help\)"),
         (["--pretrained", "{digits}"], r"is a folder; give a checkpoint in it"),
-        (["--lr", "-1"], r"--lr -1\.0 is out of range"),
-        (["--lr", "nan"], r"--lr nan is out of range"),
-        (["--wd", "-1"], r"--wd -1\.0 is out of range"),
-        (["--warmup", "-3"], r"--warmup -3 is out of range"),
-        (["--beta1", "2"], r"--beta1 2 is out of range"),
+        (["--wd", "-1"], r"--wd .* got -1"),
+        (["--warmup", "-3"], r"--warmup .* -3"),
         (["--lr", "fast"], r"^Error: argument --lr: invalid float value: 'fast' \(see --help"),
         (["--learning-rate", "1"], r"^Error: unrecognized arguments: --learning-rate 1 \(see --help"),
-        (["--report-to", "wandb"], r"needs the package wandb: pip install wandb"),
         (
             ["--logs", "{bad}/empty.txt/logs"],
             r"empty\.txt/logs/.* cannot be written to \(Not a dir.*another --logs",
         ),
         (["--pretrained", "{bad}/empty.txt"], r"empty\.txt is (refused|not a whole checkpoint)"),
-        (["--accum-freq", "50", "--batch-size", "100"], r"fewer than --accum-freq 50"),
-        (["--train-data-upsampling-factors", "1"], r"add --dataset-resampled"),
-        (["--dataset-type", "csv"], r"`flyp shards write`"),
+        (["--accum-freq", "50", "--batch-size", "100"], r"--accum-freq 50 "),
+        (["--train-data-upsampling-factors", "1"], r"--train-data-upsampling-factors .* --dataset-resampled"),
+        (["--dataset-type", "csv"], r"--dataset-type csv .*`flyp shards write`"),
         (["--eval-data", "{digits}"], r"is not NAME=SHARDS"),
         (["--eval-data", "val={digits}/nowhere"], r"there is no file or folder"),
-        (["--horovod"], r"--horovod"),
-        (["--trace"], r"--trace"),
-        (["--seed", "-1"], r"--seed -1 is out of range; give 0 to 4294967295"),
-        (["--seed", "4294967296"], r"--seed 4294967296 is out of range"),
-        (["--log-every-n-steps", "0"], r"--log-every-n-steps 0 is out of range; give 1 or more"),
-        (["--grad-clip-norm", "0"], r"--grad-clip-norm 0\.0 is out of range; give more than 0"),
-        (["--force-patch-dropout", "1.5"], r"--force-patch-dropout 1\.5 is out of range"),
-        (["--lock-image-unlocked-groups", "1"], r"does nothing without --lock-image; add that"),
-        (["--distill-model", "ViT-B-16"], r"does nothing without --distill-pretrained"),
-        (["--csv-separator", ","], r"--csv-separator is for captions"),
-        (["--use-bnb-linear", "Linear8bitLt"], r"needs the package bitsandbytes"),
-        (["--epochs-cooldown", "1"], r"does nothing without --lr-scheduler const-cooldown"),
+        (["--grad-clip-norm", "0"], r"--grad-clip-norm .* got 0"),
+        (["--lock-image-unlocked-groups", "1"], r"--lock-image-unlocked-groups .* --lock-image;"),
+        (["--distill-model", "ViT-B-16"], r"--distill-model .* --distill-pretrained"),
+        (["--csv-separator", ","], r"--csv-separator .* --val-data"),
+        (["--epochs-cooldown", "1"], r"--epochs-cooldown 1 .* --lr-scheduler const-cooldown"),
         (
             ["--lr-scheduler", "const-cooldown"],
             r"open_clip refuses these flags: Please specify the number of",
@@ -527,9 +509,8 @@ def bad(digits, tmp_path):
         (["--opt", "nosuch"], r"nosuch"),
         (["--opt", "timm/nosuch"], r"nosuch"),
         (["--aug-cfg", "scale"], r"open_clip cannot read its flags: not enough values"),
-        (["--precision", "fp16", "--eps", "1e-8"], r"--eps 1e-08 is 0 in --precision fp16.*give 1e-3"),
-        (["--report-to", "tensorbord"], r"tensorbord names something other than tensorboard"),
-        (["--resume", "nosuch://bucket/x.pt"], r"nosuch://bucket/x\.pt cannot be read .*download it"),
+        (["--precision", "fp16", "--eps", "1e-8"], r"--eps 1e-08 .* fp16.* 1e-3"),
+        (["--report-to", "tensorbord"], r"--report-to tensorbord .* tensorboard"),
         (["--val-data", "{digits}/test/0.tar"], r"cannot evaluate --val-data .*as --eval-data NAME=SHARDS"),
         (["--val-data", "{digits}"], r"cannot evaluate --val-data .*as --eval-data NAME=SHARDS"),
         (["--imagenet-val", "{digits}/nowhere"], r"cannot evaluate --imagenet-val .*as --eval-data NAME"),

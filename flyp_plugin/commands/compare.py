@@ -21,8 +21,7 @@ from typing import Any
 from flyp_plugin.commands import plots
 from flyp_plugin.commands.jobs import DONE, JobFailed, Jobs, claim_folder, run_jobs
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import TRIED, to_argv
-from flyp_plugin.flags import parser as train_parser
+from flyp_plugin.flags import to_argv
 from flyp_plugin.metrics import best
 from flyp_plugin.sources import write_atomically
 from flyp_plugin.train import FlypRun
@@ -34,6 +33,7 @@ METHODS: dict[str, list[str]] = {  # and what makes train.py do it
     "lp-ft": ["--objective", "lp-ft"],
     "flyp-ce": ["--objective", "flyp-ce"],
 }
+TRIED = {"lr": "1e-6,3e-6,1e-5,3e-5", "lp-c": "1,10,100,1000"}  # the default values of what is tuned
 TUNED = {"lp": "lp-c"}  # the flag that is tuned, where it is not lr: a fit has none
 # flags of train.py that each run is given here; with them a user would undo the comparison
 _OURS = ("--seed", "--shots-seed", "--objective", "--name", "--logs", "--resume", "--demo", "--help-open-clip")  # fmt: skip
@@ -142,7 +142,7 @@ class Comparison:
     def _checked(self, run: Run) -> argparse.Namespace:
         """What train.py makes of a run's flags; without its shots, which it would look for in all the data."""
         run = replace(run, block=replace(run.block, shots=None))
-        return FlypRun(*train_parser().parse_known_args(self.flags(run))).args
+        return FlypRun(self.flags(run)).args
 
     def flags(self, run: Run) -> list[str]:
         """The flags of a training, but for those that say where it goes; of equal ones the last, the user's, wins."""

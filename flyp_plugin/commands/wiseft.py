@@ -34,7 +34,7 @@ from flyp_plugin.commands.targets import choose_weights, device_of, fill_in, fin
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import EvalSet, eval_sets_from_args, loader_from_args
 from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
-from flyp_plugin.learned import HEAD, ClassHead, head_of
+from flyp_plugin.learned import HEAD, ClassHead, load_head
 from flyp_plugin.metrics import Metrics, table
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.names import same_names
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     _check_outputs(out, alphas, bool(sets), args.force)
     states = [read_state_dict(path) for path in ends.finetuned]
     tokenizer = ends.spec.tokenizer()
-    model, pretrained = _start(args, ends, head_of(states[0]), tokenizer)
+    model, pretrained = _start(args, ends, load_head(states[0]), tokenizer)
     _check_classes([*states, pretrained], [*ends.finetuned, ends.pretrained])
     finetuned = average(states) if args.average else states[0]
     check_same(pretrained, finetuned, " + ".join(ends.finetuned), ends.pretrained or ends.spec.name)
@@ -292,7 +292,7 @@ def _start(
 
 def _check_classes(states: Sequence[StateDict], paths: Sequence[str]) -> None:
     """InputError where learned heads that are to be put together are of other classes."""
-    heads = [head_of(state) for state in states]
+    heads = [load_head(state) for state in states]
     names = [head.class_prompts.classnames if head else [] for head in heads]
     for path, other in zip(paths, names):
         if not same_names(other, names[0]):
