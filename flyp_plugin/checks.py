@@ -74,7 +74,7 @@ def find_mistakes(args: Namespace, typed: Iterable[str]) -> Iterator[str]:
     if args.copy_codebase and "site-packages" in str(getattr(find_spec("open_clip"), "origin", "")):
         yield "--copy-codebase would copy all of site-packages, where open_clip is installed; leave it out."
     if args.precision in FP16 and args.eps is not None and args.eps <= 2**-25:
-        yield f"--eps {args.eps:g} is 0 in {args.precision}, which makes every weight NaN; give {FP16_EPS}."
+        yield f"--eps {args.eps:g} is 0 in --precision {args.precision}, so all weights become NaN; give {FP16_EPS}."
 
 
 def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
