@@ -8,19 +8,21 @@ report at the start of a run is left to them. A new check of flags is one `yield
 import math
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import open_clip
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU
 
 from flyp_plugin import checkpoints, run_folder
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import to_argv
+from flyp_plugin.learned import load_head
 from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, plain
 from flyp_plugin.record import Record
+from flyp_plugin.sources import is_url
 
 # The precisions that keep the weights, and so AdamW's state, in 16 bits
 FP16 = ("fp16", "pure_fp16")
@@ -105,6 +107,17 @@ def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
         yield f"--warmup {args.warmup} is longer than the run of {steps} steps, which ends at {share}."
 
 
+def check_start(args: Namespace) -> None:
+    """InputError if training cannot start from --pretrained or --resume: a learned head, or NaN in the weights."""
+    if load_head(checkpoints.state_of_file(args.pretrained)):
+        raise InputError(
+            f"{args.pretrained} has a learned head, which open_clip cannot load; export its towers with "
+            "`flyp export --format open_clip` and start from those."
+        )
+    if args.resume and args.resume != "latest" and not is_url(args.resume):
+        checkpoints.read_state_dict(args.resume)
+
+
 def resolve_spec(args: Namespace, resumed: Record | None) -> ModelSpec:
     """The model to train; sets open_clip's flags in `args` so that open_clip builds exactly that model.
 
@@ -153,3 +166,22 @@ def check_built(model: Any, spec: ModelSpec) -> None:
             f"open_clip_torch {open_clip.__version__} built {spec.name} with {wrong[0]}; leave out the flag that asks for "
             "it, or install a newer open_clip_torch."
         )
+
+
+def check_loss(model: Any, args: Namespace, changes: Sequence[str]) -> None:
+    """InputError if the model is made for another loss: sigmoid instead of softmax, or more terms, as in CoCa.
+
+    Args:
+        model: as open_clip built it.
+        args: all flags.
+        changes: the flags that need another loss than open_clip's.
+    """
+    sigmoid = getattr(model, "logit_bias", None) is not None and args.objective == "flyp"
+    if sigmoid and not args.siglip and not args.softmax_loss:
+        raise InputError(
+            f"{args.model} was pretrained with the sigmoid loss; give --siglip to fine-tune it with the same loss, or "
+            "--softmax-loss to train it with the softmax loss."
+        )
+    if changes and not isinstance(model, (CLIP, CustomTextCLIP)):
+        kind = type(model).__name__
+        raise InputError(f"{changes[0]} cannot train a {kind} such as {args.model}; leave the flag out.")

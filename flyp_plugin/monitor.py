@@ -17,7 +17,7 @@ import torch.distributed as dist
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.evalsets import EvalSet, loader_from_args
 from flyp_plugin.heads import ImageClassifier
-from flyp_plugin.metrics import Metrics, Tally, best, score
+from flyp_plugin.metrics import Metrics, Tally, best, score, table
 from flyp_plugin.model_spec import is_place
 
 _log = logging.getLogger(__name__)
@@ -49,10 +49,9 @@ class Monitor:
         frequency = self.args.eval_frequency
         if epoch not in (0, self.args.epochs) and (frequency == 0 or epoch % frequency):
             return {}
-        for buffer in model.buffers() if self.args.world_size > 1 else ():
-            dist.broadcast(
-                buffer, 0
-            )  # batch norm's statistics differ between ranks; the checkpoint has rank 0's
+        if self.args.world_size > 1:  # the checkpoint has rank 0's statistics of batch norm
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
         row: dict[str, Any] = {}
         for eval_set in self.sets:
             make = ImageClassifier.from_model if epoch else ImageClassifier.from_prompts  # 0: zero-shot
@@ -65,8 +64,8 @@ class Monitor:
                 _log.info(f"{eval_set.name}: the worst group is {metrics.pop('worst_group')!r}")
             row |= {f"{eval_set.name}/{metric}": value for metric, value in metrics.items()}
         self.history[epoch] = {**row, "epoch": epoch}
-        for line in self.table(epoch) if self.args.rank == 0 else ():
-            _log.info(line)
+        if self.args.rank == 0:
+            self._log_table(epoch)
         return self.history[epoch]
 
     def _merge_ranks(self, tally: Tally) -> Metrics:
@@ -78,17 +77,17 @@ class Monitor:
                 tally.merge(other)
         return tally.metrics()
 
-    def table(self, epoch: int) -> list[str]:
-        """The metrics of an epoch as aligned lines, with the change since epoch 0."""
-        now, before = self.history[epoch], self.history.get(0, {}) if epoch else {}
-        rows = [[f"epoch {epoch}", "top-1", "macro-F1", "n"]]
+    def _log_table(self, epoch: int) -> None:
+        """Log the metrics of an epoch, with the change since epoch 0."""
+        now, before, rows = self.history[epoch], self.history.get(0, {}) if epoch else {}, {}
         for name in (eval_set.name for eval_set in self.sets):
-            cells = []
-            for key in (f"{name}/top1", f"{name}/macro_f1"):
+            rows[name] = {"top-1": f"{name}/top1", "macro-F1": f"{name}/macro_f1"}
+            for title, key in rows[name].items():
                 change = f" ({100 * (now[key] - before[key]):+.2f})" if key in before else ""
-                cells.append(f"{100 * now[key]:.2f}{change}")
-            rows.append([name, *cells, str(now[f"{name}/n"])])
-        return [f"{name:<12}" + "".join(f"{cell:>22}" for cell in cells) for name, *cells in rows]
+                rows[name][title] = f"{100 * now[key]:.2f}{change}"
+            rows[name]["n"] = str(now[f"{name}/n"])
+        for line in table(rows, f"epoch {epoch}").splitlines():
+            _log.info(line)
 
     def summary(self) -> list[str]:
         """For the end of a run: its best epoch on the first set, and the command that merges it."""

@@ -139,7 +139,8 @@ class Objective:
         outputs: what the model returns in training.
         loss: makes the loss that takes it, from open_clip's and FLYP's flags.
         trains: regular expression for the start of the names of the parameters that learn.
-        learned_head: there is a ClassHead; else the text tower gives the head.
+        learned_head: the model has a ClassHead, `class_head`; else the text tower gives the head.
+        class_tokens: the model has the tokens of all class prompts, `class_tokens`.
         fit: that head is fitted to the features of the frozen image tower before the first epoch.
         loop: open_clip's loop trains; else the fit is all.
     """
@@ -148,14 +149,15 @@ class Objective:
     loss: Callable[[Namespace], nn.Module] = lambda args: ClassLoss()
     trains: str = ""
     learned_head: bool = False
+    class_tokens: bool = False
     fit: bool = False
     loop: bool = True
 
     def install(self, model: Any) -> None:
         """Make `model` take tokens (B, L + 1) with the labels last, and return `outputs`, in training mode only.
 
-        Call it before DistributedDataParallel, torch.compile and the optimizer, and after adding `class_head` (learned
-        heads) or `class_tokens` (flyp-ce).
+        Call it before DistributedDataParallel, torch.compile and the optimizer, and after adding `class_head` or
+        `class_tokens`.
         """
         original = model.forward
 
@@ -177,7 +179,7 @@ OBJECTIVES = {
     "ce": Objective(_head_outputs, trains=_IMAGE_SIDE, learned_head=True),
     "lp": Objective(_head_outputs, trains=rf"{HEAD}\.", learned_head=True, fit=True, loop=False),
     "lp-ft": Objective(_head_outputs, trains=_IMAGE_SIDE, learned_head=True, fit=True),
-    "flyp-ce": Objective(_text_outputs, trains="(?!logit_bias)"),
+    "flyp-ce": Objective(_text_outputs, trains="(?!logit_bias)", class_tokens=True),
 }
 
 

@@ -14,27 +14,24 @@ import math
 import sys
 import tempfile
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from open_clip.model import CLIP, CustomTextCLIP
 
-from flyp_plugin import checkpoints, objectives, openclip, record, run_folder, shards
-from flyp_plugin.checks import FP16, FP16_EPS, check_built, find_doubts, find_mistakes, resolve_spec
+from flyp_plugin import checkpoints, checks, objectives, openclip, record, run_folder, shards
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
 from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, parser, to_argv
 from flyp_plugin.heads import image_features, zeroshot_as_learned
-from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head, load_head
+from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.record import Record
-from flyp_plugin.sources import count_samples, expand_sources, is_url
+from flyp_plugin.sources import count_samples, expand_sources
 from flyp_plugin.text import shorten
 
 _log = logging.getLogger(__name__)
@@ -48,8 +45,13 @@ def train(argv: Sequence[str]) -> int:
     """
     if "--help-open-clip" in argv:
         openclip.parse_args(["--help"])
-    with _logging_until_open_clip_does():
+    logger, handler = logging.getLogger("flyp_plugin"), logging.StreamHandler()
+    logger.setLevel(logging.INFO if openclip.world()[0] == 0 else logging.ERROR)
+    logger.addHandler(handler)  # until open_clip's main() configures logging
+    try:
         flyp = FlypRun(argv)
+    finally:
+        logger.removeHandler(handler)
     return openclip.run(flyp)
 
 
@@ -67,8 +69,8 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
     typed = list(vars(typing.parse_known_args(rest)[0]))
 
     defaults = {name: value for name, value in DEFAULTS.items() if name not in typed}
-    if user.precision in FP16 and "eps" in defaults:
-        defaults["eps"] = FP16_EPS
+    if user.precision in checks.FP16 and "eps" in defaults:
+        defaults["eps"] = checks.FP16_EPS
     if "timm" in getattr(user, "opt", ""):  # timm's optimizers have betas of their own
         defaults = {name: value for name, value in defaults.items() if name not in ("beta1", "beta2")}
     if "batch_size" in defaults:  # FLYP's is the number of images in one loss
@@ -95,6 +97,7 @@ class FlypRun:
         spec: the model that is trained.
         resumed: the record of the run that is resumed; None for a new run.
         changes: the flags that need another loss than open_clip's, as the user writes them.
+        evaluates: whether there are evaluation sets.
 
     Raises:
         InputError: a mistake in the flags, the class names, the templates or the first samples.
@@ -109,19 +112,13 @@ class FlypRun:
         if args.model_config:
             checkpoints.add_model_config(args.model_config)
         checkpoints.check_names(args.model, args.pretrained)
-        for mistake in chain(find_mistakes(args, typed), objectives.find_mistakes(args)):
+        for mistake in chain(checks.find_mistakes(args, typed), objectives.find_mistakes(args)):
             raise InputError(mistake)
-        if load_head(checkpoints.state_of_file(args.pretrained)):
-            raise InputError(
-                f"{args.pretrained} has a learned head, which open_clip cannot load; export its towers with "
-                "`flyp export --format open_clip` and start from those."
-            )
-        if args.resume and args.resume != "latest" and not is_url(args.resume):
-            checkpoints.read_state_dict(args.resume)  # refuses NaN
+        checks.check_start(args)
         if rank == 0:
             run_folder.check_free(args)
         self.resumed = run_folder.resumed_record(args)
-        self.spec = resolve_spec(args, self.resumed)
+        self.spec = checks.resolve_spec(args, self.resumed)
         self.objective = objectives.OBJECTIVES[args.objective]
         self.changes = objectives.changed_flags(args)
 
@@ -129,6 +126,7 @@ class FlypRun:
         self.prompts = resolve_prompts(self.shards, args.classnames, args.templates)
         lists = {"classnames": args.classnames, "templates": args.templates}
         self.eval_sets = parse_eval_sets(args.eval_data, fallback=lists)
+        self.evaluates = bool(self.eval_sets)
         if self.objective.learned_head:
             for eval_set in self.eval_sets:
                 names = eval_set.prompts.classnames
@@ -137,9 +135,7 @@ class FlypRun:
         if args.shots:
             self._draw_shots()
         self.num_samples = args.train_num_samples or count_samples(self.shards, args.image_key)
-        first = (
-            self.shards if self.num_samples else self.shards[:3]
-        )  # no samples: peek says what is wrong with them
+        first = self.shards if self.num_samples else self.shards[:3]  # peek says why there are none
         self.pairs = peek(first, self.prompts, args.seed, args.image_key, args.label_key)
 
         if not self.objective.loop:
@@ -165,20 +161,11 @@ class FlypRun:
         self.shards = shards.local_shards(folder, "train")
         self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None
 
-    @property
-    def evaluates(self) -> bool:
-        return bool(self.eval_sets)
-
-    def on_model(self, model: torch.nn.Module) -> None:
+    def on_model(self, model: Any) -> None:
         """Check the model that open_clip built, shorten its text tower and install the objective."""
         args = self.args
-        check_built(model, self.spec)
-        sigmoid = getattr(model, "logit_bias", None) is not None and args.objective == "flyp"
-        if sigmoid and not args.siglip and not args.softmax_loss:
-            raise InputError(
-                f"{args.model} was pretrained with the sigmoid loss; give --siglip to fine-tune it with the same loss, or "
-                "--softmax-loss to train it with the softmax loss."
-            )
+        checks.check_built(model, self.spec)
+        checks.check_loss(model, args, self.changes)
         size = getattr(model.visual, "image_size", 0)  # int or (height, width)
         self.image_size = size if isinstance(size, int) else max(size)
         tokenizer = self.spec.tokenizer()
@@ -186,37 +173,26 @@ class FlypRun:
             two = tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
             compiled = args.torchcompile  # needs few shapes, and none that depend on the data
             shorten(model, two, unique=not compiled, multiple_of=8 if compiled else 1)
-        if self.changes:
-            self._install_objective(model, tokenizer)
-
-    def _install_objective(self, model: Any, tokenizer: Callable) -> None:
-        if not isinstance(model, (CLIP, CustomTextCLIP)):  # the losses know only their outputs
-            raise InputError(
-                f"{self.changes[0]} cannot train a {type(model).__name__} such as {self.args.model}; choose a CLIP model, "
-                "or leave the flag out."
-            )
         if self.objective.learned_head:
-            setattr(model, HEAD, zeroshot_as_learned(model, tokenizer, self.prompts, self.args.precision))
-        if self.args.objective == "flyp-ce":
+            setattr(model, HEAD, zeroshot_as_learned(model, tokenizer, self.prompts, args.precision))
+        if self.objective.class_tokens:
             model.class_tokens = self.prompts.tokenize(tokenizer)
-        self.objective.install(model)
+        if self.changes:
+            self.objective.install(model)
 
     def record(self, epoch: int) -> Record:
         """The content of flyp.json (record.py) for a run that starts after `epoch`."""
         args = self.args
-        content = record.of_model(self.spec)
-        content |= {
-            name: getattr(args, name) for name in ("model_config", "precision", "objective", "eval_data")
-        }
-        content |= {name: getattr(self.prompts, name) for name in ("classnames", "templates")}
-        content["classes_given"] = [name for name in ("classnames", "templates") if getattr(args, name)]
-        content["keys"] = {name: getattr(args, name) for name in ("image_key", "label_key", "group_key")}
-        content["training"] = self.settings
+        lists, keys = ("classnames", "templates"), ("image_key", "label_key", "group_key")
+        content = record.of_model(self.spec) | {"training": self.settings}
+        for name in ("model_config", "precision", "objective", "eval_data"):
+            content[name] = getattr(args, name)
+        content |= {name: getattr(self.prompts, name) for name in lists}
+        content["classes_given"] = [name for name in lists if getattr(args, name)]
+        content["keys"] = {name: getattr(args, name) for name in keys}
         content["pretrained"] = record.source(args.pretrained)
         if epoch and self.resumed and args.pretrained in ("", self.resumed.pretrained):
-            content["pretrained"] = self.resumed.get(
-                "pretrained", {}
-            )  # the weights come from the checkpoint now
+            content["pretrained"] = self.resumed.get("pretrained", {})  # weights are the checkpoint's now
         return Record(content)
 
     def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
@@ -245,22 +221,20 @@ class FlypRun:
         args, prompts = self.args, self.prompts
         fewer = "" if workers == args.workers else f" (not {args.workers}: each worker needs a shard)"
         steps = f"Steps: {self.steps} an epoch, {args.epochs} epochs; {workers} workers a rank{fewer}."
-        if not self.objective.loop:
-            steps = "Steps: none; one fit to the features of all images."
+        steps = steps if self.objective.loop else "Steps: none; one fit to the features of all images."
         defaults = ", ".join(f"{name} {value}" for name, value in self.defaults.items()) or "none"
-        classes, templates = len(prompts.classnames), len(prompts.templates)
         for line in (
             f"FLYP's defaults in use: {defaults}. All other settings are open_clip's or yours.",
             f"Model: {self.spec}; weights: {args.pretrained or 'random or its own'}.",
             f"Objective: {', '.join(self.changes) or 'FLYP'}.",
             f"Samples: {self.num_samples} an epoch, in {len(self.shards)} shards.",
-            f"Prompts: {classes} classes x {templates} templates = {len(prompts)}.",
+            f"Prompts: {len(prompts.classnames)} classes x {len(prompts.templates)} templates = {len(prompts)}.",
             steps,
             *(f"  {key}: {prompt!r}" for key, prompt in self.pairs),
         ):
             _log.info(line)
         self._warn_of_random_weights()
-        for line in find_doubts(args, self.steps * args.epochs):
+        for line in checks.find_doubts(args, self.steps * args.epochs):
             _log.warning(line)
 
     def _warn_of_random_weights(self) -> None:
@@ -287,7 +261,7 @@ class FlypRun:
         """InputError if training has diverged: nothing that follows could be used."""
         bad = next((name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None)
         if bad:
-            wider = "--precision amp_bf16, " if self.args.precision in ("amp", *FP16) else ""
+            wider = "--precision amp_bf16, " if self.args.precision in ("amp", *checks.FP16) else ""
             raise InputError(
                 f"training has diverged: epoch {epoch} left non-finite weights (NaN or inf) in {bad}; start a new run with "
                 f"{wider}a --lr below {self.args.lr:g} or --grad-clip-norm 1. Earlier epochs are untouched."
@@ -295,8 +269,7 @@ class FlypRun:
 
     def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
         """Metrics of the evaluation sets, for open_clip to log; empty if this epoch is not evaluated."""
-        if self.monitor is None:
-            self.monitor = Monitor(self.eval_sets, self.args)
+        self.monitor = self.monitor or Monitor(self.eval_sets, self.args)
         return self.monitor(model, preprocess, tokenizer, epoch)
 
     def finish(self) -> None:
@@ -340,17 +313,6 @@ def _count_steps(args: Namespace, num_samples: int, world_size: int) -> int:
             "epoch: otherwise no step would be taken."
         )
     return batches // args.accum_freq
-
-
-@contextmanager
-def _logging_until_open_clip_does() -> Iterator[None]:
-    logger, handler = logging.getLogger("flyp_plugin"), logging.StreamHandler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if openclip.world()[0] == 0 else logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def main() -> None:
