@@ -91,9 +91,8 @@ def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
             f"--precision {args.precision} keeps weights and AdamW's state in 16 bits, in which the squares of small "
             "gradients are 0; --precision amp keeps them in 32."
         )
-        gradient = math.sqrt(
-            2**-25 / (1 - (args.beta2 or 0))
-        )  # below it, the mean of squares is rounded to 0
+        # of a smaller gradient the mean square is rounded to 0
+        gradient = math.sqrt(2**-25 / (1 - (args.beta2 or 0)))
         if args.eps is not None and gradient > 10 * args.eps:
             times = f"{gradient / args.eps:.0f} times --lr"
             yield f"With --eps {args.eps:g} in {args.precision} a step may be {times}; {FP16_EPS} is safe."
