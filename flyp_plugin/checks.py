@@ -62,9 +62,9 @@ def find_mistakes(args: Namespace, typed: Iterable[str]) -> Iterator[str]:
         yield "--shots-seed has no effect without --shots; add that, or leave it out."
     if args.shots and args.train_data_upsampling_factors:
         yield "--train-data-upsampling-factors has no effect with --shots; leave one of them out."
-    if args.wd < 0 or args.warmup < 0:
+    if not (args.wd >= 0 and args.warmup >= 0):  # NaN too
         yield f"--wd and --warmup must be >= 0, got {args.wd:g} and {args.warmup}."
-    if args.grad_clip_norm is not None and args.grad_clip_norm <= 0:
+    if args.grad_clip_norm is not None and not args.grad_clip_norm > 0:
         yield f"--grad-clip-norm must be > 0, got {args.grad_clip_norm:g}."
     cooldown, opt = getattr(args, "epochs_cooldown", None), getattr(args, "opt", "adamw")
     if cooldown is not None and (args.lr_scheduler != "const-cooldown" or not 0 <= cooldown <= args.epochs):
