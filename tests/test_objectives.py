@@ -467,7 +467,7 @@ def test_heads_of_other_classes_are_not_merged(tuned, start, digits, tmp_path):
     state |= {"class_head.prompts": type(head)(head.weight, other).prompts}
     torch.save(state, tmp_path / "other.pt")
     both = [str(tuned / "checkpoints" / "epoch_2.pt"), str(tmp_path / "other.pt")]
-    with pytest.raises(InputError, match=naming("other.pt", "epoch_2.pt", "head")):
+    with pytest.raises(InputError, match=naming("other.pt", "epoch_2.pt", "learned")):
         flyp(["wiseft", *model_flags(digits), "--pretrained", str(start), "--average", *both, "--alpha", "1", "--out",
               str(tmp_path / "merged")])  # fmt: skip
 
