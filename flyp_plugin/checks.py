@@ -117,7 +117,7 @@ def check_start(args: Namespace) -> None:
         checkpoints.read_state_dict(args.resume)
 
 
-def resolve_spec(args: Namespace, resumed: Record | None) -> ModelSpec:
+def resolve_model(args: Namespace, resumed: Record | None) -> ModelSpec:
     """The model to train; sets open_clip's flags in `args` so that open_clip builds exactly that model.
 
     It is the model of the run that is resumed, else of the run that --pretrained comes from, else of --model and its tag.

@@ -118,7 +118,7 @@ class FlypRun:
         if rank == 0:
             run_folder.check_free(args)
         self.resumed = run_folder.resumed_record(args)
-        self.spec = checks.resolve_spec(args, self.resumed)
+        self.spec = checks.resolve_model(args, self.resumed)
         self.objective = objectives.OBJECTIVES[args.objective]
         self.changes = objectives.changed_flags(args)
 

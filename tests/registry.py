@@ -422,7 +422,7 @@ def check_meaning(entry: Entry, folder: Path) -> None:
     )  # open_clip takes these too
     same(ModelSpec.of(name, tag), f"{name} with {tag}")
     args = openclip.parse_args(["--model", entry.name, "--pretrained", entry.tag])
-    spec = checks.resolve_spec(args, None)
+    spec = checks.resolve_model(args, None)
     same(spec, "train-start")
     assert bool(args.force_quick_gelu) == entry.quick_gelu, f"{entry}: open_clip is not told the activation"
     told = {key: getattr(args, f"image_{key}") for key in IMAGES}
