@@ -63,10 +63,10 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
     """
     ours, rest = parser().parse_known_args(argv)
     user = openclip.parse_args(rest)
-    typing = ArgumentParser(argument_default=SUPPRESS, add_help=False)
+    without_defaults = ArgumentParser(argument_default=SUPPRESS, add_help=False)
     for name in vars(user):
-        typing.add_argument(*to_argv({name: True}), nargs="*")
-    typed = list(vars(typing.parse_known_args(rest)[0]))
+        without_defaults.add_argument(*to_argv({name: True}), nargs="*")
+    typed = list(vars(without_defaults.parse_known_args(rest)[0]))
 
     defaults = {name: value for name, value in DEFAULTS.items() if name not in typed}
     if user.precision in checks.FP16 and "eps" in defaults:
@@ -78,10 +78,8 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
     if ours.no_flyp_defaults:
         defaults = {}
     across_ranks = ["--local-loss", "--gather-with-grad"] if defaults and world_size > 1 else []
-    device = [
-        "--device",
-        checkpoints.default_device(),
-    ]  # open_clip's is cuda, with a warning if there is none
+    # open_clip's default is cuda, with a warning if there is none
+    device = ["--device", checkpoints.default_device()]
     theirs = openclip.parse_args([*to_argv(defaults), *across_ranks, *device, *rest])
     return Namespace(**{**vars(theirs), **vars(ours)}), defaults, typed
 
@@ -112,7 +110,8 @@ class FlypRun:
         if args.model_config:
             checkpoints.add_model_config(args.model_config)
         checkpoints.check_names(args.model, args.pretrained)
-        for mistake in chain(checks.find_mistakes(args, typed), objectives.find_mistakes(args)):
+        mistake = next(chain(checks.find_mistakes(args, typed), objectives.find_mistakes(args)), None)
+        if mistake:
             raise InputError(mistake)
         checks.check_start(args)
         if rank == 0:
