@@ -186,11 +186,8 @@ OBJECTIVES = {
 def changed_flags(args: Namespace) -> list[str]:
     """The flags given that make training differ from plain FLYP, as a user writes them."""
     defaults = {"objective": "flyp", "collisions": "keep", "ce_weight": 0.0}
-    return [
-        " ".join(to_argv({name: getattr(args, name)}))
-        for name, default in defaults.items()
-        if getattr(args, name) != default
-    ]
+    changed = {name: getattr(args, name) for name in defaults if getattr(args, name) != defaults[name]}
+    return [" ".join(to_argv({name: value})) for name, value in changed.items()]
 
 
 def find_mistakes(args: Namespace) -> Iterator[str]:

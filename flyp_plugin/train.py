@@ -279,7 +279,9 @@ class FlypRun:
         if getattr(args, "save_logs", False):  # on rank 0 only
             readers = "open_clip loads them with pretrained=PATH"
             if self.objective.learned_head or self.spec.differences(ModelSpec.of(args.model)):
-                readers = "flyp's commands read them; for open_clip, use `flyp export --format open_clip`"
+                readers = (
+                    "flyp's commands read them; for open_clip alone, use `flyp export --format open_clip`"
+                )
             _log.info(f"Checkpoints are in {args.checkpoint_path}; {readers}.")
         if args.rank == 0:
             for line in self.monitor.summary() if self.monitor else ():
