@@ -568,7 +568,7 @@ def test_a_missing_train_extra_is_named(launch, monkeypatch):
 
 
 def test_only_one_module_knows_open_clip_train():
-    found = [p.name for p in (REPO / "flyp_plugin").glob("*.py") if "open_clip_train" in p.read_text()]
+    found = [p.name for p in (REPO / "flyp_plugin").rglob("*.py") if "open_clip_train" in p.read_text()]
     assert found == ["openclip.py"]
     assert "open_clip_train" not in (REPO / "train_flyp.py").read_text()
     assert openclip.SUPPORTED
