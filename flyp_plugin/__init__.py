@@ -10,8 +10,8 @@ few places where it enters open_clip's script. Read these eight modules in this 
     text.py       why the text tower needs only the positions up to EOT, and how it is made to run on these alone
     heads.py      prompts -> zero-shot head -> ImageClassifier
     wiseft.py     interpolate and average weights; score all alphas on each decoded image once
-    openclip.py   the seams: what of open_clip_train is replaced while its main() runs. No other module knows it
-    train.py      FLYP's flags and defaults, the checks before a run, and the run as openclip.py sees it
+    openclip.py   the seams: what is replaced in open_clip's script while its main() runs. No other module knows it
+    train.py      FLYP's flags and defaults, the data of a run, and the run as openclip.py sees it (checks: checks.py)
 
 The way of a training sample: `sources.py` finds the tars and the text files beside them; `samples.py` reads a member
 pair, takes its label, draws its prompt and decodes its image; `data.py` shuffles and batches; open_clip's loop does the

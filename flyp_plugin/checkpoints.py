@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from flyp_plugin import record
 from flyp_plugin.errors import InputError
-from flyp_plugin.learned import HEAD, head_of
+from flyp_plugin.learned import HEAD, load_head
 from flyp_plugin.model_spec import FLAGS, ModelSpec, check_activation, is_place, other_tags, quiet
 
 StateDict = Mapping[str, torch.Tensor]
@@ -289,7 +289,7 @@ def build_model(
     """
     path = weights_file(spec, pretrained)
     state = state_of_file(path)
-    head = head_of(state)
+    head = load_head(state)
     preprocess_cfg = {key: value for key, value in spec.preprocess_cfg.items() if key != "size"}
     with quiet(logging.ERROR):  # it would warn of weights that are random
         model: Model = open_clip.create_model(

@@ -39,11 +39,9 @@ from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.samples import Sample, Skipped
 from flyp_plugin.sources import IMAGE_KEY, RETRIES, count_samples, expand_sources, shard_sizes
 
-MAX_LOST = 0.01  # of an epoch's samples
-SHUFFLE, SHUFFLE_INITIAL = (
-    5000,
-    1000,
-)  # samples in the shuffle buffer, and before the first leaves; as in open_clip
+MAX_LOST = 0.01  # largest share of an epoch's samples that may be unreadable
+# samples in the shuffle buffer, and before the first leaves; as in open_clip
+SHUFFLE, SHUFFLE_INITIAL = 5000, 1000
 Batch = tuple[torch.Tensor, torch.Tensor]  # images, tokens
 _log = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
-"""A learned linear head beside a CLIP model's towers: its class names travel with it; and how a linear probe is fitted.
+"""Learned linear heads, and how a linear probe is fitted.
 
-The zero-shot head, and classifiers from either, are heads.py's. What trains a head is in objectives.py.
+A learned head (ClassHead) is a module beside a CLIP model's towers, `model.class_head`. Objectives that train one
+(objectives.py) start it from the zero-shot head of heads.py; its class names are saved with it in the checkpoint.
 """
 
 import json
@@ -16,20 +17,23 @@ from flyp_plugin.names import to_unique_keys
 from flyp_plugin.precision import full_float32
 from flyp_plugin.prompts import ClassPrompts
 
-HEAD = "class_head"  # its name in the model, and so its key in checkpoints
-_CHUNK = 65536  # features at a time in float64: 256 MiB at a width of 512
+HEAD = "class_head"  # name of the attribute of the model, and so of the keys in checkpoints
+# The default C of linear probes. CLIP's example code has 0.316 for features that are not normalised and have a norm of
+# about 10; features with norm 1 need 100 times that.
+LP_C = 31.6
+_CHUNK = 65536  # features converted to float64 at a time: 256 MiB at a width of 512
 
 
 class ClassHead(nn.Module):
-    """A learned linear head: logits = weight @ normalised image feature, a row a class.
+    """A learned linear head: logits = weight @ normalised image feature, one row per class.
 
-    It starts as the zero-shot head times logit_scale.exp(), as in WiSE-FT's code (arXiv 2109.01903), and has no bias,
-    as that has none: timm's classifiers, which do not normalise, can then rank as it does. Its class names travel
-    with it, as JSON in a uint8 tensor, so that a state_dict holds tensors alone.
+    It has no bias, like the head of WiSE-FT's code (arXiv 2109.01903): so a timm classifier, which does not normalise
+    features, still ranks the classes the same. Its class names and templates are JSON in a uint8 tensor, so that a
+    state_dict with a head still holds nothing but tensors.
 
     Args:
-        weight: float (C, D), logit_scale.exp() included.
-        prompts: the C class names, and the templates that the head started from.
+        weight: float (C, D), including the factor logit_scale.exp().
+        prompts: the C class names, and the templates of the zero-shot head from which training starts.
     """
 
     prompts: Tensor
@@ -47,52 +51,47 @@ class ClassHead(nn.Module):
 
     @property
     def class_prompts(self) -> ClassPrompts:
-        """The class names and templates that `prompts` holds."""
-        return _read(self.prompts)
+        """The class names and templates as text."""
+        return _decode_prompts(self.prompts)
 
     def restricted(self, classnames: Sequence[str]) -> Tensor:
-        """The rows of these class names, in their order: (len(classnames), D).
-
-        Raises:
-            InputError: a name that the head does not have.
-        """
-        return self.weight.detach()[class_rows(self.class_prompts.classnames, classnames)]
+        """The rows of these class names, in this order: (len(classnames), D); InputError for an unknown name."""
+        return self.weight.detach()[find_class_rows(self.class_prompts.classnames, classnames)]
 
 
-def head_of(state: Mapping[str, Tensor]) -> ClassHead | None:
-    """The learned head in a state_dict; None where it has none."""
+def load_head(state: Mapping[str, Tensor]) -> ClassHead | None:
+    """The learned head in a state_dict; None if there is none."""
     if f"{HEAD}.weight" not in state:
         return None
-    return ClassHead(state[f"{HEAD}.weight"], _read(state[f"{HEAD}.prompts"]))
+    return ClassHead(state[f"{HEAD}.weight"], _decode_prompts(state[f"{HEAD}.prompts"]))
 
 
-def _read(prompts: Tensor) -> ClassPrompts:
+def _decode_prompts(prompts: Tensor) -> ClassPrompts:
     places = ("the learned head's class names, entry", "the learned head's templates, entry")
     return ClassPrompts(**json.loads(bytes(prompts.cpu().numpy())), places=places)
 
 
 def exact_logits(features: Tensor, weight: Tensor) -> Tensor:
-    """features (B, D) @ weight (C, D)^T in float32, whatever --precision: bfloat16 logits are often equal.
+    """features (B, D) @ weight (C, D)^T in float32, whatever --precision is: in bfloat16 many logits are equal.
 
-    So it is on a GPU that is allowed TF32; the products of the gradient are then in TF32.
+    TF32 is switched off too, for the forward pass; gradients on a GPU that is allowed TF32 are computed in it.
     """
     with torch.autocast(features.device.type, enabled=False):
         features, weight = features.float(), weight.float().T
         return _float32_product(features, weight) if features.is_cuda else features @ weight
 
 
-@torch.compiler.disable  # a compiled graph would hold the product, but not what it is to be run with
+@torch.compiler.disable  # a compiled graph would not switch TF32 off
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     with full_float32():
         return a @ b
 
 
-def class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the set") -> list[int]:
-    """Where the names `wanted` are in `known`, compared as in names.py; of a name that is there twice, as in ImageNet,
-    the first is the first.
+def find_class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the set") -> list[int]:
+    """The index in `known` of each name in `wanted`; InputError if a name is missing.
 
-    Raises:
-        InputError: a name that is not there.
+    Names are compared as in names.py. If a name occurs more than once (as in ImageNet), its n-th occurrence in `wanted`
+    matches the n-th in `known`.
     """
     rows = {key: row for row, key in enumerate(to_unique_keys(known))}
     missing = [key[0] for key in to_unique_keys(wanted) if key not in rows]
@@ -101,7 +100,7 @@ def class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the se
         some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
         raise InputError(
             f"the learned head has no class {missing[0]!r}{more} of {where}, only the {len(known)} that it was trained "
-            f"on ({some}); give class names that are among them."
+            f"on ({some}); choose class names from those."
         )
     return [rows[key] for key in to_unique_keys(wanted)]
 
@@ -109,14 +108,14 @@ def class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the se
 def fit_head(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Tensor:
     """The weight (C, D) of a linear probe: L2-regularised multinomial logistic regression, by L-BFGS in float64.
 
-    It minimises sum_i cross_entropy(W f_i, y_i) + |W|^2 / (2 c), the objective of scikit-learn's
-    LogisticRegression(C=c, fit_intercept=False). That is strictly convex: where it starts (at zero) changes nothing.
-    With several ranks each brings its part of the images, and all get the head of the whole.
+    It minimises sum_i cross_entropy(W f_i, y_i) + |W|^2 / (2 c), like scikit-learn's LogisticRegression(C=c,
+    fit_intercept=False). This is strictly convex, so the starting point (zero) does not matter. With several ranks each
+    brings its part of the images, and all get the head of the whole set.
 
     Args:
         features: float (N, D), normalised.
         labels: int64 (N,), in 0..num_classes-1.
-        c: inverse strength of the regularisation; larger is weaker.
+        c: inverse strength of the regularisation.
 
     Raises:
         InputError: no rank has an image.
@@ -144,7 +143,7 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Te
     optimizer.step(closure)  # type: ignore[arg-type]
     result = weight.detach().float()
     if dist.is_initialized():
-        dist.broadcast(result, 0)  # other hardware may round otherwise
+        dist.broadcast(result, 0)  # ranks on other hardware may round differently
     return result
 
 

@@ -1,13 +1,13 @@
-"""The paper's other objectives for open_clip's unchanged loop: what a model gives to the loss, the losses.
+"""FLYP's loss and the paper's other objectives, trained by open_clip's unchanged loop.
 
-An objective is one entry of OBJECTIVES, at the end of this file: a function from (model, images, tokens, labels) to
-the dict that open_clip's loop hands to the loss, and the loss. Learned heads are learned.py's.
+In that loop the model's forward() gives a dict, and the loss is called with the dict's entries. An Objective says what a
+model returns in training (`outputs`) and which loss takes it. To add one, write these two functions, add an entry to
+OBJECTIVES at the end of this file, and its name to --objective in flags.py. Learned heads are in learned.py.
 """
 
-import math
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flyp_plugin.errors import InputError
-from flyp_plugin.flags import COLLISIONS, to_argv
+from flyp_plugin.flags import to_argv
 from flyp_plugin.learned import HEAD, exact_logits
 
+COLLISIONS = ("keep", "mask", "soft")  # see PairLoss
 Outputs = dict[str, Tensor]
 
 
 class ClassLoss(nn.Module):
-    """Cross-entropy of class logits; over ranks, the mean that DistributedDataParallel takes is that of all images."""
+    """Cross-entropy of class logits. DistributedDataParallel averages it over ranks, which is the mean over all images."""
 
     def forward(
         self, class_logits: Tensor, labels: Tensor, logit_scale: Tensor, output_dict: bool = False
@@ -35,32 +35,19 @@ class ClassLoss(nn.Module):
         return {"ce_loss": loss} if output_dict else loss
 
 
-class PairLoss(nn.Module):
-    """FLYP's contrastive loss (arXiv 2212.00638, sec. 3) with another treatment of class collisions, and more terms.
+class PairLoss(open_clip.ClipLoss):
+    """FLYP's contrastive loss (arXiv 2212.00638, sec. 3), with a choice for pairs of the same class and one more term.
 
     Args:
-        collisions: two pairs of one class in a batch are negatives of each other ("keep", the paper's recipe, which
-            is ClipLoss), are left out of each other's softmax ("mask"), or share the target evenly ("soft").
-        ce_weight: adds this times the cross-entropy of the images over the batch's class head, whose rows are the
-            normalised mean text features of each class in the batch.
+        collisions: two pairs of the same class in a batch are negatives of each other ("keep": the paper's recipe, and
+            ClipLoss), are left out of each other's softmax ("mask"), or share the target evenly ("soft").
+        ce_weight: adds this times the cross-entropy of the images over the head of the batch (`batch_head`).
         local_loss, gather_with_grad, rank, world_size: as in open_clip.ClipLoss; the batch is that of all ranks.
     """
 
-    def __init__(
-        self,
-        collisions: str = "keep",
-        ce_weight: float = 0.0,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        super().__init__()
-        if collisions not in COLLISIONS:
-            raise ValueError(f"collisions is {collisions!r}, not one of {', '.join(COLLISIONS)}")
+    def __init__(self, collisions: str = "keep", ce_weight: float = 0.0, **kwargs: Any):
+        super().__init__(**kwargs)
         self.collisions, self.ce_weight = collisions, ce_weight
-        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
-        self.rank, self.world_size = rank, world_size
 
     def forward(
         self,
@@ -71,20 +58,20 @@ class PairLoss(nn.Module):
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
     ) -> Any:
-        """Features (B, D), both normalised, labels int64 (B,) -> the loss, in its parts with `output_dict`."""
-        rows, columns, first = self._batches(image_features, text_features, labels)
-        own = torch.arange(len(rows[2]), device=labels.device) + first  # the column of a row's own pair
+        """Features (B, D), both normalised, labels int64 (B,) -> the loss, or with `output_dict` a dict of its terms."""
+        rows, columns, first = self._gather(image_features, text_features, labels)
+        own = torch.arange(len(rows[2]), device=labels.device) + first  # the column of each row's own pair
         bias = 0 if logit_bias is None else logit_bias
-        of_images = logit_scale * rows[0] @ columns[1].T + bias
-        of_texts = logit_scale * rows[1] @ columns[0].T + bias
+        image_logits = logit_scale * rows[0] @ columns[1].T + bias
+        text_logits = logit_scale * rows[1] @ columns[0].T + bias
         same = rows[2][:, None] == columns[2]
-        softmaxes = [self._softmax(logits, own, same) for logits in (of_images, of_texts)]
-        parts = {"contrastive_loss": sum(softmaxes) / 2}
+        softmaxes = [self._softmax(logits, own, same) for logits in (image_logits, text_logits)]
+        terms = {"contrastive_loss": sum(softmaxes) / 2}
         if self.ce_weight:
             head, index = batch_head(columns[1], columns[2])
             logits = logit_scale.float() * exact_logits(rows[0], head)
-            parts["ce_loss"] = self.ce_weight * F.cross_entropy(logits, index[own])
-        return parts if output_dict else sum(parts.values())
+            terms["ce_loss"] = self.ce_weight * F.cross_entropy(logits, index[own])
+        return terms if output_dict else sum(terms.values())
 
     def _softmax(self, logits: Tensor, own: Tensor, same: Tensor) -> Tensor:
         if self.collisions == "soft":
@@ -94,8 +81,8 @@ class PairLoss(nn.Module):
             logits = logits.masked_fill(others, float("-inf"))
         return F.cross_entropy(logits, own)
 
-    def _batches(self, *local: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]:
-        """(images, texts, labels) of the rows and of the columns of the logits, and the first row's own column."""
+    def _gather(self, *local: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], int]:
+        """(images, texts, labels) for the rows and for the columns of the logits; the column of the first row's pair."""
         if self.world_size == 1:
             return local, local, 0
         images, texts = open_clip.loss.gather_features(
@@ -110,27 +97,27 @@ class PairLoss(nn.Module):
 
 
 def batch_head(text_features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The head of the K classes in a batch: (K, D), normalised mean text features, and each pair's row in it (B,)."""
+    """The head of the K classes in a batch: (K, D), their normalised mean text features; and each pair's row in it (B,)."""
     classes, index = labels.unique(return_inverse=True)
     sums = text_features.new_zeros(len(classes), text_features.shape[1]).index_add(0, index, text_features)
     return F.normalize(sums, dim=-1), index
 
 
-# What a model gives to the loss, from itself, its plain forward, images, tokens (B, L) and labels (B,). Under
-# --accum-freq the loop puts all but logit_scale together along the first dimension: so an entry has B rows.
+# What a model returns in training, from itself, its original forward, images, tokens (B, L) and labels (B,). With
+# --accum-freq open_clip's loop concatenates every entry but logit_scale, so an entry needs B rows.
 
 
-def _pairs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
+def _pair_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
     return {**forward(images, tokens), "labels": labels}
 
 
-def _learned(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
+def _head_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
     logits = model.class_head(model.encode_image(images, normalize=True))
     return {"class_logits": logits, "labels": labels, "logit_scale": model.logit_scale.exp()}
 
 
-def _from_text(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
-    """Over the head that the text tower gives now, each class in one template at random, as in the paper's code."""
+def _text_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
+    """Logits over the current text features of all classes, each in a random template, as in the paper's code."""
     classes, templates = model.class_tokens.table.shape[:2]
     prompts = model.class_tokens.take(range(classes), torch.randint(templates, (classes,)).tolist())
     head = model.encode_text(prompts.to(images.device), normalize=True)
@@ -139,16 +126,22 @@ def _from_text(model: Any, forward: Callable, images: Tensor, tokens: Tensor, la
     return {"class_logits": logits, "labels": labels, "logit_scale": scale}
 
 
+def _make_pair_loss(args: Namespace) -> nn.Module:
+    ranks = {name: getattr(args, name) for name in ("local_loss", "gather_with_grad", "rank", "world_size")}
+    return PairLoss(args.collisions, args.ce_weight, **ranks)
+
+
 @dataclass(frozen=True)
 class Objective:
     """How a model is trained.
 
     Attributes:
-        outputs: what the model gives to the loss in training.
-        loss: that loss, from open_clip's and FLYP's flags.
-        trains: a regular expression that the names of the parameters that learn begin with.
-        learned_head: there is a ClassHead; else the text tower gives the head.
-        fit: that head is fitted to the features of the frozen image tower, before the first epoch.
+        outputs: what the model returns in training.
+        loss: makes the loss that takes it, from open_clip's and FLYP's flags.
+        trains: regular expression for the start of the names of the parameters that learn.
+        learned_head: the model has a ClassHead, `class_head`; else the text tower gives the head.
+        class_tokens: the model has the tokens of all class prompts, `class_tokens`.
+        fit: that head is fitted to the features of the frozen image tower before the first epoch.
         loop: open_clip's loop trains; else the fit is all.
     """
 
@@ -156,22 +149,23 @@ class Objective:
     loss: Callable[[Namespace], nn.Module] = lambda args: ClassLoss()
     trains: str = ""
     learned_head: bool = False
+    class_tokens: bool = False
     fit: bool = False
     loop: bool = True
 
     def install(self, model: Any) -> None:
-        """Make `model`, in training, take tokens (B, L + 1), labels last, and give `outputs`; in eval it is as before.
+        """Make `model` take tokens (B, L + 1) with the labels last, and return `outputs`, in training mode only.
 
-        To be called before DistributedDataParallel, torch.compile and the optimizer. A learned head or, for flyp-ce,
-        `class_tokens` are there already.
+        Call it before DistributedDataParallel, torch.compile and the optimizer, and after adding `class_head` or
+        `class_tokens`.
         """
-        plain = model.forward
+        original = model.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not model.training:
-                return plain(*args, **kwargs)
+                return original(*args, **kwargs)
             images, texts = args
-            return self.outputs(model, plain, images, texts[:, :-1], texts[:, -1])
+            return self.outputs(model, original, images, texts[:, :-1], texts[:, -1])
 
         model.forward = forward
         for name, parameter in model.named_parameters():
@@ -179,48 +173,43 @@ class Objective:
                 parameter.requires_grad_(False)
 
 
-def _pair_loss(args: Namespace) -> nn.Module:
-    gather = args.local_loss, args.gather_with_grad, args.rank, args.world_size
-    return PairLoss(args.collisions, args.ce_weight, *gather)
-
-
 _IMAGE_SIDE = rf"visual\.|{HEAD}\."
 OBJECTIVES = {
-    "flyp": Objective(_pairs, _pair_loss),
-    "ce": Objective(_learned, trains=_IMAGE_SIDE, learned_head=True),
-    "lp": Objective(_learned, trains=rf"{HEAD}\.", learned_head=True, fit=True, loop=False),
-    "lp-ft": Objective(_learned, trains=_IMAGE_SIDE, learned_head=True, fit=True),
-    "flyp-ce": Objective(_from_text, trains="(?!logit_bias)"),
+    "flyp": Objective(_pair_outputs, _make_pair_loss),
+    "ce": Objective(_head_outputs, trains=_IMAGE_SIDE, learned_head=True),
+    "lp": Objective(_head_outputs, trains=rf"{HEAD}\.", learned_head=True, fit=True, loop=False),
+    "lp-ft": Objective(_head_outputs, trains=_IMAGE_SIDE, learned_head=True, fit=True),
+    "flyp-ce": Objective(_text_outputs, trains="(?!logit_bias)", class_tokens=True),
 }
 
 
-def changes(args: Namespace) -> list[str]:
-    """The flags given that change the training from plain FLYP, as a user writes them."""
-    flags = {"objective": "flyp", "collisions": "keep", "ce_weight": 0.0}
-    given = {name: getattr(args, name) for name, default in flags.items() if getattr(args, name) != default}
-    return [" ".join(to_argv({name: value})) for name, value in given.items()]
+def changed_flags(args: Namespace) -> list[str]:
+    """The flags given that make training differ from plain FLYP, as a user writes them."""
+    defaults = {"objective": "flyp", "collisions": "keep", "ce_weight": 0.0}
+    changed = {name: getattr(args, name) for name in defaults if getattr(args, name) != defaults[name]}
+    return [" ".join(to_argv({name: value})) for name, value in changed.items()]
 
 
-def check_flags(args: Namespace) -> None:
-    """InputError where flags of the objective do not go together with each other, or with open_clip's."""
-    objective, name = OBJECTIVES[args.objective], f"--objective {args.objective}"
-    if not 0 <= args.ce_weight < math.inf:
-        raise InputError(f"--ce-weight {args.ce_weight} is no weight; give 0 or more.")
-    if args.objective != "flyp" and len(changes(args)) > 1:
-        raise InputError(f"{changes(args)[1]} changes FLYP's loss, which {name} has not; leave one out.")
-    if args.lp_c is not None and not 0 < args.lp_c < math.inf:
-        raise InputError(f"--lp-c {args.lp_c} is no strength of a regularisation; give more than 0.")
+def find_mistakes(args: Namespace) -> Iterator[str]:
+    """Mistakes in the objective's flags that would change or spoil the training silently."""
+    objective, name, changes = (
+        OBJECTIVES[args.objective],
+        f"--objective {args.objective}",
+        changed_flags(args),
+    )
+    if args.objective != "flyp" and len(changes) > 1:
+        yield f"{changes[1]} changes FLYP's loss, which {name} does not use; leave one of them out."
     if args.lp_c is not None and not objective.fit:
-        raise InputError(f"--lp-c is for the linear probe of lp and lp-ft; leave it out with {name}.")
-    for other in ("siglip", "distill_model", "horovod", "torchscript", "trace"):
-        if changes(args) and getattr(args, other, None):
-            flag = f"--{other.replace('_', '-')}"
-            raise InputError(f"{changes(args)[0]} cannot be had together with {flag}; leave one of them out.")
-    tower_learns = not args.lock_image or (objective.loop and args.lock_image_unlocked_groups)
-    if objective.learned_head and not tower_learns:
-        raise InputError(
-            f"{name} with --lock-image leaves nothing but the head to train, which is what --objective lp alone does; "
-            "leave --lock-image out."
-        )
-    if objective.fit and (args.dataset_resampled or args.train_data_upsampling_factors):
-        raise InputError(f"{name} fits its head to every image once; leave --dataset-resampled out.")
+        yield f"--lp-c is for the linear probe of lp and lp-ft; leave it out with {name}."
+    for other in ("siglip", "distill_model", "horovod", "torchscript"):
+        if changes and getattr(args, other, None):
+            flag = to_argv({other: True})[0]
+            yield f"{changes[0]} cannot be combined with {flag}; leave one of them out."
+    if (
+        objective.learned_head
+        and args.lock_image
+        and not (objective.loop and args.lock_image_unlocked_groups)
+    ):
+        yield f"{name} with --lock-image leaves only the head to train; use --objective lp without --lock-image."
+    if objective.fit and args.dataset_resampled:
+        yield f"{name} fits its head to every image once; leave --dataset-resampled out."

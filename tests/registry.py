@@ -48,7 +48,7 @@ from timm.models.vitamin import VitCfg, VitConvCfg
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
-from flyp_plugin import checkpoints, openclip, record, shards, train
+from flyp_plugin import checkpoints, checks, openclip, record, shards, train
 from flyp_plugin.commands import call
 from flyp_plugin.commands.export import save_open_clip
 from flyp_plugin.data import LabelledDataset
@@ -422,7 +422,7 @@ def check_meaning(entry: Entry, folder: Path) -> None:
     )  # open_clip takes these too
     same(ModelSpec.of(name, tag), f"{name} with {tag}")
     args = openclip.parse_args(["--model", entry.name, "--pretrained", entry.tag])
-    spec = train._spec(args, None)
+    spec = checks.resolve_model(args, None)
     same(spec, "train-start")
     assert bool(args.force_quick_gelu) == entry.quick_gelu, f"{entry}: open_clip is not told the activation"
     told = {key: getattr(args, f"image_{key}") for key in IMAGES}

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy, normalize
 
 from flyp_plugin import ClassPromptDataset, ClassPrompts, ImageClassifier, flags, objectives, openclip
 from flyp_plugin.commands import call as flyp
-from flyp_plugin.data import LabelledDataset
+from flyp_plugin.data import MAX_LOST, LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import val_preprocess
-from flyp_plugin.learned import class_rows, fit_head, head_of
+from flyp_plugin.learned import LP_C, find_class_rows, fit_head, load_head
 from flyp_plugin.objectives import PairLoss
 from flyp_plugin.sources import expand_source
 from flyp_plugin.train import train
@@ -377,7 +377,7 @@ def test_eval_wiseft_and_export_read_a_learned_head(tuned, start, digits, tmp_pa
     caplog.set_level("INFO")
     checkpoint = str(tuned / "checkpoints" / "epoch_2.pt")
     torch.load(checkpoint, weights_only=True)
-    assert head_of(weights(tuned, 2)).class_prompts.classnames == NAMES
+    assert load_head(weights(tuned, 2)).class_prompts.classnames == NAMES
     before, _, after = (
         {k.removeprefix("val/"): v for k, v in row.items() if k != "epoch"} for row in results(tuned)
     )
@@ -455,19 +455,19 @@ def test_a_learned_head_is_restricted_by_name(tuned, digits, tmp_path, capsys):
 
 
 def test_names_that_are_there_twice_keep_their_order():
-    assert class_rows(["crane", "cat", "crane"], ["crane", "crane", "cat"]) == [0, 2, 1]
-    assert class_rows(["sea lion", "caf\u00e9"], ["cafe\u0301", "sea\u00a0 lion"]) == [1, 0]
-    assert class_rows(open_clip.IMAGENET_CLASSNAMES, open_clip.IMAGENET_CLASSNAMES) == list(range(1000))
+    assert find_class_rows(["crane", "cat", "crane"], ["crane", "crane", "cat"]) == [0, 2, 1]
+    assert find_class_rows(["sea lion", "caf\u00e9"], ["cafe\u0301", "sea\u00a0 lion"]) == [1, 0]
+    assert find_class_rows(open_clip.IMAGENET_CLASSNAMES, open_clip.IMAGENET_CLASSNAMES) == list(range(1000))
 
 
 def test_heads_of_other_classes_are_not_merged(tuned, start, digits, tmp_path):
     state = weights(tuned, 2)
-    head = head_of(state)
+    head = load_head(state)
     other = ClassPrompts([*NAMES[1:], NAMES[0]], TEMPLATES)
     state |= {"class_head.prompts": type(head)(head.weight, other).prompts}
     torch.save(state, tmp_path / "other.pt")
     both = [str(tuned / "checkpoints" / "epoch_2.pt"), str(tmp_path / "other.pt")]
-    with pytest.raises(InputError, match=naming("other.pt", "epoch_2.pt", "head")):
+    with pytest.raises(InputError, match=naming("other.pt", "epoch_2.pt", "learned")):
         flyp(["wiseft", *model_flags(digits), "--pretrained", str(start), "--average", *both, "--alpha", "1", "--out",
               str(tmp_path / "merged")])  # fmt: skip
 
@@ -564,5 +564,9 @@ def test_an_open_clip_without_create_loss_is_named(launch, monkeypatch):
         launch("--objective", "ce", name="tasks")
 
 
-def test_the_flag_offers_every_objective():
-    assert flags.OBJECTIVES == tuple(objectives.OBJECTIVES)
+def test_flags_and_their_owners_agree():
+    actions = {action.dest: action for action in flags.parser()._actions}
+    assert actions["objective"].choices == tuple(objectives.OBJECTIVES)
+    assert actions["collisions"].choices == objectives.COLLISIONS
+    assert actions["max_lost"].default == MAX_LOST
+    assert f"(default: {LP_C})" in actions["lp_c"].help

@@ -280,11 +280,6 @@ def test_locked_text_stays_as_it_was(launch, start):
     assert not torch.equal(before["visual.proj"], after["visual.proj"])
 
 
-def test_text_cannot_be_locked_without_its_layer_norms(launch):
-    with pytest.raises(InputError, match=naming("--lock-text-freeze-layer-norm", "--lock-text")):
-        launch("--lock-text")
-
-
 # torch.compile's, for a CPU
 COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
@@ -487,18 +482,12 @@ def bad(digits, tmp_path):
         (["--pretrained", "no-such-tag"], r"no-such-tag"),
         (["--model-config", "{bad}/none.json"], r"none\.json\b.*--model-config"),
         (["--templates", "a photo of a cat"], r"a photo of a cat"),
-        (["--train-num-samples", "0"], r"--train-num-samples 0"),
-        (["--name", ""], r"--name"),
         (["--objective", "CE"], r"^Error: .*--objective: invalid choice: 'CE'.*--help"),
         (["--pretrained", "{digits}"], r"(folder|directory).*checkpoint"),
-        (["--lr", "-1"], r"--lr\b.*-1\b"),
-        (["--lr", "nan"], r"--lr\b.*nan"),
         (["--wd", "-1"], r"--wd\b.*-1\b"),
         (["--warmup", "-3"], r"--warmup\b.*-3\b"),
-        (["--beta1", "2"], r"--beta1\b.*\b2\b"),
         (["--lr", "fast"], r"^Error: .*--lr: invalid float value: 'fast'.*--help"),
         (["--learning-rate", "1"], r"^Error: .*--learning-rate 1.*--help"),
-        (["--report-to", "wandb"], r"pip install wandb"),
         (
             ["--logs", "{bad}/empty.txt/logs"],
             r"empty\.txt/logs\b.*Not a dir.*--logs",
@@ -509,17 +498,10 @@ def bad(digits, tmp_path):
         (["--dataset-type", "csv"], r"`flyp shards write`"),
         (["--eval-data", "{digits}"], r"NAME=SHARDS"),
         (["--eval-data", "val={digits}/nowhere"], r"/nowhere\b"),
-        (["--horovod"], r"--horovod"),
-        (["--trace"], r"--trace"),
-        (["--seed", "-1"], r"--seed\b.*-1\b"),
-        (["--seed", "4294967296"], r"--seed\b.*\b4294967296\b"),
-        (["--log-every-n-steps", "0"], r"--log-every-n-steps\b.*\b0\b"),
         (["--grad-clip-norm", "0"], r"--grad-clip-norm\b.*\b0\b"),
-        (["--force-patch-dropout", "1.5"], r"--force-patch-dropout\b.*\b1\.5\b"),
         (["--lock-image-unlocked-groups", "1"], r"--lock-image-unlocked-groups\b.*--lock-image\b(?!-)"),
         (["--distill-model", "ViT-B-16"], r"--distill-model\b.*--distill-pretrained"),
         (["--csv-separator", ","], r"--csv-separator"),
-        (["--use-bnb-linear", "Linear8bitLt"], r"--use-bnb-linear\b.*pip install bitsandbytes"),
         (["--epochs-cooldown", "1"], r"--epochs-cooldown\b.*--lr-scheduler const-cooldown"),
         (
             ["--lr-scheduler", "const-cooldown"],
@@ -530,7 +512,6 @@ def bad(digits, tmp_path):
         (["--aug-cfg", "scale"], r"not enough values"),
         (["--precision", "fp16", "--eps", "1e-8"], r"--eps 1e-08\b.*--precision fp16\b.*1e-3\b"),
         (["--report-to", "tensorbord"], r"tensorbord\b.*\btensorboard"),
-        (["--resume", "nosuch://bucket/x.pt"], r"--resume\b.*nosuch://bucket/x\.pt"),
         (["--val-data", "{digits}/test/0.tar"], r"--val-data\b.*--eval-data NAME=SHARDS"),
         (["--val-data", "{digits}"], r"--val-data\b.*--eval-data NAME=SHARDS"),
         (["--imagenet-val", "{digits}/nowhere"], r"--imagenet-val\b.*--eval-data NAME=SHARDS"),
@@ -587,7 +568,7 @@ def test_a_missing_train_extra_is_named(launch, monkeypatch):
 
 
 def test_only_one_module_knows_open_clip_train():
-    found = [p.name for p in (REPO / "flyp_plugin").glob("*.py") if "open_clip_train" in p.read_text()]
+    found = [p.name for p in (REPO / "flyp_plugin").rglob("*.py") if "open_clip_train" in p.read_text()]
     assert found == ["openclip.py"]
     assert "open_clip_train" not in (REPO / "train_flyp.py").read_text()
     assert openclip.SUPPORTED

@@ -22,7 +22,6 @@ from typing import Any
 from flyp_plugin.commands import plots
 from flyp_plugin.commands.jobs import DONE, JobFailed, Jobs, claim_folder, run_jobs
 from flyp_plugin.errors import InputError
-from flyp_plugin.flags import parser as train_parser
 from flyp_plugin.flags import to_argv
 from flyp_plugin.sources import write_atomically
 
@@ -148,7 +147,7 @@ class Comparison:
         from flyp_plugin.train import FlypRun
 
         run = replace(run, block=replace(run.block, shots=None))  # drawing shots would read all the data
-        return FlypRun(*train_parser().parse_known_args(self.flags(run))).args
+        return FlypRun(self.flags(run)).args
 
     def flags(self, run: Run) -> list[str]:
         """The flags of a training, except where it goes. The user's come last, so that they win."""

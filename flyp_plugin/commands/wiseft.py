@@ -189,11 +189,11 @@ def _load_end_points(
     from flyp_plugin.checkpoints import build_model, read_state_dict
     from flyp_plugin.commands.targets import device_of
     from flyp_plugin.heads import zeroshot_as_learned
-    from flyp_plugin.learned import HEAD, head_of
+    from flyp_plugin.learned import HEAD, load_head
     from flyp_plugin.wiseft import average, check_same_architecture
 
     states = [read_state_dict(path) for path in ends.finetuned]
-    learned = head_of(states[0])
+    learned = load_head(states[0])
     source = build_model(ends.spec, ends.pretrained, "fp32", device_of(args))
     if learned is not None and not hasattr(source, HEAD):
         setattr(source, HEAD, zeroshot_as_learned(source, ends.spec.tokenizer(), learned.class_prompts))
@@ -214,10 +214,10 @@ def _load_end_points(
 
 def _check_learned_classes(states: "Sequence[StateDict]", paths: Sequence[str]) -> None:
     """InputError if the learned heads to be merged have different classes."""
-    from flyp_plugin.learned import head_of
+    from flyp_plugin.learned import load_head
     from flyp_plugin.names import same_names
 
-    heads = [head_of(state) for state in states]
+    heads = [load_head(state) for state in states]
     names = [head.class_prompts.classnames if head else [] for head in heads]
     for path, other in zip(paths, names):
         if not same_names(other, names[0]):

@@ -1,0 +1,186 @@
+"""What `flyp train` checks before and while open_clip builds the model.
+
+A mistake is looked for here only if open_clip, torch or timm would ignore it, or notice it only after hours; what they
+report at the start of a run is left to them. A new check of flags is one `yield` in `find_mistakes` (an error) or
+`find_doubts` (a warning); those of the objectives' flags are in objectives.py.
+"""
+
+import math
+import re
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import open_clip
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import QuickGELU
+
+from flyp_plugin import checkpoints, run_folder
+from flyp_plugin.errors import InputError
+from flyp_plugin.flags import to_argv
+from flyp_plugin.learned import load_head
+from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, plain
+from flyp_plugin.record import Record
+from flyp_plugin.sources import is_url
+
+# The precisions that keep the weights, and so AdamW's state, in 16 bits
+FP16 = ("fp16", "pure_fp16")
+# AdamW divides by sqrt(mean of squared gradients) + eps. In fp16 that mean is 0 for gradients below 0.005 (with beta2
+# 0.999), so a step can be 0.005 / eps times --lr: with 1e-8, which is 0 itself, NaN; with 1e-6, 5000 times, after which a
+# model of digits is at chance. With 1e-3 it learns as in fp32 or a little slower.
+FP16_EPS = "1e-3"
+# open_clip's flags (regular expressions) that it silently ignores without another flag
+_NEEDS = {
+    "lock_image_(unlocked_groups|freeze_bn_stats)": "lock_image",
+    "lock_text_(unlocked_layers|freeze_layer_norm)": "lock_text",
+    "distill_model": "distill_pretrained",
+    "distill_pretrained": "distill_model",
+    "train_data_upsampling_factors": "dataset_resampled",
+    # its loader of captions reads --val-data only
+    "csv_.*|text_key|json_text_.*|max_image_pixels|length_bucketing|bucket_.*|text_pad_multiple|audio_.*": "val_data",
+}
+
+
+def find_mistakes(args: Namespace, typed: Iterable[str]) -> Iterator[str]:
+    """Mistakes in flags that open_clip would silently ignore, or that would silently spoil the training.
+
+    Args:
+        args: all flags.
+        typed: the names of open_clip's flags on the command line.
+    """
+    for pattern, other in _NEEDS.items():
+        for name in typed:
+            if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):
+                flag, missing = to_argv({name: True, other: True})
+                yield f"{flag} has no effect without {missing}; add that, or leave it out."
+    if not args.train_data:
+        yield "--train-data is missing; give a data folder or shards (see --help)."
+    if args.dataset_type not in ("auto", "webdataset"):
+        yield f"--dataset-type {args.dataset_type} is not supported; make shards with `flyp shards write`."
+    if args.shots_seed is not None and not args.shots:
+        yield "--shots-seed has no effect without --shots; add that, or leave it out."
+    if args.shots and args.train_data_upsampling_factors:
+        yield "--train-data-upsampling-factors has no effect with --shots; leave one of them out."
+    if not (args.wd >= 0 and args.warmup >= 0):  # NaN too
+        yield f"--wd and --warmup must be >= 0, got {args.wd:g} and {args.warmup}."
+    if args.grad_clip_norm is not None and not args.grad_clip_norm > 0:
+        yield f"--grad-clip-norm must be > 0, got {args.grad_clip_norm:g}."
+    cooldown, opt = getattr(args, "epochs_cooldown", None), getattr(args, "opt", "adamw")
+    if cooldown is not None and (args.lr_scheduler != "const-cooldown" or not 0 <= cooldown <= args.epochs):
+        yield f"--epochs-cooldown {cooldown} must be from 0 to --epochs, and needs --lr-scheduler const-cooldown."
+    if getattr(args, "momentum", None) is not None and "timm" not in opt:
+        yield f"--momentum has no effect on --opt {opt}, only on timm's (such as timm/sgd); leave it out."
+    if set(args.report_to.split(",")) - {"tensorboard", "wandb", "trackio", "all", "none", ""}:
+        yield f"--report-to {args.report_to} must be tensorboard, wandb, or both joined by a comma."
+    if args.copy_codebase and "site-packages" in str(getattr(find_spec("open_clip"), "origin", "")):
+        yield "--copy-codebase would copy all of site-packages, where open_clip is installed; leave it out."
+    if args.precision in FP16 and args.eps is not None and args.eps <= 2**-25:
+        yield f"--eps {args.eps:g} is 0 in --precision {args.precision}, so all weights become NaN; give {FP16_EPS}."
+
+
+def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
+    """Warnings about flags that make training steps larger or smaller than they seem.
+
+    Args:
+        args: all flags.
+        steps: optimizer steps of the run.
+    """
+    if args.precision in FP16:
+        yield (
+            f"--precision {args.precision} keeps weights and AdamW's state in 16 bits, in which the squares of small "
+            "gradients are 0; --precision amp keeps them in 32."
+        )
+        # of a smaller gradient the mean square is rounded to 0
+        gradient = math.sqrt(2**-25 / (1 - (args.beta2 or 0)))
+        if args.eps is not None and gradient > 10 * args.eps:
+            times = f"{gradient / args.eps:.0f} times --lr"
+            yield f"With --eps {args.eps:g} in {args.precision} a step may be {times}; {FP16_EPS} is safe."
+    if args.precision in ("bf16", "pure_bf16"):
+        yield (
+            f"--precision {args.precision} keeps weights in 16 bits, which rounds away most steps of --lr {args.lr:g}; "
+            "--precision amp_bf16 keeps them in 32."
+        )
+    if args.warmup > steps and not args.skip_scheduler:
+        share = f"{steps / args.warmup:.0%} of --lr"
+        yield f"--warmup {args.warmup} is longer than the run of {steps} steps, which ends at {share}."
+
+
+def check_start(args: Namespace) -> None:
+    """InputError if training cannot start from --pretrained or --resume: a learned head, or NaN in the weights."""
+    if load_head(checkpoints.state_of_file(args.pretrained)):
+        raise InputError(
+            f"{args.pretrained} has a learned head, which open_clip cannot load; export its towers with "
+            "`flyp export --format open_clip` and start from those."
+        )
+    if args.resume and args.resume != "latest" and not is_url(args.resume):
+        checkpoints.read_state_dict(args.resume)
+
+
+def resolve_model(args: Namespace, resumed: Record | None) -> ModelSpec:
+    """The model to train; sets open_clip's flags in `args` so that open_clip builds exactly that model.
+
+    It is the model of the run that is resumed, else of the run that --pretrained comes from, else of --model and its tag.
+
+    Raises:
+        InputError: flags that contradict the resumed run or a tag; a model configuration that has changed.
+    """
+    flags = {name: getattr(args, name, None) for name in FLAGS}
+    if resumed:
+        spec = resumed.spec.with_flags(flags)
+        run_folder.refuse_other_run(resumed, args, spec)
+    else:
+        spec = checkpoints.resolve(args.model, args.pretrained, flags)
+    made = {f"image_{name}": spec.preprocess_cfg[name] for name in PREPROCESSING}
+    made |= {**spec.forced, "force_quick_gelu": spec.quick_gelu}
+    changed = spec.differences(ModelSpec.of(args.model, args.pretrained).with_flags({**flags, **made}))
+    if changed:
+        raise InputError(
+            f"open_clip's configuration of {args.model} differs from the one that the weights were trained with "
+            f"({changed[0]}); give that one with --model-config."
+        )
+    vars(args).update(made)
+    return spec
+
+
+def check_built(model: Any, spec: ModelSpec) -> None:
+    """InputError if open_clip silently built another model than `spec`.
+
+    Before 2.30 it does so with OpenAI's weights; before 3.0 it leaves timm's towers at their own image size.
+    """
+    built, trunk = model.visual.preprocess_cfg, getattr(model.visual, "trunk", None)  # a trunk is timm's
+    wrong = [
+        f"{name} {plain(built[name])}, not {value}"
+        for name, value in spec.preprocess_cfg.items()
+        if plain(built.get(name, value)) != value
+    ]
+    quick_gelu = any(isinstance(module, QuickGELU) for module in model.modules())
+    if (trunk is None or isinstance(model, CLIP)) and spec.quick_gelu != quick_gelu:
+        wrong.append(f"another activation than {spec.activation}")
+    size = plain(getattr(getattr(trunk, "patch_embed", None), "img_size", None))
+    if spec.forced.get("force_image_size") and size and size != spec.preprocess_cfg["size"]:
+        wrong.append(f"a timm image tower for size {size}, not {spec.preprocess_cfg['size']}")
+    if wrong:
+        raise InputError(
+            f"open_clip_torch {open_clip.__version__} built {spec.name} with {wrong[0]}; leave out the flag that asks for "
+            "it, or install a newer open_clip_torch."
+        )
+
+
+def check_loss(model: Any, args: Namespace, changes: Sequence[str]) -> None:
+    """InputError if the model is made for another loss: sigmoid instead of softmax, or more terms, as in CoCa.
+
+    Args:
+        model: as open_clip built it.
+        args: all flags.
+        changes: the flags that need another loss than open_clip's.
+    """
+    sigmoid = getattr(model, "logit_bias", None) is not None and args.objective == "flyp"
+    if sigmoid and not args.siglip and not args.softmax_loss:
+        raise InputError(
+            f"{args.model} was pretrained with the sigmoid loss; give --siglip to fine-tune it with the same loss, or "
+            "--softmax-loss to train it with the softmax loss."
+        )
+    if changes and not isinstance(model, (CLIP, CustomTextCLIP)):
+        kind = type(model).__name__
+        raise InputError(f"{changes[0]} cannot train a {kind} such as {args.model}; leave the flag out.")
