@@ -24,7 +24,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU
 
-from flyp_plugin import checkpoints, objectives, openclip, record, run_folder, shards
+from flyp_plugin import checkpoints, objectives, openclip, record, run_folder, shards, targets
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
@@ -40,7 +40,7 @@ from flyp_plugin.flags import (
 )
 from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, class_rows, fit_head, head_of
-from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, is_place, plain
+from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, is_place, square_as_int
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.record import Record
@@ -77,9 +77,8 @@ class FlypRun:
         if not is_place(args.model):
             args.model = args.model.replace("/", "-")  # ViT-B/16, which some of open_clip takes
         if args.model_config:
-            checkpoints.add_model_config(args.model_config)
-        checkpoints.check_names(args.model, args.pretrained)
-        if head_of(checkpoints.state_of_file(args.pretrained)):  # which also finds it whole, and numbers
+            targets.add_model_config(args.model_config)
+        if head_of(checkpoints.read_torch_file(args.pretrained)):  # which also finds it whole, and numbers
             raise InputError(
                 f"{args.pretrained} has a learned head, which open_clip cannot load; `flyp export --format open_clip` writes "
                 "its towers alone."
@@ -136,7 +135,7 @@ class FlypRun:
     def record(self, epoch: int) -> Record:
         """What the checkpoints of this run mean, which starts after `epoch`; see record.py."""
         args = self.args
-        content = record.of_model(self.spec)
+        content = record.describe_model(self.spec)
         content |= {
             name: getattr(args, name) for name in ("model_config", "precision", "objective", "eval_data")
         }
@@ -155,7 +154,7 @@ class FlypRun:
         ):  # it comes from the checkpoint now
             content["pretrained"] = self.resumed.get("pretrained", {})
         else:
-            content["pretrained"] = record.source(args.pretrained)
+            content["pretrained"] = record.describe_weights(args.pretrained)
         return Record(content)
 
     @property
@@ -361,7 +360,7 @@ def _spec(args: argparse.Namespace, resumed: Record | None) -> ModelSpec:
         spec = resumed.spec.with_flags(flags)
         run_folder.refuse_other_run(resumed, args, spec)
     else:
-        spec = checkpoints.resolve(args.model, args.pretrained, flags)
+        spec = targets.resolve_spec(args.model, args.pretrained, flags)
     made = {f"image_{name}": spec.preprocess_cfg[name] for name in PREPROCESSING}
     made |= {**spec.forced, "force_quick_gelu": spec.quick_gelu}
     changed = spec.differences(ModelSpec.of(args.model, args.pretrained).with_flags({**flags, **made}))
@@ -380,7 +379,7 @@ def _check_built(model: Any, spec: ModelSpec) -> None:
 
     Before 2.30 it does so of OpenAI's weights, and before 3.0 it leaves timm's towers at their own size.
     """
-    has = {key: plain(value) for key, value in model.visual.preprocess_cfg.items()}
+    has = {key: square_as_int(value) for key, value in model.visual.preprocess_cfg.items()}
     other = [
         f"{key} {has[key]}, not {value}"
         for key, value in spec.preprocess_cfg.items()
@@ -390,8 +389,10 @@ def _check_built(model: Any, spec: ModelSpec) -> None:
     if native and spec.quick_gelu != any(isinstance(module, QuickGELU) for module in model.modules()):
         other.append(f"another activation than {spec.activation}")
     size = getattr(getattr(getattr(model.visual, "trunk", None), "patch_embed", None), "img_size", None)
-    if spec.forced.get("force_image_size") and size and plain(size) != spec.preprocess_cfg["size"]:
-        other.append(f"an image tower of timm's for size {plain(size)}, not {spec.preprocess_cfg['size']}")
+    if spec.forced.get("force_image_size") and size and square_as_int(size) != spec.preprocess_cfg["size"]:
+        other.append(
+            f"an image tower of timm's for size {square_as_int(size)}, not {spec.preprocess_cfg['size']}"
+        )
     if other:
         raise InputError(
             f"open_clip_torch {open_clip.__version__} has made {spec.name} with {other[0]}; leave the flag out that asks for "

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from flyp_plugin import commands, run_folder
-from flyp_plugin.commands.export import replacing_folder
+from flyp_plugin.commands.export import atomic_folder
 from flyp_plugin.commands.jobs import claim_folder
 from flyp_plugin.errors import InputError
 from flyp_plugin.run_folder import LOCK, folder_lock
@@ -203,7 +203,7 @@ def test_a_folder_that_is_written_to_is_refused_and_one_that_stays_empty_goes(tm
 
 def test_of_two_exports_to_one_folder_the_later_is_refused(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="is there already"), replacing_folder(out, force=False) as part:
+    with pytest.raises(InputError, match="already exists"), atomic_folder(out, force=False) as part:
         (part / "second").touch()
         out.mkdir()
         (out / "first").touch()
@@ -211,14 +211,14 @@ def test_of_two_exports_to_one_folder_the_later_is_refused(tmp_path):
 
 
 def test_only_an_export_is_written_over_by_an_export(tmp_path):
-    for name in ("thesis.txt", "config.json"):  # a model's folder with more in it is no export either
+    for name in ("thesis.txt", "config.json"):  # a model's folder with more in it is not an export either
         (tmp_path / name).touch()
-        with pytest.raises(InputError, match="is no export"), replacing_folder(tmp_path, force=True):
+        with pytest.raises(InputError, match="is not an export"), atomic_folder(tmp_path, force=True):
             pass
     (tmp_path / "thesis.txt").unlink()
-    with pytest.raises(InputError, match="is no export"), replacing_folder(tmp_path, force=True):
+    with pytest.raises(InputError, match="is not an export"), atomic_folder(tmp_path, force=True):
         pass
     (tmp_path / "model.safetensors").touch()
-    with replacing_folder(tmp_path, force=True) as part:
+    with atomic_folder(tmp_path, force=True) as part:
         (part / "new").touch()
     assert os.listdir(tmp_path) == ["new"]

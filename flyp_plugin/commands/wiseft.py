@@ -22,15 +22,14 @@ from flyp_plugin import record
 from flyp_plugin.checkpoints import (
     Model,
     StateDict,
+    atomic_write,
     build_model,
+    locate_weights,
     read_state_dict,
     refuse_existing,
-    replacing,
     save,
-    weights_file,
 )
 from flyp_plugin.commands.flags import add_classes_flags, add_data_flags, add_model_flags
-from flyp_plugin.commands.targets import choose_weights, device_of, fill_in, find_record, spec_from_args
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import EvalSet, eval_sets_from_args, loader_from_args
 from flyp_plugin.heads import val_preprocess, zeroshot_as_learned
@@ -39,8 +38,9 @@ from flyp_plugin.metrics import Metrics, table
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.names import same_names
 from flyp_plugin.precision import match_open_clip_precision
-from flyp_plugin.record import Record, merged_name, sha256
+from flyp_plugin.record import Record, sha256
 from flyp_plugin.run_folder import folder_lock
+from flyp_plugin.targets import choose_weights, fill_in, find_record, merged_name, spec_from_args
 from flyp_plugin.wiseft import average, check_same, choose, interpolate, sweep
 
 Results = Mapping[float, Mapping[str, Metrics]]  # of each alpha on each set, the ID set first
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         merged_record = _record_of_merged(args, ends, sets)
         merged_record.write(out)
         text = json.dumps(_results(ends, results, chosen, sets[0].name if sets else None), indent=1)
-        with replacing(out / "wiseft.json") as part:
+        with atomic_write(out / "wiseft.json") as part:
             part.write_text(text + "\n", encoding="utf-8")
         if len(alphas) > 1:
             names.append("frontier.png")
@@ -151,11 +151,11 @@ def _ends(args: argparse.Namespace) -> _Ends:
         )
     pairs = [(path, find_record(path)) for path in given]
     finetuned = [
-        str(choose_weights(known, path, args.epoch or "last")) if os.path.isdir(path) else path
+        str(choose_weights(known, args.epoch or "last")) if known and os.path.isdir(path) else path
         for path, known in pairs
     ]
     records = [known for _, known in pairs if known]
-    record.same_meaning(records)
+    record.check_same_model(records)
     known = records[0] if records else None
     if args.pretrained is None:
         pretrained = _start_of(known, given[0])
@@ -163,7 +163,7 @@ def _ends(args: argparse.Namespace) -> _Ends:
         pretrained = args.pretrained
         before = record.find(pretrained)
         if known and before:
-            record.same_meaning([before, known])
+            record.check_same_model([before, known])
     fill_in(args, known)
     return _Ends(finetuned, pretrained, spec_from_args(args, pretrained, known), known)
 
@@ -203,11 +203,11 @@ def _out(args: argparse.Namespace, known: Record | None) -> Path:
 
 def _record_of_merged(args: argparse.Namespace, ends: _Ends, sets: Sequence[EvalSet]) -> Record:
     """The run's record, with what flags have changed; of loose weights, what is known: model, and classes of the ID set."""
-    content = {**(ends.known.content if ends.known else {}), **record.of_model(ends.spec)}
+    content = {**(ends.known.content if ends.known else {}), **record.describe_model(ends.spec)}
     if sets and not ends.known:
         content |= {name: getattr(sets[0].prompts, name) for name in ("classnames", "templates")}
     if args.pretrained is not None or not ends.known:
-        content["pretrained"] = record.source(ends.pretrained)
+        content["pretrained"] = record.describe_weights(ends.pretrained)
     return Record(content)
 
 
@@ -278,13 +278,13 @@ def _start(
 
     Against a learned head, the pretrained model's is the zero-shot head of the same classes and templates.
     """
-    source = build_model(ends.spec, ends.pretrained, "fp32", device_of(args))
+    source = build_model(ends.spec, ends.pretrained, "fp32", args.device)
     if learned is not None and not hasattr(source, HEAD):
         setattr(source, HEAD, zeroshot_as_learned(source, tokenizer, learned.class_prompts))
     pretrained = {key: tensor.clone() for key, tensor in source.state_dict().items()}
     if args.precision in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
         return source, pretrained
-    model = build_model(ends.spec, ends.pretrained, args.precision, device_of(args))
+    model = build_model(ends.spec, ends.pretrained, args.precision, args.device)
     if hasattr(source, HEAD):
         setattr(model, HEAD, getattr(source, HEAD))
     return model, pretrained
@@ -303,7 +303,7 @@ def _check_classes(states: Sequence[StateDict], paths: Sequence[str]) -> None:
 
 def _results(ends: _Ends, results: Results, chosen: float, chosen_by: str | None) -> dict[str, Any]:
     """The content of wiseft.json."""
-    paths = {"finetuned": ends.finetuned, "pretrained": [weights_file(ends.spec, ends.pretrained)]}
+    paths = {"finetuned": ends.finetuned, "pretrained": [locate_weights(ends.spec, ends.pretrained)]}
     inputs = {
         name: [{"given": path, "sha256": sha256(path)} for path in some] for name, some in paths.items()
     }
@@ -395,5 +395,5 @@ def draw_curves(
         axes.set_ylabel("OOD top-1, %" if id_name else "top-1, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=150)
