@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +31,18 @@ from flyp_plugin.model_spec import ModelSpec, is_place, quiet, tag_config
 StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: torch's own types do not know its attributes
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
-_OPENAI_SIZES = {
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-}  # beside the weights in OpenAI's archives
-_found_finite: set[tuple[str, int, int]] = set()  # (path, size, mtime) of files whose weights are
+_OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}  # buffers in OpenAI's archives
+# what the readers raise for truncated and damaged files, torch's format from before 1.6 included
+_DAMAGED = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    UnicodeError,
+    struct.error,
+)
+_found_finite: set[tuple[str, int, int]] = set()  # (path, size, mtime) of files
 _log = logging.getLogger(__name__)
 
 
@@ -73,7 +80,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise InputError(f"there is no checkpoint {path}; check the path.")
     try:
         content = _load(path)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except _DAMAGED as error:
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
                 f"{path} is refused because loading it could run code ({name[1]}); save only the state_dict."
@@ -95,7 +102,7 @@ def _load(path: Path) -> Any:
         return load_file(path)
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as stream:
-            if stream.read(1) != pickle.PROTO:  # which torch would take for instructions
+            if stream.read(1) != pickle.PROTO:
                 raise EOFError("neither a zip archive nor a pickle")
         return torch.load(path, map_location="cpu", weights_only=True)  # from before torch 1.6
     with zipfile.ZipFile(path) as archive:
