@@ -118,8 +118,8 @@ def _merged_weights(folder: Path, saved: Mapping[int, Path]) -> Path | None:
             weights = place / merged_name(merge["chosen_alpha"])
             if saved and max(saved) > (merge.get("last_epoch") or max(saved)):
                 _log.warning(
-                    f"{folder} was trained further after {path} was written; run `flyp wiseft {folder} --force` to merge "
-                    "its last epoch, or pass --epoch last to use that unmerged."
+                    f"{weights} was merged before {folder} was trained further; run `flyp wiseft {folder} --force` to "
+                    "merge its last epoch, or pass --epoch last to use that unmerged."
                 )
             return weights if weights.exists() else None
     export = folder / "open_clip_model.safetensors"
@@ -197,10 +197,9 @@ def resolve_spec(
         spec = ModelSpec.of(model_name or "", pretrained)
         tag = tag_config(spec.name, pretrained)
         if pretrained and not tag and not os.path.isfile(pretrained):
+            what = "is a folder, not a checkpoint" if os.path.isdir(pretrained) else "is not a file"
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(registry_name(spec.name))) or "none"
-            raise InputError(
-                f"{pretrained} is neither a checkpoint file nor a pretrained tag of {spec.name} (its tags: {tags})."
-            )
+            raise InputError(f"{pretrained} {what}, nor a pretrained tag of {spec.name} (its tags: {tags}).")
         if flags.get("force_quick_gelu") and tag and not spec.quick_gelu:
             raise InputError(
                 f"the weights {pretrained} of {spec.name} were trained with GELU; leave out --force-quick-gelu."
