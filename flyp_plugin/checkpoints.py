@@ -5,6 +5,7 @@ Training, evaluation, merging and export accept the same files because open_clip
 (`use_reader`). Which model the weights belong to is model_spec.py's matter, and finding them targets.py's.
 """
 
+import errno
 import logging
 import os
 import pickle
@@ -42,6 +43,7 @@ _DAMAGED = (
     UnicodeError,
     struct.error,
 )
+_WRITE_ERRORS = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 _found_finite: set[tuple[str, int, int]] = set()  # (path, size, mtime) of files
 _log = logging.getLogger(__name__)
 
@@ -268,9 +270,9 @@ def refuse_existing(path: str | os.PathLike, force: bool) -> None:
 
 @contextmanager
 def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn the system's errors about writing `path` into an InputError. Put nothing but the writing inside.
+    """Turn the system's refusals to write `path` into an InputError. Put nothing but the writing inside.
 
-    Errors about anything else go through: of another file, of the network, of a GPU that holds what is written.
+    Errors that are not about writing a file go through, such as a fault of the GPU that holds what is written.
 
     Raises:
         InputError: `path` could not be written, e.g. because the disk is full.
@@ -278,31 +280,14 @@ def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = _write_failure(error, Path(os.path.abspath(path)))
-        if reason is None:
+        number = getattr(error, "errno", None)
+        if isinstance(error, SafetensorError):  # "... (os error 28)" or, older, "... code: 28, ..."
+            found = re.search(r"\b(?:code:|os error) (\d+)", str(error))
+            number = int(found[1]) if found else None
+        if number not in _WRITE_ERRORS:
             raise
+        reason = os.strerror(number)
         raise InputError(f"{path} could not be written ({reason}); any earlier file is unchanged.") from error
-
-
-def _write_failure(error: OSError | SafetensorError, path: Path) -> str | None:
-    """The system's reason if the error is about writing `path`; else None."""
-    if isinstance(
-        error, SafetensorError
-    ):  # "IoError(Os { code: 28, ..." or, newer, "I/O error: ... (os error 28)"
-        number = re.search(r"\b(?:code:|os error) (\d+)", str(error))
-        return os.strerror(int(number[1])) if number else None
-    if error.errno in NO_ROOM:
-        return error.strerror
-    if not isinstance(error.filename, (str, bytes)):  # the error names no file
-        return None
-    named = Path(os.path.abspath(os.fsdecode(error.filename)))
-    ours = path.is_relative_to(named) or named.is_relative_to(_part(path))
-    return error.strerror if ours else None
-
-
-def _part(path: Path) -> Path:
-    """The temporary name of the absolute `path` while it is written."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
@@ -315,15 +300,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         InputError: the folder cannot be made, or `path` cannot be replaced.
     """
     target = Path(os.path.abspath(path))  # so that '.' has a name
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with explain_write_errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
-        yield _part(target)
+        yield part
         with explain_write_errors(path):
-            os.replace(_part(target), target)
+            os.replace(part, target)
     finally:
         with suppress(NotADirectoryError):  # a file is in the way
-            _part(target).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -343,10 +329,8 @@ def save(content: object, path: str | os.PathLike) -> None:
     Raises:
         InputError: as `atomic_write`.
     """
-    with (
-        atomic_write(path) as part,
-        open(part, "wb") as stream,
-    ):  # a stream, whose errors say why writing failed
+    # into a stream, whose errors say why writing failed
+    with atomic_write(path) as part, open(part, "wb") as stream:
         try:
             torch.save(content, stream)
         except RuntimeError as error:  # torch raises it on top of the stream's OSError, and for much else

@@ -72,9 +72,8 @@ class Record:
 
     @property
     def spec(self) -> ModelSpec:
-        keys = ("model", "model_cfg", "preprocess_cfg")
-        name, model_cfg, preprocess_cfg = (self.content[key] for key in keys)
-        return ModelSpec(name, model_cfg, preprocess_cfg, self.get("forced", {}))
+        model_cfg, preprocess_cfg = self.content["model_cfg"], self.content["preprocess_cfg"]
+        return ModelSpec(self.content["model"], model_cfg, preprocess_cfg, self.get("forced", {}))
 
     @property
     def prompts(self) -> ClassPrompts | None:

@@ -58,7 +58,7 @@ def target_from_args(args: argparse.Namespace, given: str) -> Target:
     Raises:
         InputError: a folder that is not a run, a checkpoint that was deleted, or weights of an unknown model.
     """
-    known, weights = find_record(given), given
+    known, weights = record.find(given), given
     if known and os.path.isdir(given):
         weights = str(choose_weights(known, args.epoch))
     elif args.epoch:
@@ -67,22 +67,11 @@ def target_from_args(args: argparse.Namespace, given: str) -> Target:
     return Target(weights, spec_from_args(args, weights, known), known)
 
 
-def find_record(given: str) -> Record | None:
-    """The record of a run's folder or of a checkpoint; InputError for a folder without one."""
-    known = record.find(given)
-    if known is None and os.path.isdir(given):
-        raise InputError(
-            f"{given} is a folder without {record.FILE}, so it is not a run of flyp train; give a checkpoint "
-            "(checkpoints/epoch_N.pt) with its --model."
-        )
-    return known
-
-
 def choose_weights(run: Record, epoch: str | None) -> Path:
     """The weights that a folder with a record stands for: of a run, of merged weights, or an export for open_clip.
 
     Args:
-        run: as `find_record` returns it.
+        run: as `record.find` returns it.
         epoch: 'last', 'best' (top-1 on the first evaluation set; of equal ones the earliest) or a number; None: the
             merged weights if there are any, else the last epoch.
 

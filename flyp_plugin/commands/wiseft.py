@@ -100,14 +100,14 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
             have changed.
     """
     from flyp_plugin import record
-    from flyp_plugin.targets import choose_weights, fill_in, find_record, spec_from_args
+    from flyp_plugin.targets import choose_weights, fill_in, spec_from_args
 
     given = args.average or [path for path in (args.run_folder, args.finetuned) if path]
     if not given or (args.run_folder and (args.average or args.finetuned)):
         raise InputError(
             "pass what to merge as one of RUN (logs/birds), --finetuned PATH or --average PATH PATH ...; see --help."
         )
-    found = [(path, find_record(path)) for path in given]
+    found = [(path, record.find(path)) for path in given]
     finetuned = [
         str(choose_weights(known, args.epoch or "last")) if known and os.path.isdir(path) else path
         for path, known in found
