@@ -109,11 +109,10 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)  # from before torch 1.6
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
+        if not any(name.endswith("/constants.pkl") for name in names):  # which a TorchScript archive has
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
         code = b"".join(archive.read(name) for name in names if name.endswith(".py"))
-    if not any(name.endswith("/constants.pkl") for name in names):
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    # torch.jit.load rebuilds the modules of a TorchScript archive and calls no method of theirs but this one
-    if b"__setstate__" in code:
+    if b"__setstate__" in code:  # torch.jit.load rebuilds the modules and calls no other method of theirs
         raise InputError(
             f"{path} is refused because loading this TorchScript archive would run its code; save only the state_dict."
         )

@@ -82,11 +82,11 @@ def choose_weights(run: Record, epoch: str | None) -> Path:
     assert folder is not None  # noqa: S101 - records that are found have one
     saved = record.epochs(folder)
     path = _merged_weights(folder, saved) if epoch is None else None
-    if path is None and epoch in (None, "last"):
-        path = record.newest_checkpoint(folder)
+    if epoch in (None, "last"):
+        path = path or record.newest_checkpoint(folder)
         if path is None:
             raise InputError(f"{folder} has no checkpoint; give the path of one.")
-    elif path is None:
+    else:
         number, why = _best_epoch(run, folder) if epoch == "best" else (epoch, "")
         path = {str(one): path for one, path in saved.items()}.get(str(number))
         if path is None:
@@ -120,7 +120,7 @@ def merged_name(alpha: float) -> str:
 
 
 def _best_epoch(run: Record, folder: Path) -> tuple[int, str]:
-    """The epoch with the best top-1 on the first evaluation set, and these words for a message."""
+    """The epoch with the best top-1 on the first evaluation set, and words that say so."""
     name, path = (run.get("eval_data") or [""])[0].partition("=")[0], folder / RESULTS
     rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     scores = {row["epoch"]: row[f"{name}/top1"] for row in rows if row["epoch"] and f"{name}/top1" in row}
@@ -178,7 +178,7 @@ def resolve_spec(
     known = known or record.find(pretrained)
     if known is None and model_name is None:
         raise InputError(
-            f"there is no {record.FILE} for {pretrained}; check that it exists, or pass its --model."
+            f"there is no {record.FILE} for {pretrained}, as for a run or its checkpoints; check the path, or pass --model."
         )
     if known and model_name in (None, known.spec.name):
         spec = known.spec.with_flags(flags)
