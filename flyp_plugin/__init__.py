@@ -20,7 +20,8 @@ that `flyp eval` uses, so that figures agree.
 
 The way of weights: `model_spec.py` says what a model's name and pretrained tag mean (activation, preprocessing),
 `record.py` writes it to the run's flyp.json with the classes, `checkpoints.py` is the one reader and writer of weights,
-and every command takes `logs/RUN` and finds all of it there. `run_folder.py` guards that folder before and after a run.
+and `targets.py` finds all of it for what a command is given, such as `logs/RUN`. `run_folder.py` guards that folder before
+and after a run.
 
 Where to add:
     a metric            metrics.py, a function of a Tally with the decorator @metric

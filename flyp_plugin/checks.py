@@ -16,11 +16,11 @@ import open_clip
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU
 
-from flyp_plugin import checkpoints, run_folder
+from flyp_plugin import checkpoints, run_folder, targets
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import to_argv
 from flyp_plugin.learned import load_head
-from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, plain
+from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, square_as_int
 from flyp_plugin.record import Record
 from flyp_plugin.sources import is_url
 
@@ -108,7 +108,7 @@ def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
 
 def check_start(args: Namespace) -> None:
     """InputError if training cannot start from --pretrained or --resume: a learned head, or NaN in the weights."""
-    if load_head(checkpoints.state_of_file(args.pretrained)):
+    if load_head(checkpoints.read_torch_file(args.pretrained)):
         raise InputError(
             f"{args.pretrained} has a learned head, which open_clip cannot load; export its towers with "
             "`flyp export --format open_clip` and start from those."
@@ -130,7 +130,7 @@ def resolve_model(args: Namespace, resumed: Record | None) -> ModelSpec:
         spec = resumed.spec.with_flags(flags)
         run_folder.refuse_other_run(resumed, args, spec)
     else:
-        spec = checkpoints.resolve(args.model, args.pretrained, flags)
+        spec = targets.resolve_spec(args.model, args.pretrained, flags)
     made = {f"image_{name}": spec.preprocess_cfg[name] for name in PREPROCESSING}
     made |= {**spec.forced, "force_quick_gelu": spec.quick_gelu}
     changed = spec.differences(ModelSpec.of(args.model, args.pretrained).with_flags({**flags, **made}))
@@ -150,14 +150,14 @@ def check_built(model: Any, spec: ModelSpec) -> None:
     """
     built, trunk = model.visual.preprocess_cfg, getattr(model.visual, "trunk", None)  # a trunk is timm's
     wrong = [
-        f"{name} {plain(built[name])}, not {value}"
+        f"{name} {square_as_int(built[name])}, not {value}"
         for name, value in spec.preprocess_cfg.items()
-        if plain(built.get(name, value)) != value
+        if square_as_int(built.get(name, value)) != value
     ]
     quick_gelu = any(isinstance(module, QuickGELU) for module in model.modules())
     if (trunk is None or isinstance(model, CLIP)) and spec.quick_gelu != quick_gelu:
         wrong.append(f"another activation than {spec.activation}")
-    size = plain(getattr(getattr(trunk, "patch_embed", None), "img_size", None))
+    size = square_as_int(getattr(getattr(trunk, "patch_embed", None), "img_size", None))
     if spec.forced.get("force_image_size") and size and size != spec.preprocess_cfg["size"]:
         wrong.append(f"a timm image tower for size {size}, not {spec.preprocess_cfg['size']}")
     if wrong:

@@ -17,12 +17,13 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
-from flyp_plugin.checkpoints import Model, build_model, resolve
+from flyp_plugin.checkpoints import Model, build_model
 from flyp_plugin.errors import InputError
 from flyp_plugin.learned import HEAD, ClassHead, exact_logits
 from flyp_plugin.prompts import ClassPrompts
-from flyp_plugin.record import FILE, find, weights_in
+from flyp_plugin.record import FILE, find
 from flyp_plugin.samples import to_rgb
+from flyp_plugin.targets import choose_weights, resolve_spec
 from flyp_plugin.text import short_text
 
 
@@ -196,7 +197,7 @@ class ImageClassifier(nn.Module):
         Raises:
             InputError: weights that cannot be read or belong to another architecture; a class that a learned head lacks.
         """
-        spec = resolve(model_name, os.fspath(path), kwargs)
+        spec = resolve_spec(model_name, os.fspath(path), kwargs)
         model = build_model(spec, os.fspath(path), precision, device)
         return cls.from_model(model, spec.tokenizer(), prompts, precision).eval()
 
@@ -225,7 +226,7 @@ class ImageClassifier(nn.Module):
             raise InputError(
                 f"{run} has no {FILE}, so it is not a run of flyp train; use ImageClassifier.from_checkpoint."
             )
-        weights = weights_in(known, None if epoch is None else str(epoch)) if Path(run).is_dir() else run
+        weights = choose_weights(known, None if epoch is None else str(epoch)) if Path(run).is_dir() else run
         spec, precision = known.spec, precision or known.get("precision") or "fp32"
         model = build_model(spec, os.fspath(weights), precision, device)
         prompts = prompts or known.prompts

@@ -1,8 +1,9 @@
-"""Which model some weights belong to: architecture, activation and image preprocessing, as open_clip builds it.
+"""What a model's name and pretrained tag mean: architecture, activation and image preprocessing, as open_clip builds them.
 
 A state_dict says none of this. A pretrained tag does: open_clip's registry states each tag's activation, mean, std,
-interpolation and resize mode. open_clip 3.x only warns where a tag wants QuickGELU and the model's configuration has
-GELU; here the tag decides, in every command. Runs keep the result in their record (record.py).
+interpolation and resize mode. open_clip 3.x only warns where a tag needs QuickGELU and the model's configuration says
+GELU; here the tag decides, in every command. A run keeps the result in its record (record.py); targets.py finds the
+spec of whatever a user gives.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of images; th
 # open_clip's flags that change what a model is
 FORCED = ("force_quick_gelu", "force_image_size", "force_context_length", "force_custom_text")
 FLAGS = (*FORCED, *(f"image_{name}" for name in PREPROCESSING))
-_PLACE = re.compile(r"(hf-hub|local-dir):(.+)")  # a name that says where configuration and weights are
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ModelSpec:
     Attributes:
         name: open_clip's name of the architecture, or `hf-hub:` or `local-dir:` and a place.
         model_cfg: its configuration, with the activation and the sizes that are used.
-        preprocess_cfg: mean, std, interpolation, resize_mode and size (pixels) of evaluation, and open_clip's others.
+        preprocess_cfg: mean, std, interpolation, resize_mode and size (pixels) in evaluation, and open_clip's others.
         forced: the flags that made it another model than its name says, such as {"force_image_size": 336}.
     """
 
@@ -48,76 +49,82 @@ class ModelSpec:
 
     @classmethod
     def of(cls, name: str, pretrained: str = "") -> "ModelSpec":
-        """What a name and one of its pretrained tags mean; `pretrained` that is no tag adds nothing.
+        """The spec of a name and one of its pretrained tags; a `pretrained` that is not a tag adds nothing.
 
         Raises:
-            InputError: the place of an `hf-hub:` or `local-dir:` name has no configuration, or the model sees no images (CLAP).
+            InputError: an unknown name, a place without a configuration, or a model of other things than images (CLAP).
         """
         if is_place(name):
-            config = _config_of_place(name)
+            config = _read_config(name)
             model_cfg, preprocess_cfg = config["model_cfg"], config.get("preprocess_cfg", {})
         else:
-            model_cfg = open_clip.get_model_config(_clean(name))
-            preprocess_cfg = open_clip.get_pretrained_cfg(_clean(name), pretrained)
-            if _tag_has_quick_gelu(_clean(name), pretrained):
+            key = registry_name(name)
+            model_cfg, preprocess_cfg = open_clip.get_model_config(key), tag_config(name, pretrained)
+            if model_cfg is None:
+                near = ", ".join(get_close_matches(key, open_clip.list_models(), 1)) or "--model-config FILE"
+                raise InputError(f"open_clip has no model {name}; did you mean {near}?")
+            # before 2.30 open_clip lists the tag under NAME-quickgelu instead of marking it; OpenAI's, not even that
+            listed = open_clip.is_pretrained_cfg(f"{key}-quickgelu", pretrained)
+            unmarked = listed or pretrained.lower() == "openai"
+            if preprocess_cfg and (preprocess_cfg.get("quick_gelu") or unmarked):
                 model_cfg["quick_gelu"] = True
         if "vision_cfg" not in model_cfg:
-            raise InputError(f"{name} is not a model of images and texts; choose another --model.")
-        return cls(name, model_cfg, _preprocess_cfg(model_cfg, preprocess_cfg))
+            raise InputError(f"{name} is not an image-text model; choose another --model.")
+        return cls(name, model_cfg, _complete(preprocess_cfg, model_cfg))
 
     @property
     def quick_gelu(self) -> bool:
         return bool(self.model_cfg.get("quick_gelu"))
 
     @property
-    def context_length(self) -> int | None:
-        return self.model_cfg["text_cfg"].get("context_length")
+    def activation(self) -> str:
+        return "QuickGELU" if self.quick_gelu else "GELU"
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """mean, std, interpolation and resize_mode."""
+        return {name: self.preprocess_cfg[name] for name in PREPROCESSING}
 
     def with_flags(self, flags: Mapping[str, Any]) -> "ModelSpec":
-        """As open_clip's flags of these names change it; those that are None or False change nothing."""
+        """This model as open_clip's flags (FLAGS) change it; those that are None or False change nothing."""
         forced = {name: flags[name] for name in FORCED if flags.get(name)}
-        model_cfg, preprocess_cfg = deepcopy(dict(self.model_cfg)), dict(self.preprocess_cfg)
+        model_cfg = deepcopy(dict(self.model_cfg))
         if forced.get("force_quick_gelu"):
             model_cfg["quick_gelu"] = True
-        if size := forced.get("force_image_size"):  # a number, [number] or [height, width]
-            one = isinstance(size, int) or len(size) == 1
-            model_cfg["vision_cfg"]["image_size"] = (
-                (size if isinstance(size, int) else size[0]) if one else list(size)
-            )
+        if size := forced.get("force_image_size"):
+            model_cfg["vision_cfg"]["image_size"] = square_as_int(size)
         if length := forced.get("force_context_length"):
             model_cfg["text_cfg"]["context_length"] = length
         if forced.get("force_custom_text"):
             model_cfg["custom_text"] = True
         images = {name: flags.get(f"image_{name}") for name in PREPROCESSING}
-        preprocess_cfg = _preprocess_cfg(model_cfg, merge_preprocess_dict(preprocess_cfg, images))
+        preprocess_cfg = merge_preprocess_dict(dict(self.preprocess_cfg), images)
         return replace(
-            self, model_cfg=model_cfg, preprocess_cfg=preprocess_cfg, forced={**self.forced, **forced}
+            self,
+            model_cfg=model_cfg,
+            preprocess_cfg=_complete(preprocess_cfg, model_cfg),
+            forced={**self.forced, **forced},
         )
 
     def differences(self, other: "ModelSpec") -> list[str]:
-        """What `other` is that this is not, in words: 'QuickGELU, not GELU', 'mean 0.5 0.5 0.5, not 0 0 0'."""
-        found = []
-        if self.quick_gelu != other.quick_gelu:
-            found.append(f"{other.activation}, not {self.activation}")
-        one, two = _flat(self.model_cfg), _flat(other.model_cfg)
-        for key in sorted(one.keys() | two.keys()):
-            if one.get(key) != two.get(key):
-                found.append(f"{key} {_short(two.get(key))}, not {_short(one.get(key))}")
-        for key, before in self.preprocess_cfg.items():
-            if (now := other.preprocess_cfg.get(key)) != before and key != "size":  # which is the model's
-                found.append(f"{key} {_short(now)}, not {_short(before)}")
-        return found
-
-    @property
-    def activation(self) -> str:
-        return "QuickGELU" if self.quick_gelu else "GELU"
+        """How `other` differs from this model, in words such as 'mean 0.5 0.5 0.5, not 0 0 0'."""
+        before = {"activation": self.activation, **_flatten(self.model_cfg)}
+        after = {"activation": other.activation, **_flatten(other.model_cfg)}
+        for key in self.preprocess_cfg.keys() - {"size"}:  # the model's image_size
+            before[key], after[key] = self.preprocess_cfg[key], other.preprocess_cfg.get(key)
+        return [
+            f"{key} {_format(after.get(key))}, not {_format(before.get(key))}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key)
+        ]
 
     def __str__(self) -> str:
-        images = ", ".join(f"{name} {_short(self.preprocess_cfg[name])}" for name in PREPROCESSING)
-        return f"{self.name} with {self.activation}, images of {_short(self.preprocess_cfg['size'])} pixels with {images}"
+        images = ", ".join(f"{name} {_format(value)}" for name, value in self.images.items())
+        size = _format(self.preprocess_cfg["size"])
+        return f"{self.name} with {self.activation}, images of {size} pixels with {images}"
 
     def registered_name(self) -> str:
-        """A name under which open_clip builds this model: its own, or a new one where that means another model."""
+        """A name under which open_clip builds this model: its own, or a new one if that is another model there."""
         name = re.sub(r"[^\w.-]", "-", self.name)
         if open_clip.get_model_config(name) != self.model_cfg:
             text = json.dumps(self.model_cfg, sort_keys=True)
@@ -131,104 +138,77 @@ class ModelSpec:
 
     def tokenizer(self) -> Callable:
         """open_clip's tokenizer of this model: list of N texts -> int64 (N, context length)."""
-        name = (
-            self.name if is_place(self.name) else self.registered_name()
-        )  # a place has its tokenizer's files
+        name = self.name if is_place(self.name) else self.registered_name()  # a place has tokenizer files
         with quiet():
-            return open_clip.get_tokenizer(name, context_length=self.context_length)
+            return open_clip.get_tokenizer(
+                name, context_length=self.model_cfg["text_cfg"].get("context_length")
+            )
 
 
 def is_place(name: str) -> bool:
-    """Whether a model's name says where its configuration and weights are."""
-    return _PLACE.match(name) is not None
+    """Whether a model's name is the place of its configuration and weights."""
+    return name.startswith(("hf-hub:", "local-dir:"))
 
 
-def check_activation(spec: ModelSpec, pretrained: str, flags: Mapping[str, Any]) -> None:
-    """InputError where --force-quick-gelu contradicts a tag."""
-    is_tag = not is_place(spec.name) and open_clip.get_pretrained_cfg(_clean(spec.name), pretrained)
-    if flags.get("force_quick_gelu") and is_tag and not spec.quick_gelu:
-        raise InputError(
-            f"the weights {pretrained} of {spec.name} were trained with GELU; leave out --force-quick-gelu."
-        )
+def registry_name(name: str) -> str:
+    """The name in open_clip's registry, which also takes ViT-B/32 for ViT-B-32."""
+    return name.replace("/", "-")
 
 
-def other_tags(spec: ModelSpec) -> dict[str, list[str]]:
-    """The tags of a model whose activation or preprocessing is another than `spec`'s, by what is other."""
-    found: dict[str, list[str]] = {}
-    for tag in [] if is_place(spec.name) else open_clip.list_pretrained_tags_by_model(_clean(spec.name)):
-        other = ModelSpec.of(spec.name, tag)
-        if spec.quick_gelu != other.quick_gelu:
-            found.setdefault(other.activation, []).append(tag)
-        if any(spec.preprocess_cfg[name] != other.preprocess_cfg[name] for name in PREPROCESSING):
-            found.setdefault("preprocessing", []).append(tag)
-    return found
-
-
-def _tag_has_quick_gelu(name: str, tag: str) -> bool:
-    """open_clip before 2.30 has no mark on the tag, but lists it under the name's -quickgelu twin (OpenAI's always)."""
-    cfg = open_clip.get_pretrained_cfg(name, tag)
-    listed = bool(cfg) and (open_clip.is_pretrained_cfg(f"{name}-quickgelu", tag) or tag.lower() == "openai")
-    return bool(cfg.get("quick_gelu")) or listed
-
-
-def _config_of_place(name: str) -> dict[str, Any]:
-    kind, place = _PLACE.match(name).groups()  # type: ignore[union-attr]
+def _read_config(name: str) -> dict[str, Any]:
+    kind, _, place = name.partition(":")
+    file = "open_clip_config.json"
     try:
-        if kind == "hf-hub":
-            place = download_pretrained_from_hf(place, filename="open_clip_config.json")
-        else:
-            place = str(Path(place, "open_clip_config.json"))
-        config = json.loads(Path(place).read_text(encoding="utf-8"))
+        path = download_pretrained_from_hf(place, filename=file) if kind == "hf-hub" else Path(place, file)
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "model_cfg" not in config:
+            raise ValueError("it lacks model_cfg")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise InputError(
-            f"{name} has no readable open_clip_config.json ({reason}); check the name."
-        ) from None
-    if not isinstance(config, dict) or "model_cfg" not in config:
-        raise InputError(f"{place} has no model_cfg, so {name} is no model of open_clip's; check the name.")
+        raise InputError(f"{name} has no valid {file} ({reason}); check --model.") from None
     return config
 
 
-def _preprocess_cfg(model_cfg: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's defaults, what is `given` over them, and the size of the model, as JSON has it."""
+def tag_config(name: str, tag: str) -> dict[str, Any]:
+    """open_clip's registry entry of a model's pretrained tag; empty if there is none."""
+    return {} if is_place(name) else open_clip.get_pretrained_cfg(registry_name(name), tag)
+
+
+def _complete(preprocess_cfg: Mapping[str, Any], model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """All of open_clip's preprocessing options: `preprocess_cfg`, the model's image size, and open_clip's defaults."""
     size = model_cfg["vision_cfg"].get("image_size", 224)
-    merged = merge_preprocess_dict(asdict(PreprocessCfg()), {**given, "size": size})
-    return {key: plain(value) for key, value in merged.items()}
+    merged = merge_preprocess_dict(asdict(PreprocessCfg()), {**preprocess_cfg, "size": size})
+    return {key: square_as_int(value) for key, value in merged.items()}
 
 
-def plain(value: Any) -> Any:
-    """Tuples as lists, and a square size as one number."""
+def square_as_int(value: Any) -> Any:
+    """A value of a configuration as JSON has it: tuples as lists, and a size of [N, N] or [N] as N."""
     if isinstance(value, (tuple, list)):
-        return value[0] if len(value) == 2 and value[0] == value[1] else list(value)
+        return value[0] if len(value) <= 2 and len(set(value)) == 1 else list(value)
     return value
 
 
-def _flat(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The towers' settings as vision_cfg.layers and so on; without the activation."""
+def _flatten(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The towers' settings as vision_cfg.layers and so on, without the activation."""
     flat: dict[str, Any] = {}
     for key, value in model_cfg.items():
         flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
-    flat.pop("quick_gelu", None)
-    return flat
+    return {key: value for key, value in flat.items() if key != "quick_gelu"}
 
 
-def _short(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(f"{part:.4g}" if isinstance(part, float) else str(part) for part in value)
     return str(value)
 
 
-def _clean(name: str) -> str:
-    return name.replace("/", "-")  # as open_clip does, for ViT-B/32
-
-
 @contextmanager
-def quiet(least: int = logging.WARNING) -> Iterator[None]:
-    """open_clip logs each step of building a model to the root logger; keep its warnings only."""
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Keep open_clip, which logs each step of building a model to the root logger, to messages of this level."""
     root = logging.getLogger()
-    level = root.level
-    root.setLevel(max(level, least))
+    before = root.level
+    root.setLevel(max(before, level))
     try:
         yield
     finally:
-        root.setLevel(level)
+        root.setLevel(before)

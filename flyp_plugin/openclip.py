@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from flyp_plugin import run_folder
-from flyp_plugin.checkpoints import one_reader, save
+from flyp_plugin.checkpoints import save, use_reader
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import NO_ROOM, InputError
 from flyp_plugin.model_spec import ModelSpec, is_place
@@ -366,7 +366,7 @@ class _Seams:
         if self.model is not None and not is_place(name):  # the teacher of --distill-model
             kwargs["force_quick_gelu"] = ModelSpec.of(name, pretrained or "").quick_gelu
         try:
-            with one_reader():
+            with use_reader():
                 created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
         except (RuntimeError, OSError) as error:
             # of weights that are another model's, and those that cannot be downloaded

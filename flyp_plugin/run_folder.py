@@ -54,7 +54,7 @@ def check_checkpoints(folder: Path) -> None:
 
 def clear_up(folder: Path) -> None:
     """What a killed run left half-written goes, a checkpoint, which --resume latest would take, under another name."""
-    for path in folder.glob("checkpoints/.*.part"):  # those of checkpoints.replacing
+    for path in folder.glob("checkpoints/.*.part"):  # of checkpoints.atomic_path
         path.unlink()
     for path in sorted(folder.glob("checkpoints/**/*.pt")):
         if not zipfile.is_zipfile(path):  # torch writes a zip file, whose directory comes last

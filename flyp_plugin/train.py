@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flyp_plugin import checkpoints, checks, objectives, openclip, record, run_folder, shards
+from flyp_plugin import checkpoints, checks, objectives, openclip, record, run_folder, shards, targets
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
@@ -108,8 +108,7 @@ class FlypRun:
         if not is_place(args.model):
             args.model = args.model.replace("/", "-")  # ViT-B/16, which only parts of open_clip accept
         if args.model_config:
-            checkpoints.add_model_config(args.model_config)
-        checkpoints.check_names(args.model, args.pretrained)
+            targets.add_model_config(args.model_config)
         mistake = next(chain(checks.find_mistakes(args, typed), objectives.find_mistakes(args)), None)
         if mistake:
             raise InputError(mistake)
@@ -183,13 +182,13 @@ class FlypRun:
         """The content of flyp.json (record.py) for a run that starts after `epoch`."""
         args = self.args
         lists, keys = ("classnames", "templates"), ("image_key", "label_key", "group_key")
-        content = record.of_model(self.spec) | {"training": self.settings}
+        content = record.describe_model(self.spec) | {"training": self.settings}
         for name in ("model_config", "precision", "objective", "eval_data"):
             content[name] = getattr(args, name)
         content |= {name: getattr(self.prompts, name) for name in lists}
         content["classes_given"] = [name for name in lists if getattr(args, name)]
         content["keys"] = {name: getattr(args, name) for name in keys}
-        content["pretrained"] = record.source(args.pretrained)
+        content["pretrained"] = record.describe_weights(args.pretrained)
         if epoch and self.resumed and args.pretrained in ("", self.resumed.pretrained):
             content["pretrained"] = self.resumed.get("pretrained", {})  # weights are the checkpoint's now
         return Record(content)

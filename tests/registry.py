@@ -48,7 +48,7 @@ from timm.models.vitamin import VitCfg, VitConvCfg
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
-from flyp_plugin import checkpoints, checks, openclip, record, shards, train
+from flyp_plugin import checkpoints, checks, openclip, record, shards, targets, train
 from flyp_plugin.commands import call
 from flyp_plugin.commands.export import save_open_clip
 from flyp_plugin.data import LabelledDataset
@@ -427,7 +427,9 @@ def check_meaning(entry: Entry, folder: Path) -> None:
     assert bool(args.force_quick_gelu) == entry.quick_gelu, f"{entry}: open_clip is not told the activation"
     told = {key: getattr(args, f"image_{key}") for key in IMAGES}
     assert told == entry.images, f"{entry}: open_clip is told {told}, not {entry.images}"
-    record.Record({**record.of_model(spec), "pretrained": record.source(entry.tag)}).write(folder)
+    record.Record({**record.describe_model(spec), "pretrained": record.describe_weights(entry.tag)}).write(
+        folder
+    )
     known = record.read(folder)
     assert known is not None
     same(known.spec, "the record")
@@ -435,8 +437,8 @@ def check_meaning(entry: Entry, folder: Path) -> None:
         f"{entry}: the record is another than was written"
     )
     (folder / "epoch_1.pt").touch()
-    same(checkpoints.resolve(None, str(folder / "epoch_1.pt"), {}), "a checkpoint beside the record")
-    of_tag = checkpoints.load_model(entry.name, entry.tag)
+    same(targets.resolve_spec(None, str(folder / "epoch_1.pt"), {}), "a checkpoint beside the record")
+    of_tag = checkpoints.build_model(targets.resolve_spec(entry.name, entry.tag, {}), entry.tag)
     of_record = checkpoints.build_model(known.spec, entry.tag)
     for model, where in ((of_tag, "the model of the tag"), (of_record, "the model of the record")):
         assert preprocessing(model) == expected, (

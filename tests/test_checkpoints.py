@@ -9,19 +9,24 @@ import torch
 from safetensors.torch import save_file
 
 from flyp_plugin.checkpoints import (
-    beside,
+    atomic_path,
+    atomic_write,
+    build_model,
+    explain_write_errors,
     first_difference,
-    load_model,
     read_state_dict,
-    replacing,
     save,
-    writing,
 )
 from flyp_plugin.errors import InputError
+from flyp_plugin.targets import resolve_spec
 from tests.helpers_eval import checkpoint, root
 from tests.naming import naming, says
 
 MODEL = "tiny-digits"
+
+
+def load_model(name, weights):
+    return build_model(resolve_spec(name, str(weights), {}), str(weights))
 
 
 class Evil:
@@ -187,7 +192,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     try:
         for write in (lambda part: save_file({"a": torch.zeros(10**6)}, part),
                       lambda part: part.write_bytes(bytes(10**6))):  # fmt: skip
-            with pytest.raises(InputError, match="File too large") as error, replacing(path) as part:
+            with pytest.raises(InputError, match="File too large") as error, atomic_write(path) as part:
                 write(part)
             assert "\n" not in str(error.value)
         with pytest.raises(InputError, match=naming(path, "File too large")):
@@ -208,10 +213,10 @@ def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path):
             save({}, path)
         with (
             pytest.raises(InputError, match=rf"{path}\b.*({reason})"),
-            beside(path) as part,
+            atomic_path(path) as part,
         ):
             part.touch()
-    with pytest.raises(InputError, match="No space left on device"), writing("/dev/full"):
+    with pytest.raises(InputError, match="No space left on device"), explain_write_errors("/dev/full"):
         Path("/dev/full").write_bytes(b"a")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
@@ -239,7 +244,7 @@ OTHERS = [
 @pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
 def test_what_is_no_fault_of_the_file_comes_through(error, tmp_path):
     path = tmp_path / "it"
-    for block in (replacing, beside, writing):
+    for block in (atomic_write, atomic_path, explain_write_errors):
         with pytest.raises(type(error)) as raised, block(path):
             raise error
         assert raised.value is error

@@ -171,7 +171,7 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_when_all_is_well(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flyp_plugin.commands.export.save_file", full)
+        patch.setattr("safetensors.torch.save_file", full)
         with pytest.raises(InputError, match="No space left on device"):
             export("tiny-digits", out, "open_clip", "--force")
     assert (out / "config.json").read_text() == before and os.listdir(tmp_path) == ["it"]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from flyp_plugin import commands, run_folder
-from flyp_plugin.commands.export import replacing_folder
+from flyp_plugin.commands.export import atomic_folder
 from flyp_plugin.commands.jobs import claim_folder
 from flyp_plugin.errors import InputError
 from flyp_plugin.run_folder import LOCK, folder_lock
@@ -201,7 +201,7 @@ def test_a_folder_that_is_written_to_is_refused_and_one_that_stays_empty_goes(tm
 
 def test_of_two_exports_to_one_folder_the_later_is_refused(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match=naming(out, "--force")), replacing_folder(out, force=False) as part:
+    with pytest.raises(InputError, match=naming(out, "--force")), atomic_folder(out, force=False) as part:
         (part / "second").touch()
         out.mkdir()
         (out / "first").touch()
@@ -213,16 +213,16 @@ def test_only_an_export_is_written_over_by_an_export(tmp_path):
         (tmp_path / name).touch()
         with (
             pytest.raises(InputError, match=naming(tmp_path, "thesis.txt")),
-            replacing_folder(tmp_path, force=True),
+            atomic_folder(tmp_path, force=True),
         ):
             pass
     (tmp_path / "thesis.txt").unlink()
     with (
         pytest.raises(InputError, match=naming(tmp_path, "config.json")),
-        replacing_folder(tmp_path, force=True),
+        atomic_folder(tmp_path, force=True),
     ):
         pass
     (tmp_path / "model.safetensors").touch()
-    with replacing_folder(tmp_path, force=True) as part:
+    with atomic_folder(tmp_path, force=True) as part:
         (part / "new").touch()
     assert os.listdir(tmp_path) == ["new"]

@@ -100,7 +100,7 @@ def test_a_place_has_one_meaning_from_training_to_export(kind, tokenizer, models
 
 
 def test_a_places_weights_have_no_record_in_this_folder(tmp_path, monkeypatch):
-    record.Record(record.of_model(ModelSpec.of("ViT-B-32"))).write(tmp_path)
+    record.Record(record.describe_model(ModelSpec.of("ViT-B-32"))).write(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert record.find(".") is not None and record.find("") is None
 

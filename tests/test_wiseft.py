@@ -278,7 +278,6 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(tmp_path, monkeypatch)
         (["--alphas", "0:1:0.1"], naming("--eval-data", "--alpha")),
         ([*sets(), "--eval-data", f"val={root()}/ood"], naming("--eval-data", "'val'", f"{root()}/ood")),
         (["--alpha", "0.5", "--finetuned", wide], r"(?=.*visual\.\w)(?=.*[(\[]80\b)(?=.*[(\[]64\b)"),
-        (["--alpha", "0.5", "--device", "cuda:99"], naming("cuda:99")),
         (["--alpha", "0.5", "--model-config", "no.json"], naming("no.json", "--model-config")),
         (["--alpha", "0.5", "--model", "tiny-digit"], naming("tiny-digit", "tiny-digits")),
         ([*sets(), "--label-key", "nothing"], "--label-key"),

@@ -374,7 +374,7 @@ def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
 
 def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Block, dict[str, Any]]) -> None:
     """Write compare.json, compare.md and compare.png."""
-    from flyp_plugin.checkpoints import replacing
+    from flyp_plugin.checkpoints import atomic_write
 
     blocks = []
     for block, methods in results.items():
@@ -394,7 +394,7 @@ def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Bl
     picture = ""
     if any(results.values()):
         picture = ", compare.png"
-        with replacing(out / "compare.png") as part:
+        with atomic_write(out / "compare.png") as part:
             plots.draw(record, part)
     sys.stdout.write(text)
     _log.info(f"Wrote {out}/compare.md, compare.json{picture}; the runs are in {out}/runs.")

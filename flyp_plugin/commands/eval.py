@@ -39,11 +39,11 @@ def add_flags(parser: ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score a checkpoint on the evaluation sets; the table or the JSON goes to stdout."""
     from flyp_plugin.checkpoints import refuse_existing
-    from flyp_plugin.commands.targets import target_from_args
     from flyp_plugin.evalsets import eval_sets_from_args, loader_from_args, with_progress
     from flyp_plugin.heads import ImageClassifier, val_preprocess
     from flyp_plugin.metrics import evaluate, table
     from flyp_plugin.precision import match_open_clip_precision
+    from flyp_plugin.targets import target_from_args
 
     match_open_clip_precision()
     target = target_from_args(args, args.checkpoint)
@@ -82,12 +82,12 @@ def _predictions(path: str | None) -> Iterator[Callable | None]:
     if path is None:
         yield None
         return
-    from flyp_plugin.checkpoints import beside, writing
+    from flyp_plugin.checkpoints import atomic_path, explain_write_errors
 
-    with beside(path) as part:
+    with atomic_path(path) as part:
 
         def write(rows: Iterable[Sequence], mode: str = "a") -> None:
-            with writing(path), open(part, mode, newline="", encoding="utf-8") as stream:
+            with explain_write_errors(path), open(part, mode, newline="", encoding="utf-8") as stream:
                 csv.writer(stream).writerows(rows)
 
         write([_COLUMNS], "w")

@@ -100,20 +100,20 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
             have changed.
     """
     from flyp_plugin import record
-    from flyp_plugin.commands.targets import choose_weights, fill_in, find_record, spec_from_args
+    from flyp_plugin.targets import choose_weights, fill_in, spec_from_args
 
     given = args.average or [path for path in (args.run_folder, args.finetuned) if path]
     if not given or (args.run_folder and (args.average or args.finetuned)):
         raise InputError(
             "pass what to merge as one of RUN (logs/birds), --finetuned PATH or --average PATH PATH ...; see --help."
         )
-    found = [(path, find_record(path)) for path in given]
+    found = [(path, record.find(path)) for path in given]
     finetuned = [
-        str(choose_weights(known, path, args.epoch or "last")) if os.path.isdir(path) else path
+        str(choose_weights(known, args.epoch or "last")) if known and os.path.isdir(path) else path
         for path, known in found
     ]
     records = [known for _, known in found if known]
-    record.same_meaning(records)
+    record.check_same_model(records)
     known = records[0] if records else None
     if args.pretrained is None:
         pretrained = _starting_weights(known, given[0])
@@ -121,7 +121,7 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
         pretrained = args.pretrained
         before = record.find(pretrained)
         if known and before:
-            record.same_meaning([before, known])
+            record.check_same_model([before, known])
     fill_in(args, known)
     return EndPoints(finetuned, pretrained, spec_from_args(args, pretrained, known), known)
 
@@ -164,7 +164,7 @@ def _output_folder(args: argparse.Namespace, known: "Record | None") -> Path:
 
 def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) -> None:
     from flyp_plugin.checkpoints import refuse_existing
-    from flyp_plugin.record import merged_name
+    from flyp_plugin.targets import merged_name
 
     draw = len(alphas) > 1
     if draw and not scored:
@@ -187,20 +187,19 @@ def _load_end_points(
     Against a learned head, the pretrained side's is the zero-shot head of the same classes and templates.
     """
     from flyp_plugin.checkpoints import build_model, read_state_dict
-    from flyp_plugin.commands.targets import device_of
     from flyp_plugin.heads import zeroshot_as_learned
     from flyp_plugin.learned import HEAD, load_head
     from flyp_plugin.wiseft import average, check_same_architecture
 
     states = [read_state_dict(path) for path in ends.finetuned]
     learned = load_head(states[0])
-    source = build_model(ends.spec, ends.pretrained, "fp32", device_of(args))
+    source = build_model(ends.spec, ends.pretrained, "fp32", args.device)
     if learned is not None and not hasattr(source, HEAD):
         setattr(source, HEAD, zeroshot_as_learned(source, ends.spec.tokenizer(), learned.class_prompts))
     pretrained = {key: tensor.clone() for key, tensor in source.state_dict().items()}
     model = source
     if args.precision not in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
-        model = build_model(ends.spec, ends.pretrained, args.precision, device_of(args))
+        model = build_model(ends.spec, ends.pretrained, args.precision, args.device)
         if hasattr(source, HEAD):
             setattr(model, HEAD, getattr(source, HEAD))
     _check_learned_classes([*states, pretrained], [*ends.finetuned, ends.pretrained])
@@ -256,9 +255,10 @@ def _write(
     saved: Sequence[float],
 ) -> None:
     """Write the merged weights of the alphas in `saved`, flyp.json, wiseft.json and frontier.png, and say what is where."""
-    from flyp_plugin.checkpoints import replacing, save
+    from flyp_plugin.checkpoints import atomic_write, save
     from flyp_plugin.metrics import table
-    from flyp_plugin.record import FILE, merged_name
+    from flyp_plugin.record import FILE
+    from flyp_plugin.targets import merged_name
     from flyp_plugin.wiseft import interpolate
 
     names = [FILE, "wiseft.json"]
@@ -269,11 +269,11 @@ def _write(
     merged_record = _record_of_merged(args, ends, sets)
     merged_record.write(out)
     text = json.dumps(_summary(ends, results, chosen, sets[0].name if sets else None), indent=1)
-    with replacing(out / "wiseft.json") as part:
+    with atomic_write(out / "wiseft.json") as part:
         part.write_text(text + "\n", encoding="utf-8")
     if len(results) > 1:
         names.append("frontier.png")
-        with replacing(out / "frontier.png") as part:
+        with atomic_write(out / "frontier.png") as part:
             draw_frontier(results, chosen, part, args.per_set)
     if args.json:
         sys.stdout.write(text + "\n")
@@ -292,11 +292,11 @@ def _record_of_merged(args: argparse.Namespace, ends: EndPoints, sets: "Sequence
     """The run's record with what flags changed; of loose files, what is known: the model, and the ID set's classes."""
     from flyp_plugin import record
 
-    content = {**(ends.record.content if ends.record else {}), **record.of_model(ends.spec)}
+    content = {**(ends.record.content if ends.record else {}), **record.describe_model(ends.spec)}
     if sets and not ends.record:
         content |= {"classnames": sets[0].prompts.classnames, "templates": sets[0].prompts.templates}
     if args.pretrained is not None or not ends.record:
-        content["pretrained"] = record.source(ends.pretrained)
+        content["pretrained"] = record.describe_weights(ends.pretrained)
     return record.Record(content)
 
 
@@ -307,7 +307,7 @@ def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | Non
 
     import flyp_plugin
     from flyp_plugin import record
-    from flyp_plugin.checkpoints import weights_file
+    from flyp_plugin.checkpoints import locate_weights
 
     def describe(given: str, path: str) -> dict[str, Any]:
         return {"given": given, "sha256": record.sha256(path)}
@@ -321,7 +321,7 @@ def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | Non
         "alphas": {f"{alpha:.2f}": metrics for alpha, metrics in results.items()},
         "inputs": {
             "finetuned": [describe(path, path) for path in ends.finetuned],
-            "pretrained": describe(ends.pretrained, weights_file(ends.spec, ends.pretrained)),
+            "pretrained": describe(ends.pretrained, locate_weights(ends.spec, ends.pretrained)),
         },
         "versions": {module.__name__: module.__version__ for module in (flyp_plugin, open_clip, torch)},
     }
