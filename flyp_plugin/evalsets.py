@@ -1,4 +1,4 @@
-"""Named evaluation sets, from --eval-data NAME=SHARDS to classifier and loader."""
+"""Evaluation sets: from --eval-data NAME=SHARDS to class names, templates and a loader."""
 
 import argparse
 import re
@@ -20,13 +20,13 @@ _FILES = {"classnames": "classnames.txt", "templates": "zeroshot_classification_
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A labelled set with its own class names and templates; the first of a run is the ID validation set.
+    """A labelled set with its own class names and templates; the first set of a run is the ID validation set.
 
     Attributes:
-        name: stands in metrics and tables.
+        name: its name in metrics and tables.
         shards: tar URLs.
         prompts: C class names in T templates.
-        source: what the user gave for the shards.
+        source: the shards as the user gave them.
     """
 
     name: str
@@ -41,28 +41,28 @@ def parse_eval_sets(
     templates: str | None = None,
     fallback: Mapping[str, str | Sequence[str] | None] | None = None,
 ) -> list[EvalSet]:
-    """Evaluation sets from NAME=SHARDS, where SHARDS may also be a data folder, whose `test` split is used.
+    """Evaluation sets from NAME=SHARDS; of a data folder, the `test` split is used.
 
     Args:
-        specs: as given with --eval-data.
-        classnames, templates: replace the text files beside the shards, for all sets.
-        fallback: `classnames` and `templates` for sets that have no such file: a path, or the lines. In training these are
-            the flags of the training set.
+        specs: the values of --eval-data.
+        classnames, templates: used for all sets in place of the text files beside the shards.
+        fallback: `classnames` and `templates` for sets without such a file: a path, or the lines. In training, the training
+            set's flags.
 
     Raises:
-        InputError: not NAME=SHARDS, a name given twice or unfit for a metric, no shards or class names.
+        InputError: not NAME=SHARDS, a repeated name, no shards, or no class names.
     """
     sets: dict[str, EvalSet] = {}
     for spec in specs:
         name, equals, source = spec.partition("=")
         if not equals or not source or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise InputError(
-                f"--eval-data {spec!r} is not NAME=SHARDS; the name, of letters, digits, '_', '-' and '.', "
-                "stands in the metrics (val=data/test)."
+                f"--eval-data {spec!r} is not NAME=SHARDS, such as val=data/test; the name may have letters, digits, "
+                "'_', '-' and '.'."
             )
         if name in sets:
             raise InputError(
-                f"--eval-data gives the name {name!r} twice ({sets[name].source}, {source}); rename one."
+                f"--eval-data uses the name {name!r} twice ({sets[name].source}, {source}); rename one."
             )
         shards = [shard for part in source.split("::") for shard in expand_source(part, "test")]
         given: dict[str, Any] = {"classnames": classnames, "templates": templates}
@@ -75,7 +75,7 @@ def parse_eval_sets(
 def loader_from_args(
     eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace, max_lost: float = 1.0
 ) -> LabelledDataset:
-    """The set's images, or a rank's part of them, as the flags of `flyp train`, `eval` and `wiseft` say."""
+    """A loader of the set's images (on several ranks, of this rank's share) with the flags of `flyp train`, `eval` or `wiseft`."""
     return LabelledDataset(
         eval_set.shards,
         preprocess,
@@ -93,7 +93,7 @@ def loader_from_args(
 
 
 def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """The batches of a loader, under a bar that counts images; its end is known where the shards' sizes are."""
+    """The batches of a loader, with a progress bar in images; its total is shown if the shards state their sizes."""
     total = stated_samples(getattr(loader, "shards", ())) if sys.stderr.isatty() else None
     with tqdm(desc=name, unit="image", total=total or None, disable=None) as bar:
         for batch in loader:
@@ -102,7 +102,7 @@ def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[
 
 
 def eval_sets_from_args(args: argparse.Namespace, known: Record | None) -> list[EvalSet]:
-    """The sets of --eval-data, else those of the run's training; a set without class names takes the run's --classnames."""
+    """The sets of --eval-data, else those of the run; a set without class names uses the run's --classnames."""
     specs = args.eval_data or (known.get("eval_data", []) if known else [])
     fallback = {name: known.get(name) for name in known.get("classes_given", [])} if known else {}
     return parse_eval_sets(specs, args.classnames, args.templates, fallback)

@@ -1,4 +1,10 @@
-"""The zero-shot head of a set of class prompts, and the classifier that a CLIP model becomes with it."""
+"""From a CLIP model and class prompts to a classifier.
+
+FLYP's head at test time is the *fine-tuned* text tower's own: the encoded prompts of each class (arXiv 2212.00638,
+sec. 3). `build_zeroshot_head` makes it, `ImageClassifier` puts it on the image tower: `from_run` for a finished run,
+`from_model` for whichever head a model has (a linear probe has a learned one), `from_prompts` for the zero-shot head. Training's
+evaluation, `flyp eval`, `flyp wiseft` and `flyp export` all score through ImageClassifier, so that their figures agree.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -28,20 +34,20 @@ def build_zeroshot_head(
     device: str | torch.device = "cpu",
     use_tqdm: bool = False,
 ) -> torch.Tensor:
-    """The head of class prompts: per class the mean over templates of normalised features, normalised again.
+    """The zero-shot head: for each class the mean of its prompts' normalised text features, normalised again.
 
-    open_clip.build_zero_shot_classifier makes it, on text cut short where that changes nothing (text.py).
+    Calls open_clip.build_zero_shot_classifier, with short text where that is exact (text.py).
 
     Args:
-        model: a CLIP model of open_clip; put in eval mode meanwhile.
+        model: an open_clip CLIP model; runs in eval mode and is then restored.
         tokenizer: open_clip.get_tokenizer's for that model.
         prompts: C class names in T templates.
-        num_classes_per_batch: classes encoded at once; all if None.
-        device: where the model is.
+        num_classes_per_batch: classes encoded at once; None: all.
+        device: the model's device.
         use_tqdm: show a progress bar.
 
     Returns:
-        float (D, C), D the width of the joint space; columns have length 1.
+        float (D, C) with D the width of the joint space; columns have norm 1.
     """
     training = model.training
     model.eval()
@@ -63,20 +69,20 @@ def build_zeroshot_head(
 def zeroshot_as_learned(
     model: Model, tokenizer: Callable, prompts: ClassPrompts, precision: str = "fp32"
 ) -> ClassHead:
-    """The zero-shot head as the learned head that it is the start of: fine-tuning's, and WiSE-FT's at alpha 0."""
+    """The zero-shot head as a learned head: where training one starts, and its alpha 0 in WiSE-FT."""
     head = ImageClassifier.from_prompts(model, tokenizer, prompts, precision).head
     return ClassHead(model.logit_scale.detach().exp().float() * head.T.float(), prompts)
 
 
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:
-    """The context in which a forward pass runs under open_clip's --precision."""
+    """The autocast context of a forward pass under open_clip's --precision."""
     dtype = {"amp": torch.float16, "amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16}.get(precision)
     return torch.autocast(torch.device(device).type, dtype=dtype) if dtype else nullcontext()
 
 
 def encode_images(model: Model, images: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
-    """Preprocessed images (B, 3, H, W) -> normalised features (B, D), of the type that open_clip's --precision gives."""
-    images = images.to(open_clip.get_input_dtype(precision))  # None, but for fp16 and bf16: changes nothing
+    """Preprocessed images (B, 3, H, W) -> normalised features (B, D) in the dtype of open_clip's --precision."""
+    images = images.to(open_clip.get_input_dtype(precision))  # None (no change) except for fp16 and bf16
     with autocast(precision, images.device):
         return model.encode_image(images, normalize=True)
 
@@ -85,9 +91,9 @@ def encode_images(model: Model, images: torch.Tensor, precision: str = "fp32") -
 def image_features(
     model: Model, loader: Iterable[dict[str, Any]], precision: str = "fp32"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised features float32 (N, D) and labels (N,) of a loader's images, on the model's device, in eval mode.
+    """Normalised float32 features (N, D) and labels (N,) of a loader's images, in eval mode, on the model's device.
 
-    Where there are no images, as one of several ranks may have none, both are of length 0.
+    N may be 0: one of several ranks may have no images.
     """
     device, training = model.logit_scale.device, model.training
     model.eval()
@@ -108,18 +114,18 @@ def val_preprocess(model: Model) -> Callable:
 
 
 class ImageClassifier(nn.Module):
-    """A CLIP model with a head: images in, logits out, scaled by logit_scale.exp().
+    """A CLIP model with a classification head: images in, logits out, scaled by logit_scale.exp().
 
     Args:
-        model: a CLIP model of open_clip.
-        head: (D, C), a column a class; see `build_zeroshot_head`.
+        model: an open_clip CLIP model.
+        head: float (D, C), one column per class; see `build_zeroshot_head`.
         classnames: C names.
-        precision: open_clip's --precision that the model was made with.
+        precision: open_clip's --precision that the model was built with.
 
     Raises:
-        ValueError: head and classnames do not agree on C.
+        ValueError: head and classnames disagree on C.
 
-    Example, a folder of images:
+    Example: classify a folder of images.
         >>> from pathlib import Path
         >>> from PIL import Image
         >>> from flyp_plugin import ImageClassifier
@@ -140,14 +146,16 @@ class ImageClassifier(nn.Module):
         self.model: Any = model
         self.classnames = list(classnames)
         self.precision = precision
-        self.register_buffer("head", head)  # in the state dict, so that it moves and merges with the weights
-        self.training = model.training  # so that eval() and back leaves the model as it was
+        self.register_buffer(
+            "head", head
+        )  # part of the state dict, so that it moves and merges with the weights
+        self.training = model.training  # eval() and back leave the model as it was
 
     @classmethod
     def from_prompts(
         cls, model: Model, tokenizer: Callable, prompts: ClassPrompts, precision: str = "fp32", **kwargs: Any
     ) -> "ImageClassifier":
-        """The zero-shot classifier of a model as it is; kwargs go to `build_zeroshot_head`."""
+        """The zero-shot classifier of a model; kwargs go to `build_zeroshot_head`."""
         device = model.logit_scale.device
         with autocast(precision, device):
             head = build_zeroshot_head(model, tokenizer, prompts, device=device, **kwargs)
@@ -157,7 +165,7 @@ class ImageClassifier(nn.Module):
     def from_model(
         cls, model: Model, tokenizer: Callable, prompts: ClassPrompts, precision: str = "fp32", **kwargs: Any
     ) -> "ImageClassifier":
-        """With the learned head of a model that has one, restricted to these class names; else `from_prompts`.
+        """The classifier with the model's learned head, if it has one, restricted to these classes; else `from_prompts`.
 
         Raises:
             InputError: a class name that the learned head does not have.
@@ -165,7 +173,7 @@ class ImageClassifier(nn.Module):
         learned = getattr(model, HEAD, None)
         if learned is None:
             return cls.from_prompts(model, tokenizer, prompts, precision, **kwargs)
-        # logit_scale.exp(), which the forward pass puts in, is in the learned weights already
+        # learned weights include logit_scale.exp(), which forward() multiplies in again
         head = learned.restricted(prompts.classnames).T.float() / model.logit_scale.detach().exp().float()
         return cls(model, head, prompts.classnames, precision)
 
@@ -179,14 +187,14 @@ class ImageClassifier(nn.Module):
         device: str | torch.device = "cpu",
         **kwargs: Any,
     ) -> "ImageClassifier":
-        """A classifier from open_clip's model name and a checkpoint's path (or a pretrained tag).
+        """A classifier from open_clip's model name and a checkpoint's path or a pretrained tag.
 
         Args:
-            kwargs: flags of open_clip, e.g. force_quick_gelu=True. What is known of the weights (a tag, a record
-                beside them) need not be given.
+            kwargs: open_clip's flags, such as force_quick_gelu=True; not needed for what the weights' tag, or the flyp.json
+                beside them, already says.
 
         Raises:
-            InputError: weights that cannot be read or are another architecture's; class names that a learned head lacks.
+            InputError: weights that cannot be read or belong to another architecture; a class that a learned head lacks.
         """
         spec = resolve(model_name, os.fspath(path), kwargs)
         model = build_model(spec, os.fspath(path), precision, device)
@@ -201,28 +209,28 @@ class ImageClassifier(nn.Module):
         precision: str | None = None,
         device: str | torch.device = "cpu",
     ) -> "ImageClassifier":
-        """The classifier that a run has trained, with the model, preprocessing and classes of its record (flyp.json).
+        """The classifier that a run trained, with the model, preprocessing and classes recorded in its flyp.json.
 
         Args:
             run: the run's folder, logs/NAME, or a checkpoint in it or merged from it.
-            epoch: of a folder: 'best', 'last' or a number; None: the merged weights where there are some, else the last.
-            prompts: other classes; None: those of the training set.
-            precision: as open_clip's --precision; None: the run's.
+            epoch: for a folder: 'best', 'last' or a number; None: the merged weights if there are any, else the last.
+            prompts: other classes; None: the training set's.
+            precision: open_clip's --precision; None: the run's.
 
         Raises:
-            InputError: no record, a checkpoint that was deleted, or weights that cannot be read.
+            InputError: no flyp.json, a deleted checkpoint, or weights that cannot be read.
         """
         known = find(run)
         if known is None:
             raise InputError(
-                f"{run} has no {FILE}, so it is no run of flyp train; see ImageClassifier.from_checkpoint."
+                f"{run} has no {FILE}, so it is not a run of flyp train; use ImageClassifier.from_checkpoint."
             )
         weights = weights_in(known, None if epoch is None else str(epoch)) if Path(run).is_dir() else run
         spec, precision = known.spec, precision or known.get("precision") or "fp32"
         model = build_model(spec, os.fspath(weights), precision, device)
         prompts = prompts or known.prompts
         if prompts is None:
-            raise InputError(f"{known.folder}/{FILE} names no classes; give prompts.")
+            raise InputError(f"{known.folder}/{FILE} names no classes; pass prompts=.")
         return cls.from_model(model, spec.tokenizer(), prompts, precision).eval()
 
     @property
@@ -240,8 +248,8 @@ class ImageClassifier(nn.Module):
         """The most likely class of each image and its probability.
 
         Args:
-            images: a sequence of PIL images of any mode, which become RGB as in training and `flyp eval`
-                (samples.to_rgb), or preprocessed images (B, 3, H, W).
+            images: PIL images of any mode, converted to RGB as in training (samples.to_rgb), or preprocessed images
+                (B, 3, H, W).
 
         Returns:
             (class name, probability) of each image.

@@ -1,6 +1,7 @@
-"""Classification metrics, from counts that are gathered in one pass and can be added up over ranks.
+"""Classification metrics from counts, which are collected in one pass and can be added up over ranks.
 
-A metric is one function of the counts. Not for models: a classifier here is anything that gives logits.
+A `Tally` counts predictions. A metric is a function of a Tally with the decorator `@metric`: to add one, write it here,
+and it appears in training logs, `flyp eval`, `flyp wiseft` and `flyp compare`. A classifier is anything that returns logits.
 """
 
 import logging
@@ -23,12 +24,12 @@ _METRICS: list[Callable[["Tally"], Metrics]] = []
 
 @dataclass
 class Tally:
-    """What the metrics need to know of the predictions so far, for C classes; small, and can be pickled.
+    """Counts of predictions for C classes; small and picklable.
 
     Attributes:
-        labelled, predicted, correct: int64 (C,), images of a class, predicted as it, and both.
+        labelled, predicted, correct: int64 (C,), the images of each class, those predicted as it, and those both.
         in_top5: images whose class is among the five most likely.
-        groups: images and correct ones of each group; '' stands for images that have none.
+        groups: (images, correct images) of each group; '' is the group of images without one.
     """
 
     num_classes: int
@@ -50,13 +51,13 @@ class Tally:
         logits, labels = logits.float(), labels.to(logits.device)
         if logits.isnan().any():
             raise InputError(
-                "the logits of a batch are no numbers (NaN): the weights have diverged in training, or --precision is too "
-                "narrow for them; take other weights, or fp32."
+                "the logits of a batch are NaN: training has diverged, or the weights overflow in this --precision; use "
+                "other weights, or --precision fp32."
             )
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             wrong = labels.max() if labels.max() >= self.num_classes else labels.min()
             raise InputError(
-                f"label {int(wrong)} is outside 0..{self.num_classes - 1}; give the classes of this set."
+                f"label {int(wrong)} is outside 0..{self.num_classes - 1}; pass the class names of this set."
             )
         prediction = logits.argmax(dim=1)
         hit = prediction == labels
@@ -79,13 +80,9 @@ class Tally:
             self._count_group(group, number, correct)
 
     def metrics(self) -> Metrics:
-        """All metrics.
-
-        Raises:
-            InputError: no image was counted.
-        """
+        """All metrics by name. Raises InputError if no image was counted."""
         if not self.labelled.any():
-            raise InputError("there is no image to score in this set; check its shards and --image-key.")
+            raise InputError("this set has no images to score; check its shards and --image-key.")
         return {name: value for metric in _METRICS for name, value in metric(self).items()}
 
     def _count_group(self, group: str, number: int, correct: int) -> None:
@@ -94,7 +91,7 @@ class Tally:
 
 
 def metric(function: Callable[[Tally], Metrics]) -> Callable[[Tally], Metrics]:
-    """Report what `function` makes of a Tally, by name, with the other metrics."""
+    """Decorator: report the {name: value} that `function` returns for a Tally along with the other metrics."""
     _METRICS.append(function)
     return function
 
@@ -108,14 +105,14 @@ def _accuracy(tally: Tally) -> Metrics:
 
 @metric
 def _mean_per_class_recall(tally: Tally) -> Metrics:
-    """Over the classes that occur in the ground truth: scikit-learn's balanced_accuracy_score."""
+    """Mean over the classes in the ground truth: scikit-learn's balanced_accuracy_score."""
     occurs = tally.labelled > 0
     return {"mean_per_class_recall": (tally.correct[occurs].double() / tally.labelled[occurs]).mean().item()}
 
 
 @metric
 def _macro_f1(tally: Tally) -> Metrics:
-    """Over the classes that occur in the ground truth, as WILDS (arXiv 2012.07421) scores iWildCam."""
+    """Mean over the classes in the ground truth, as WILDS (arXiv 2012.07421) scores iWildCam."""
     occurs = tally.labelled > 0
     f1 = 2 * tally.correct[occurs].double() / (tally.labelled + tally.predicted)[occurs]
     return {"macro_f1": f1.mean().item()}
@@ -123,13 +120,11 @@ def _macro_f1(tally: Tally) -> Metrics:
 
 @metric
 def _worst_group(tally: Tally) -> Metrics:
-    """The least accuracy of a group that occurs, as in WILDS (arXiv 2012.07421), and its name."""
+    """The lowest accuracy of any group, as in WILDS (arXiv 2012.07421), and the group's name."""
     accuracy = {group: correct / number for group, (number, correct) in sorted(tally.groups.items()) if group}
     if not accuracy:
         if tally.groups:
-            _log.warning(
-                "No image of this set has a group, so none is the worst; --group-key names its member."
-            )
+            _log.warning("No image of this set has a group; --group-key names the member that holds it.")
         return {}
     worst = min(accuracy, key=accuracy.__getitem__)
     return {"worst_group_top1": accuracy[worst], "worst_group": worst}
@@ -145,13 +140,13 @@ def score(
     """Count a classifier's predictions over a loader, in one pass.
 
     Args:
-        classifier: images (B, 3, H, W) -> logits (B, C); a module is put in eval mode meanwhile.
-        loader: batches as dicts with "images", "labels" and perhaps "groups", or as (images, labels).
-        tally: counts to go on from; None: a new one.
+        classifier: images (B, 3, H, W) -> logits (B, C). A module runs in eval mode and is then restored.
+        loader: batches as dicts with "images", "labels" and optionally "groups", or as (images, labels).
+        tally: counts to add to; None: a new Tally.
         on_batch: called with each batch (a dict) and its logits.
 
     Raises:
-        InputError: a label outside 0..C-1, a logit that is NaN; or no batch at all, where no tally is given.
+        InputError: a label outside 0..C-1, or a NaN logit.
     """
     module = classifier if isinstance(classifier, nn.Module) else nn.Module()
     device = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
@@ -172,32 +167,30 @@ def score(
 
 
 def evaluate(classifier: Callable[[torch.Tensor], torch.Tensor], loader: Iterable, **kwargs: Any) -> Metrics:
-    """The metrics of a classifier over a loader; arguments as for `score`.
+    """The metrics of a classifier over a loader; takes the arguments of `score`.
 
     Returns:
-        n; top1; top5 where C > 5; mean_per_class_recall and macro_f1, over the classes that occur in the
-        ground truth; worst_group_top1 and worst_group (its name) where there are groups. All but n and the
-        name in 0..1.
+        n; top1; top5 if C > 5; mean_per_class_recall and macro_f1 over the classes in the ground truth;
+        worst_group_top1 and worst_group (its name) if there are groups. All in [0, 1] except n and the name.
         Equal to scikit-learn's with labels=np.unique(y), and to WILDS' for groups.
 
     Raises:
-        InputError: a label outside 0..C-1, a logit that is NaN, or no image.
+        InputError: a label outside 0..C-1, a NaN logit, or no images.
     """
     return score(classifier, loader, **kwargs).metrics()
 
 
 def best(figures: Mapping[Key, float]) -> Key:
-    """The key (an alpha, an epoch, a setting) of the highest figure; of equal ones the smallest, which moves least."""
+    """The key (an alpha, an epoch, a setting) of the highest figure; the smallest of equal ones, which changes least."""
     return max(figures, key=lambda key: (figures[key], -key))
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
-    """Rows of metrics as aligned text, fractions as percentages."""
+    """Rows of metrics as an aligned text table, with fractions as percentages."""
     columns = list(dict.fromkeys(chain.from_iterable(rows.values())))
     lines = [[corner, *columns]]
-    for name, row in rows.items():
-        lines.append([name, *(_cell(row.get(column, "")) for column in columns)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines += [[name, *(_cell(row.get(column, "")) for column in columns)] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     padded = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in lines)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
 

@@ -1,6 +1,11 @@
-"""WiSE-FT (arXiv 2109.01903): weights between the pretrained and the fine-tuned model, and which to choose.
+"""WiSE-FT (arXiv 2109.01903): the weights on the line between the pretrained and the fine-tuned model.
 
-`interpolate` and `average` are pure; the sweep scores all alphas on each decoded image. Files are merge.py's.
+    theta(alpha) = (1 - alpha) * theta_pretrained + alpha * theta_finetuned          (eq. 1)
+
+Fine-tuning gains accuracy in distribution (ID) and loses some out of distribution (OOD); a point between the two
+models often has both. `interpolate` and `average` are pure functions of state dicts. `sweep` scores every alpha on
+every evaluation set while decoding each image once, and `choose_alpha` takes the best on the ID validation set: the OOD
+sets never choose. `flyp wiseft` (commands/wiseft.py) runs all of it on files.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,37 +20,39 @@ from flyp_plugin.evalsets import EvalSet, with_progress
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Metrics, Tally, best, score
 
-# Bytes of decoded images scored under one alpha before the weights are moved to the next. Larger: fewer
-# moves, which cost one pass over the image tower's weights each; 256 MiB are 445 images at 224 pixels.
+# Bytes of decoded images scored at one alpha before the weights move to the next. Moving costs one pass over the image
+# tower's weights, so larger is faster; 256 MiB hold 445 images at 224 pixels.
 _BLOCK = 256 << 20
 
 
 def interpolate(pretrained: StateDict, finetuned: StateDict, alpha: float) -> dict[str, torch.Tensor]:
-    """(1 - alpha) * pretrained + alpha * finetuned, over every floating-point tensor (WiSE-FT, eq. 1).
+    """(1 - alpha) * pretrained + alpha * finetuned for every floating-point tensor (WiSE-FT, eq. 1).
 
-    Computed in float32 or wider, given back in the wider type of the two. Other tensors (counters) are the
-    fine-tuned side's. alpha 0 and 1 give the end points to the last bit.
+    Computed in float32 or wider and returned in the wider dtype of the two. Other tensors (counters) are the
+    fine-tuned side's. alpha 0 and 1 return the end points bit for bit.
 
     Raises:
         InputError: alpha outside [0, 1], or state dicts of different architectures.
     """
     if not 0 <= alpha <= 1:
-        raise InputError(f"alpha {alpha} is outside [0, 1]; 0 is the pretrained and 1 the fine-tuned model.")
-    check_same(pretrained, finetuned, "the fine-tuned weights", "the pretrained ones")
-    return {key: _between(tensor, finetuned[key], alpha) for key, tensor in pretrained.items()}
+        raise InputError(f"alpha must be in [0, 1] (0: pretrained, 1: fine-tuned), got {alpha}.")
+    check_same_architecture(pretrained, finetuned, "the fine-tuned weights", "the pretrained weights")
+    return {key: _interpolate_tensor(tensor, finetuned[key], alpha) for key, tensor in pretrained.items()}
 
 
 def average(state_dicts: Sequence[StateDict]) -> dict[str, torch.Tensor]:
-    """The mean of every floating-point tensor (uniform soup, arXiv 2203.05482); others are the last one's.
+    """The mean of every floating-point tensor (uniform soup, arXiv 2203.05482); other tensors are the last one's.
 
-    Computed in float64, given back in float32 or the tensors' own wider type.
+    Computed in float64 and returned in float32, or in the tensors' own dtype if that is wider.
 
     Raises:
         InputError: state dicts of different architectures.
     """
     *_, last = state_dicts
     for number, other in enumerate(state_dicts, 1):
-        check_same(last, other, f"checkpoint {number} of {len(state_dicts)} to average", "the last one")
+        check_same_architecture(
+            last, other, f"checkpoint {number} of {len(state_dicts)}", "the last checkpoint"
+        )
     result = {}
     for key, tensor in last.items():
         if tensor.is_floating_point():
@@ -55,14 +62,14 @@ def average(state_dicts: Sequence[StateDict]) -> dict[str, torch.Tensor]:
     return result
 
 
-def check_same(expected: StateDict, given: StateDict, name: str, expected_name: str) -> None:
-    """InputError, naming the first tensor, where two state dicts are not of one architecture."""
+def check_same_architecture(expected: StateDict, given: StateDict, name: str, expected_name: str) -> None:
+    """Raise InputError, naming the first tensor, if two state dicts differ in keys or shapes."""
     difference = first_difference(expected, given)
     if difference:
-        raise InputError(f"{name} are not of the architecture of {expected_name}: {difference}.")
+        raise InputError(f"{name} and {expected_name} are of different architectures: {difference}.")
 
 
-def _between(pretrained: torch.Tensor, finetuned: torch.Tensor, alpha: float) -> torch.Tensor:
+def _interpolate_tensor(pretrained: torch.Tensor, finetuned: torch.Tensor, alpha: float) -> torch.Tensor:
     if not finetuned.is_floating_point():
         return finetuned.clone()
     dtype = torch.promote_types(pretrained.dtype, finetuned.dtype)
@@ -83,32 +90,32 @@ def sweep(
     loader: Callable[[EvalSet], Iterable[dict[str, Any]]],
     precision: str = "fp32",
 ) -> dict[float, dict[str, Metrics]]:
-    """The metrics of each alpha on each set; every image is decoded once, whatever the number of alphas.
+    """The metrics of each alpha on each set, decoding every image once whatever the number of alphas.
 
-    Memory: the end points, `model`, a block of images, and a head (D, C) an alpha and set.
+    Memory: the two end points, `model`, a block of images, and one head (D, C) for each alpha and set.
 
     Args:
-        model: is given the weights of each alpha in turn; those it is left with mean nothing.
-        pretrained, finetuned: the end points, best on the model's device. A learned head that the model and both have
-            moves with the towers, and is each set's head by its class names.
-        loader: gives a set's batches.
-        precision: open_clip's --precision that the model was made with.
+        model: receives the weights of each alpha in turn, and is left with arbitrary ones.
+        pretrained, finetuned: the end points, preferably on the model's device. A learned head that both have is
+            interpolated like the towers, and serves each set by its class names.
+        loader: returns the batches of a set.
+        precision: open_clip's --precision that the model was built with.
 
     Raises:
         InputError: end points of different architectures, or class names that a learned head does not have.
     """
-    check_same(pretrained, finetuned, "the fine-tuned weights", "the pretrained ones")
+    check_same_architecture(pretrained, finetuned, "the fine-tuned weights", "the pretrained weights")
     weights = model.state_dict()
-    # once the heads are built, the text tower need not follow
+    # the heads are built first, so that later only the image side has to move
     image_side = {key: tensor for key, tensor in weights.items() if key.startswith(("visual.", "logit_"))}
 
-    def move_to(alpha: float, tensors: StateDict) -> None:
+    def load(alpha: float, tensors: StateDict) -> None:
         for key, tensor in tensors.items():
-            tensor.copy_(_between(pretrained[key], finetuned[key], alpha))
+            tensor.copy_(_interpolate_tensor(pretrained[key], finetuned[key], alpha))
 
     heads: dict[tuple[float, str], torch.Tensor] = {}
     for alpha in tqdm(alphas, desc="heads", unit="alpha", disable=None):
-        move_to(alpha, weights)
+        load(alpha, weights)
         for eval_set in sets:
             classifier = ImageClassifier.from_model(model, tokenizer, eval_set.prompts, precision)
             heads[alpha, eval_set.name] = classifier.head
@@ -118,7 +125,7 @@ def sweep(
         tallies = {alpha: Tally(len(names)) for alpha in alphas}
         for block in _blocks(with_progress(loader(eval_set), eval_set.name), model.logit_scale.device):
             for alpha in alphas:
-                move_to(alpha, image_side)
+                load(alpha, image_side)
                 classifier = ImageClassifier(model, heads[alpha, eval_set.name], names, precision)
                 score(classifier, block, tallies[alpha])
         for alpha in alphas:
@@ -127,10 +134,11 @@ def sweep(
 
 
 def _blocks(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator[list[dict[str, Any]]]:
+    """Lists of batches on `device`, of about _BLOCK bytes each."""
     block: list[dict[str, Any]] = []
     size = 0
     for batch in loader:
-        # copied: what came from a worker lies in shared memory, of which there may be no more than 64 MB
+        # copy: a worker's batch lies in shared memory, which may be no larger than 64 MB
         tensors = {key: batch[key].to(device, copy=True) for key in ("images", "labels")}
         size += tensors["images"].nbytes
         block.append({**batch, **tensors})
@@ -141,6 +149,6 @@ def _blocks(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator[
         yield block
 
 
-def choose(results: Mapping[float, Mapping[str, Metrics]], first: str) -> float:
-    """The alpha with the best top-1 on the set `first` alone; of equal ones the smallest."""
-    return best({alpha: by_set[first]["top1"] for alpha, by_set in results.items()})
+def choose_alpha(results: Mapping[float, Mapping[str, Mapping[str, Any]]], id_set: str) -> float:
+    """The alpha with the best top-1 on the ID validation set; the smallest of equal ones."""
+    return best({alpha: by_set[id_set]["top1"] for alpha, by_set in results.items()})

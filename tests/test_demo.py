@@ -66,7 +66,7 @@ def test_each_step_says_the_command_that_it_runs(finished):
         if words[1] == "train":
             openclip.parse_args(flags.parser().parse_known_args(words[2:])[1])
         else:
-            cli._parser().parse_args(words[1:])
+            commands._parser(words[1]).parse_args(words[1:])
 
 
 def test_a_second_start_runs_what_is_missing_alone(finished):

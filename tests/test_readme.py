@@ -17,7 +17,8 @@ from open_clip import pretrained
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flyp_plugin import ImageClassifier, commands, evaluate, flags, openclip
+from flyp_plugin import ImageClassifier, evaluate, flags, openclip
+from flyp_plugin import commands as cli
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.sources import count_samples, expand_source
 from tests.digits import NAMES
@@ -44,7 +45,7 @@ def commands(section=""):
 
 
 def known_flags():
-    parsers = [flags.parser(), commands._parser(words[1])]
+    parsers = [flags.parser(), *(cli._parser(name) for name in cli.COMMANDS)]
     known = set()
     while parsers:
         for action in parsers.pop()._actions:
@@ -69,7 +70,7 @@ def test_every_command_is_understood(words):
     if words[:2] == ["flyp", "train"]:
         words = words[1:]
     if words[0] == "flyp":
-        _, rest = commands._parser(words[1]).parse_known_args(words[1:])
+        _, rest = cli._parser(words[1]).parse_known_args(words[1:])
         assert not rest or words[1] == "compare"
         openclip.parse_args(flags.parser().parse_known_args(rest)[1])
     elif "--demo" not in words:

@@ -37,7 +37,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """`flyp eval`: score a checkpoint on the sets given; the table or the JSON goes to stdout."""
+    """Score a checkpoint on the evaluation sets; the table or the JSON goes to stdout."""
     from flyp_plugin.checkpoints import refuse_existing
     from flyp_plugin.commands.targets import target_from_args
     from flyp_plugin.evalsets import eval_sets_from_args, loader_from_args, with_progress
@@ -49,12 +49,12 @@ def run(args: argparse.Namespace) -> None:
     target = target_from_args(args, args.checkpoint)
     sets = eval_sets_from_args(args, target.record)
     if not sets:
-        raise InputError("there is nothing to score on; give --eval-data NAME=SHARDS.")
+        raise InputError("there is nothing to score; pass --eval-data NAME=SHARDS.")
     if args.predictions:
         refuse_existing(args.predictions, args.force)
     model = target.model(args)
     tokenizer, preprocess = target.spec.tokenizer(), val_preprocess(model)
-    classifiers = {  # first, for a learned head may lack a class
+    classifiers = {  # built first: a learned head may lack a class
         eval_set.name: ImageClassifier.from_model(
             model, tokenizer, eval_set.prompts, args.precision, use_tqdm=sys.stderr.isatty()
         )
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _predictions(path: str | None) -> Iterator[Callable | None]:
-    """Yields a function that writes lines of a CSV, to which `_write` gives those of a batch.
+    """Yield a function that appends rows to the CSV, or None without a path.
 
-    The evaluation runs in here, so its own errors must not be taken for those of the file.
+    Only writing is guarded: the evaluation runs inside this context, and its errors are not the file's.
     """
     if path is None:
         yield None

@@ -1,4 +1,4 @@
-"""Commands that are run one after another, each once for all starts of a program. What they do is not known here."""
+"""Run a list of commands one after another, each only once however often the program is started again."""
 
 import json
 import logging
@@ -17,21 +17,21 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.run_folder import folder_lock
 from flyp_plugin.sources import write_atomically
 
-DONE = "finished.json"  # in the folder of each command that has ended well
+DONE = "finished.json"  # in the folder of each command that succeeded
 _log = logging.getLogger(__name__)
 
 
 class JobFailed(InputError):
-    """A command ended with an error; others can still be run."""
+    """A command failed; the others can still run."""
 
 
 class Jobs:
-    """Runs commands, each in a folder that keeps the command itself, its output and that it has finished.
+    """Runs commands, each with a folder that keeps its command line, its output and whether it finished.
 
     Args:
-        left: how many there will be of each kind.
-        lock: a file descriptor that the commands keep open; see `folder_lock`.
-        bar: counts them.
+        left: the number of commands of each kind.
+        lock: a file descriptor that the commands inherit; see `folder_lock`.
+        bar: a progress bar that counts them.
     """
 
     def __init__(self, left: Mapping[str, int], lock: int, bar: tqdm):
@@ -41,11 +41,7 @@ class Jobs:
     def run(
         self, kind: str, title: str, folder: Path, command: Sequence[str], result: Callable[[], str]
     ) -> None:
-        """Run a command unless it has finished before, and say what came out.
-
-        Raises:
-            JobFailed: it ended with an error.
-        """
+        """Run a command unless it has finished before, and log its result. Raises JobFailed if it fails."""
         done = folder / DONE
         new = not done.exists()
         if new:
@@ -78,28 +74,24 @@ class Jobs:
                 status = process.wait()
             except BaseException:
                 process.terminate()
-                process.wait()  # which Popen leaves out after Ctrl-C
+                process.wait()  # Popen does not wait after Ctrl-C
                 raise
         if status:
             last = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-10:])
             raise JobFailed(
-                f"{what} in {log.parent} ended with status {status}; {log.name} there ends so:\n{last}"
+                f"{what} in {log.parent} failed with status {status}; the end of its {log.name}:\n{last}"
             )
 
 
 def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]) -> float:
-    """From the mean time of each kind of command so far; a kind not run yet is taken to be like the others."""
+    """An estimate from the mean time of each kind of command; a kind not run yet is taken to be like the others."""
     known = fmean(fmean(times) for times in seconds.values() if times)
     return sum(left[kind] * (fmean(times) if times else known) for kind, times in seconds.items())
 
 
 @contextmanager
 def run_jobs(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
-    """Jobs under a bar, in a folder that no other process writes to.
-
-    Raises:
-        InputError: another one does.
-    """
+    """Jobs with a progress bar, in a locked folder. Raises InputError if another process has the lock."""
     with (
         folder_lock(folder) as lock,
         logging_redirect_tqdm(),
@@ -109,21 +101,21 @@ def run_jobs(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
 
 
 def claim_folder(folder: Path, settings: Mapping[str, object], flag: str = "--out") -> None:
-    """Make a folder for the results of `settings`, or find that it is that already.
+    """Create a folder for the results of `settings`, or check that an existing one is for the same settings.
 
     Args:
-        flag: the one that names the folder.
+        flag: the flag that named the folder, for the error.
 
     Raises:
-        InputError: it holds the results of others, or something else, or is being written to.
+        InputError: it holds the results of other settings or something else, or another process writes to it.
     """
     record = folder / "settings.json"
     if not record.exists():
-        # hidden files are what one that was killed at this point leaves
+        # a process killed at this point leaves hidden files
         if folder.exists() and not (
             folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
         ):
-            raise InputError(f"{folder} is there and holds something else; give another {flag}.")
+            raise InputError(f"{folder} exists and holds something else; choose another {flag}.")
         with folder_lock(folder):
             if not record.exists():
                 write_atomically(record, json.dumps(settings, indent=1) + "\n")
@@ -131,6 +123,6 @@ def claim_folder(folder: Path, settings: Mapping[str, object], flag: str = "--ou
     for name, value in settings.items():
         if before.get(name) != value:
             raise InputError(
-                f"{folder} was begun with {name} {before.get(name)!r} and not {value!r}; give another {flag}, or the "
-                "same settings to go on with it."
+                f"{folder} was started with {name} {before.get(name)!r}, not {value!r}; choose another {flag}, or the same "
+                "settings to resume it."
             )

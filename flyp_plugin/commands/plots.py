@@ -1,51 +1,109 @@
-"""What `flyp compare` makes of its sweeps: figures by seed, intervals, table and picture. Runs and reads nothing.
+"""Tables and pictures of `flyp wiseft` and `flyp compare`: figures by seed, intervals, Markdown, frontiers.
 
-Everything is a function of compare.json's content, which compare.py describes.
+Pure functions: the `Record` that those of `flyp compare` take is the content of compare.json, described in compare.py.
 """
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from flyp_plugin.commands.wiseft import Curve, draw_curves, mean_ood
-
 Record = Mapping[str, Any]
-Table = dict[str, dict[str, dict[str, Any]]]  # rows -> columns -> what `figure` gives
+Table = dict[str, dict[str, dict[str, Any]]]  # rows -> columns -> what `figure` returns
 _WISE = " + WiSE-FT"
 
 
-def t_quantile(df: int) -> float:
-    """The 97.5 % point of Student's t, to 4 digits, without scipy, which nothing else here needs.
+@dataclass(frozen=True)
+class Curve:
+    """A frontier: its points in the order of the alphas, and the point that gets a star; accuracies in percent."""
 
-    From tables up to 4 degrees of freedom; from there the expansion about the normal point (Abramowitz and Stegun,
-    26.7.5), whose error is 1 in 10,000 at 5 and falls.
+    across: Sequence[float]
+    up: Sequence[float]
+    star: tuple[float, float]
+
+
+def mean_ood(by_set: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Mean top-1 over all sets but the first (the ID set); None if there is only one."""
+    _, *others = (metrics["top1"] for metrics in by_set.values())
+    return fmean(others) if others else None
+
+
+def draw_frontier(
+    results: Mapping[float, Mapping[str, Mapping[str, Any]]], chosen: float, path: Path, per_set: bool = False
+) -> None:
+    """ID accuracy across, OOD accuracy up, one point per alpha (WiSE-FT, figure 1); with one set, alpha across.
+
+    Args:
+        results: metrics of each alpha on each set, the ID set first.
+        chosen: the alpha that gets the star.
+        path: where the PNG goes.
+        per_set: one curve for each OOD set instead of their mean.
     """
-    table = [12.7062, 4.3027, 3.1824, 2.7764]
-    if df <= len(table):
-        return table[df - 1]
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / df**power for power, term in enumerate(terms))
+    alphas = sorted(results)
+    first, *others = results[alphas[0]]
+
+    def percent_of(name: str) -> list[float]:
+        return [100 * results[alpha][name]["top1"] for alpha in alphas]
+
+    across = percent_of(first) if others else alphas
+    ups = {name: percent_of(name) for name in others if per_set}
+    if others and not per_set:
+        ups["mean OOD"] = [100 * mean_ood(results[alpha]) for alpha in alphas]  # type: ignore[operator]
+    if not others:
+        ups[first] = percent_of(first)
+    at = alphas.index(chosen)
+    curves = {name: Curve(across, up, (across[at], up[at])) for name, up in ups.items()}
+    labels = [f"{alpha:g}" for alpha in alphas]
+    _draw_curves({"": curves}, labels, f"chosen: alpha = {chosen:g}", first if others else None, path)
+
+
+def _draw_curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    labels: Sequence[str],
+    star: str,
+    id_name: str | None,
+    path: Path,
+) -> None:
+    """Frontiers side by side.
+
+    Args:
+        panels: by title, the curves of each panel by name.
+        labels: text at the points, in the order of the alphas.
+        star: the legend of the star.
+        id_name: the set whose accuracy goes across; None: alpha does.
+        path: where the PNG goes.
+    """
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    for (title, curves), axes in zip(panels.items(), picture.subplots(1, len(panels), squeeze=False)[0]):
+        for name, curve in curves.items():
+            (line,) = axes.plot(curve.across, curve.up, "o-", markersize=4, label=name)
+            axes.plot(*curve.star, "*", markersize=16, color=line.get_color(), markeredgecolor="black")
+            for x, y, label in zip(curve.across, curve.up, labels):
+                axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes.plot([], [], "*", markersize=12, color="white", markeredgecolor="black", label=star)
+        axes.set_title(title)
+        axes.set_xlabel(f"{id_name} (ID) top-1, %" if id_name else "alpha (0: pretrained, 1: fine-tuned)")
+        axes.set_ylabel("OOD top-1, %" if id_name else "top-1, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    picture.savefig(path, format="png", dpi=150)
 
 
 def figure(values: Sequence[float]) -> dict[str, Any]:
-    """The mean of a value of each seed, and half of its 95 % interval by Student's t; None where there is one seed."""
+    """The mean over seeds, and half of its 95 % confidence interval (Student's t); None for a single seed."""
+    from scipy import stats
+
     n = len(values)
-    half = t_quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else None
     return {"mean": fmean(values), "half_width_95": half, "by_seed": list(values)}
 
 
 def top1(by_set: Mapping[str, Mapping[str, Any]], id_sets: Sequence[str]) -> dict[str, float]:
-    """Top-1 on each set, the ID sets first, and the mean over the others."""
+    """Top-1 on each set, the ID sets first, then the mean over the OOD sets."""
     ood = {name: metrics for name, metrics in by_set.items() if name not in id_sets}
     row = {name: by_set[name]["top1"] for name in [*id_sets, *ood]}
     mean = mean_ood({id_sets[0]: by_set[id_sets[0]], **ood})
@@ -53,7 +111,7 @@ def top1(by_set: Mapping[str, Mapping[str, Any]], id_sets: Sequence[str]) -> dic
 
 
 def rows(methods: Mapping[str, Record], id_sets: Sequence[str]) -> Table:
-    """Zero-shot (once, for no seed changes it), each method, and each at the alpha chosen for each seed."""
+    """The rows of the table: zero-shot, and each method with and without WiSE-FT at the alpha chosen for each seed."""
     table: Table = {}
     for method, found in methods.items():
         sweeps = list(found["seeds"].values())
@@ -69,13 +127,14 @@ def rows(methods: Mapping[str, Record], id_sets: Sequence[str]) -> Table:
 
 
 def differences(table: Table, methods: Sequence[str]) -> Table:
-    """Each method less the first, seed by seed: both without, or both with WiSE-FT."""
+    """Each method minus the first one, paired by seed; both without or both with WiSE-FT."""
     first, *others = methods
     result: Table = {}
-    for name, less in ((method + wise, first + wise) for method in others for wise in ("", _WISE)):
-        result[name] = {
-            column: figure([a - b for a, b in zip(cell["by_seed"], table[less][column]["by_seed"])])
-            for column, cell in table[name].items()
+    for method, wise in product(others, ("", _WISE)):
+        baseline = table[first + wise]
+        result[method + wise] = {
+            column: figure([a - b for a, b in zip(cell["by_seed"], baseline[column]["by_seed"])])
+            for column, cell in table[method + wise].items()
         }
     return result
 
@@ -84,20 +143,20 @@ def document(record: Record) -> str:
     """compare.md."""
     settings, seeds, (val, *test) = record["settings"], record["seeds"], record["id_sets"]
     listed = ", ".join(map(str, seeds))
-    of = (
-        f"mean over seeds {listed} ± half of its 95 % interval (Student's t). The interval is of the seeds alone: "
-        "that there are only n test images adds a standard error of up to 50/√n points"
+    spread = (
+        f"mean over seeds {listed} ± half of its 95 % confidence interval (Student's t). The interval covers seeds only; "
+        "n test images add a standard error of up to 50/√n points"
         if len(seeds) > 1
-        else f"of seed {listed}"
+        else f"seed {listed}"
     )
-    less = (
+    optimistic = (
         ""
         if test
-        else ", so its own figures are a little too good (--id-test names a set that chose nothing)"
+        else ", so its own figures are slightly optimistic (pass --id-test for a set that chooses nothing)"
     )
     how = (
-        f"Top-1 in %, {of}. Each method is taken after its last epoch ({record['epochs']}). `{val}` chose the setting "
-        f"of each method (on seed {seeds[0]}) and alpha (for each seed){less}; no other set chose anything."
+        f"Top-1 in %, {spread}. Each method is scored after its last epoch ({record['epochs']}). `{val}` chose the setting "
+        f"of each method (on seed {seeds[0]}) and alpha (for each seed){optimistic}; no other set chose anything."
     )
     text = [f"# {settings['model']} ({settings['pretrained']}), fine-tuned on {settings['train_data']}", how]
     for block in record["blocks"]:
@@ -105,7 +164,7 @@ def document(record: Record) -> str:
         text += [_markdown(block["rows"], record, block["methods"])]
         if block["differences"]:
             first = record["methods"][0]
-            text += [f"In points, less {first}, and with WiSE-FT less {first}{_WISE}, paired by seed:"]
+            text += [f"Difference to {first} (with WiSE-FT: to {first}{_WISE}) in points, paired by seed:"]
             text += [_markdown(block["differences"], record, block["methods"], "+")]
     pairs = product(record["blocks"], record["methods"])
     missing = [f"{method} ({block['title']})" for block, method in pairs if method not in block["methods"]]
@@ -114,7 +173,6 @@ def document(record: Record) -> str:
 
 
 def _markdown(table: Table, record: Record, methods: Mapping[str, Record], sign: str = "") -> str:
-    """With the tuned setting and the alpha of each row."""
     if not table:
         return "No method has finished."
     notes = {"zero-shot": ["", "0"]}
@@ -143,7 +201,7 @@ def percent(cell: Mapping[str, Any], sign: str = "") -> str:
 
 
 def draw(record: Record, path: Path) -> None:
-    """compare.png: a frontier a method, a panel a block (FLYP, figure 2). Of the alphas only 0 and 1 are written."""
+    """compare.png: one frontier per method, one panel per block (FLYP, figure 2); only alphas 0 and 1 are labelled."""
     id_sets, panels, labels, ood = record["id_sets"], {}, [""], False
     for block in record["blocks"]:
         curves = {}
@@ -153,14 +211,14 @@ def draw(record: Record, path: Path) -> None:
             labels = [{"0.00": "0", "1.00": "1"}.get(alpha, "") for alpha in sweeps[0]["alphas"]]
             ood = "mean OOD" in block["rows"][method]
         panels[block["title"]] = curves
-    draw_curves(panels, labels, "at the alphas chosen", id_sets[-1] if ood else None, path)
+    _draw_curves(panels, labels, "at the alphas chosen", id_sets[-1] if ood else None, path)
 
 
 def curve(sweeps: Sequence[Record], id_sets: Sequence[str]) -> Curve:
-    """A method's frontier, each point the mean over seeds: the last of `id_sets` across, mean OOD up.
+    """A method's frontier, each point a mean over seeds: the last of `id_sets` across, mean OOD up.
 
-    The star is the mean of the points that the seeds chose: beside the curve, where they chose different alphas. Without
-    OOD sets alpha is across.
+    The star is the mean of the points that the seeds chose, so it lies off the curve if they chose different alphas.
+    Without OOD sets, alpha goes across.
     """
 
     def point(chosen: Sequence[str]) -> tuple[float, float]:
