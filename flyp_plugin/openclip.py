@@ -283,7 +283,11 @@ class _Seams:
         """On rank 0, when the run has a name: let no other process write to its folder."""
         self.stack.enter_context(run_folder.folder_lock(self.folder, inherited=False))
         if not self.named or not run_folder.contains_run(self.folder):
-            self.stack.callback(lambda: self.started or run_folder.remove_unstarted(self.folder))
+            self.stack.callback(self.remove_unless_started)
+
+    def remove_unless_started(self) -> None:
+        if not self.started:
+            run_folder.remove_unstarted(self.folder)
 
     def find_newest(self) -> None:
         """On rank 0: the checkpoint to resume from. Incomplete ones are set aside."""

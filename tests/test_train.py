@@ -521,13 +521,6 @@ def bad(digits, tmp_path):
         (["--csv-separator", ","], r"--csv-separator"),
         (["--use-bnb-linear", "Linear8bitLt"], r"--use-bnb-linear\b.*pip install bitsandbytes"),
         (["--epochs-cooldown", "1"], r"--epochs-cooldown\b.*--lr-scheduler const-cooldown"),
-        (
-            ["--lr-scheduler", "const-cooldown"],
-            r"Please specify the number of",
-        ),
-        (["--opt", "nosuch"], r"nosuch"),
-        (["--opt", "timm/nosuch"], r"nosuch"),
-        (["--aug-cfg", "scale"], r"not enough values"),
         (["--precision", "fp16", "--eps", "1e-8"], r"--eps 1e-08\b.*--precision fp16\b.*1e-3\b"),
         (["--report-to", "tensorbord"], r"tensorbord\b.*\btensorboard"),
         (["--resume", "nosuch://bucket/x.pt"], r"--resume\b.*nosuch://bucket/x\.pt"),
