@@ -25,7 +25,6 @@ import io
 import logging
 import os
 import random
-import re
 import signal
 import sys
 from argparse import Namespace
@@ -200,9 +199,7 @@ def _explain(error: Exception, args: Namespace) -> InputError | None:
             )
     # gloo's errors have no type of their own
     elif isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error):
-        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0][
-            :200
-        ]
+        reason = shorten(str(error), 200, placeholder=" ...")
         return InputError(
             f"rank {world()[0]} has lost another rank ({reason}), which has ended or cannot be reached; look for that "
             f"rank's own error, fix it, and {again}."
@@ -226,10 +223,6 @@ class _Seams:
         self.train: Any = None  # open_clip's DataInfo of our data
         self.metrics: dict[str, float] = {}  # those that open_clip is about to log
         self.evaluated = 0  # the last epoch that was evaluated
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.args.logs, self.args.name)
 
     def install(self) -> None:
         """Replace open_clip's functions until `stack` is closed.
@@ -270,10 +263,9 @@ class _Seams:
         self.called.add(name)
         return getattr(self, name)(original, signature.bind(*args, **kwargs))
 
-    def check_called(self, *names: str) -> None:
-        for name in names:
-            if name not in self.called:
-                raise _changed(f"main() does not call {name}")
+    def check_called(self, name: str) -> None:
+        if name not in self.called:
+            raise _changed(f"main() does not call {name}")
 
     def check_evaluated(self, epoch: int) -> None:
         if self.flyp.evaluates and self.evaluated != epoch:
@@ -281,6 +273,7 @@ class _Seams:
 
     def claim_folder(self) -> None:
         """On rank 0, when the run has a name: let no other process write to its folder."""
+        self.folder = Path(self.args.logs, self.args.name)
         self.stack.enter_context(run_folder.folder_lock(self.folder, inherited=False))
         if not self.named or not run_folder.contains_run(self.folder):
             self.stack.callback(self.remove_unless_started)
