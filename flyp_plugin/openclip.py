@@ -2,13 +2,13 @@
 
 `run` calls open_clip_train.main.main() as it is. The loop, the loss of plain FLYP, the optimizer, the schedule,
 checkpoints and logs are open_clip's. For the time of that call a few functions are replaced by methods of `_Seams`,
-which call the original and the run (`FlypRun`, implemented in train.py). In the order in which main() calls them:
+which call the original and the run (`TrainingRun`, which train.py implements). In the order in which main() calls them:
 
     parse_args                    returns the arguments that train.py has parsed and checked, open_clip's and ours
     create_model_and_transforms   resumes from the newest checkpoint, reads weights by our reader, and passes the model to
                                   the run before DDP, FSDP2 and torch.compile wrap it
-    create_loss                   replaced only for an objective other than plain FLYP
     get_data                      data["train"] is our loader; open_clip's own evaluation sets stay
+    create_loss                   replaced only for an objective other than plain FLYP
     train_one_epoch               before the first epoch: evaluates the starting weights, fits a linear probe;
                                   after each: stops if training has diverged
     evaluate                      after each epoch and on every rank: scores our evaluation sets
@@ -16,8 +16,8 @@ which call the original and the run (`FlypRun`, implemented in train.py). In the
     torch.save                    writes a checkpoint completely or not at all
 
 open_clip may change. `SEAMS` lists the parameters that we rely on; they are compared before anything starts. Whether
-main() really uses each replacement is checked while it runs, because everything else would be silent: a run on other
-data, or an evaluation that nobody sees.
+main() really calls each replacement is checked while it runs. Without these checks a run on other data, or an evaluation
+that is never logged, would go unnoticed; whatever fails by itself is left to Python.
 """
 
 import inspect
@@ -63,7 +63,7 @@ _OWN_SETS = ("val_data", "imagenet_val", "imagenet_v2")  # open_clip's flags of 
 _log = logging.getLogger(__name__)
 
 
-class FlypRun(Protocol):
+class TrainingRun(Protocol):
     """What open_clip's main() is to train. All methods but `record` are called on every rank, in this order.
 
     Attributes:
@@ -85,14 +85,14 @@ class FlypRun(Protocol):
     def on_model(self, model: torch.nn.Module) -> None:
         """Called once, when the model has been created, before anything wraps it."""
 
-    def create_loss(self) -> torch.nn.Module:
-        """Called once, where open_clip creates its loss, if there are `changes`."""
-
     def record(self, epoch: int) -> Record:
         """Called on rank 0 when the first epoch is known, before training: what flyp.json is to say."""
 
     def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
         """Called once, where open_clip loads its data. `as_dict`: open_clip 4 takes batches as dicts."""
+
+    def create_loss(self) -> torch.nn.Module:
+        """Called once, where open_clip creates its loss, if there are `changes`."""
 
     def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
         """Called before the first epoch (with 0) and after each: the metrics to log, empty to skip this epoch."""
@@ -154,7 +154,7 @@ def world() -> tuple[int, int]:
     return rank, size
 
 
-def run(flyp: FlypRun) -> int:
+def run(flyp: TrainingRun) -> int:
     """Call open_clip_train.main.main() on the data of `flyp` and return the exit status.
 
     Raises:
@@ -210,7 +210,7 @@ def _explain(error: Exception, args: Namespace) -> InputError | None:
 class _Seams:
     """The functions that replace open_clip_train's during one call of its main()."""
 
-    def __init__(self, flyp: FlypRun, stack: ExitStack):
+    def __init__(self, flyp: TrainingRun, stack: ExitStack):
         self.flyp, self.args, self.stack = flyp, flyp.args, stack
         self.named = bool(self.args.name)  # else main() makes up a name
         self.resumes_latest = self.args.resume == "latest"  # which main() replaces by a path
@@ -354,6 +354,7 @@ class _Seams:
         an uninterrupted one.
         """
         self.check_called("train_one_epoch")
+        self.called.add("set_epoch")
         self.train.dataloader.set_epoch(epoch)
         seed = sample_seed(self.args.seed, epoch, self.args.rank)
         torch.manual_seed(seed % 2**63)
@@ -376,6 +377,7 @@ class _Seams:
         if not self.flyp.before_epoch(self.model, self.preprocess_val, epoch):
             return None
         result = original(*given.args, **given.kwargs)
+        self.check_called("set_epoch")
         self.flyp.after_epoch(self.model, epoch + 1)
         return result
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from textwrap import shorten
 
 from flyp_plugin import record
 from flyp_plugin.errors import InputError
@@ -96,7 +97,7 @@ def write_record(now: Record, before: Record | None, folder: Path) -> None:
     others = record.differences(before, now) if before and before.folder == folder else {}
     if others:
         changes = ", ".join(
-            f"--{name.replace('_', '-')} {_short(after)} ({_short(was)})"
+            f"--{name.replace('_', '-')} {shorten(str(after), 60)} ({shorten(str(was), 60)})"
             for name, (was, after) in others.items()
         )
         kept = _set_aside(folder / record.FILE)
@@ -108,11 +109,6 @@ def write_record(now: Record, before: Record | None, folder: Path) -> None:
     if not before and (folder / "params.txt").exists() and any(folder.glob("checkpoints/epoch_*.pt")):
         _log.warning(f"{folder} has no {record.FILE}, so its settings cannot be compared with these.")
     now.write(folder)
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) < 60 else f"{text[:50]}..."
 
 
 def _set_aside(path: Path) -> Path:
@@ -177,12 +173,10 @@ def folder_lock(folder: Path, inherited: bool = True) -> Iterator[int]:
     new, path = not folder.exists(), folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        lock = path.open("a")
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written to ({error.strerror}); choose another folder."
-        ) from None
-    with open(path, "a") as lock:
+        raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another one.") from None
+    with lock:
         try:
             (fcntl.flock if inherited else fcntl.lockf)(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))  # else its last holder deletes it
