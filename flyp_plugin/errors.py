@@ -43,12 +43,13 @@ def run(main: Callable[[], int | None]) -> None:
     def terminate(number: int, frame: object) -> None:
         if os.getpid() != pid:  # a forked worker ends at once, without its parent's clean-up
             os._exit(143)
-        # of workers that the same signal ends: "RuntimeError: DataLoader worker (pid 1157) is killed by signal: Terminated."
+        # else, where the same signal ends workers: "RuntimeError: DataLoader worker (pid 1157) is killed by signal"
         signal.signal(signal.SIGCHLD, lambda *_: None)
         raise Terminated(143)
 
     def resend(unraisable: Any) -> None:
-        # in 7 of 25 processes that start workers: "Exception ignored in: <function _releaseLock>", of logging's after a fork
+        # A signal during a fork is raised in a callback after it, and lost. Of 25 processes that start workers, 7 said
+        # "Exception ignored in: <function _releaseLock>" (logging's) and continued.
         number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(unraisable.exc_type)
         if number is None:
             return sys.__unraisablehook__(unraisable)
@@ -78,9 +79,9 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _line_and_status(error: BaseException) -> tuple[str, int] | None:
-    """What to print and return for an error that is not a bug; None for a bug."""
-    cause: BaseException | None = error
-    while cause:
+    """What to print and return for an error that is not a bug; None for a bug, and for sys.exit()."""
+    cause = None if type(error) is SystemExit else error
+    while cause:  # on top of a signal there may be the errors of what it interrupted
         if isinstance(cause, Terminated):
             return "Terminated.", 143
         if isinstance(cause, KeyboardInterrupt):
@@ -92,7 +93,7 @@ def _line_and_status(error: BaseException) -> tuple[str, int] | None:
         return "", 141
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return (
-            f"Error: {error.filename or 'a file'} could not be written ({error.strerror}); make room and try again.",
+            f"Error: cannot write {error.filename or 'a file'} ({error.strerror}); make room and try again.",
             1,
         )
     return None
