@@ -160,8 +160,8 @@ def remove_unstarted(folder: Path) -> None:
 def folder_lock(folder: Path, inherited: bool = True) -> Iterator[int]:
     """Hold a lock on a folder, which is created if need be, and deleted again if it stays empty.
 
-    The lock ends with the process, however it is killed. On a filesystem without locks there is only a warning. This is
-    not filelock's, whose descriptor child processes cannot be given, and whose lock forked workers would keep.
+    The lock ends with the process, however it is killed. On a filesystem without locks there is only a warning. filelock
+    does not fit: it has no public descriptor to pass on, and without locks it leaves a file that outlives the process.
 
     Args:
         inherited: commands that are given the descriptor (`pass_fds`) hold the lock too, so that one that outlives its
