@@ -166,6 +166,7 @@ def run(flyp: TrainingRun) -> int:
     if ranks > 1:  # a rank that waits for the others in C++ runs no Python handler, and torchrun waits for it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with ExitStack() as stack:
+        stack.callback(_restore_logging, list(logging.root.handlers))
         seams = _Seams(flyp, stack)
         seams.install()
         try:
@@ -250,7 +251,7 @@ class _Seams:
             self.replace(torch.nn.parallel, "DistributedDataParallel", _CpuDistributedDataParallel)
         self.replace(torch, "save", partial(_save_completely, torch.save))
         self.replace(main, "start_sync_process", partial(_start_daemon, _find("main", "start_sync_process")))
-        self.replace(logging.FileHandler, "handleError", lambda *given: self.warn_once(*given))
+        self.replace(logging.FileHandler, "handleError", _warn_once)
 
     def replace(self, place: Any, name: str, value: object) -> None:
         self.stack.callback(setattr, place, name, getattr(place, name))
@@ -397,20 +398,6 @@ class _Seams:
         given.arguments["data"] = data
         return {**original(*given.args, **given.kwargs), **self.metrics}
 
-    def warn_once(self, handler: Any, record: logging.LogRecord) -> None:
-        """For a log file that cannot be written: one warning, where logging prints a traceback for each line."""
-
-        def close() -> None:  # else Python 3.13 reports at exit that the last lines are lost
-            with suppress(OSError):
-                handler.close()
-
-        if not getattr(handler, "warned", False):
-            handler.warned = True
-            self.stack.callback(close)
-            reason = sys.exc_info()[1]
-            reason = getattr(reason, "strerror", None) or reason
-            _log.warning(f"{handler.baseFilename} cannot be written to ({reason}): it will lack lines.")
-
 
 def _try_own_sets(get_data: Callable, given: BoundArguments) -> None:
     """Read a batch of each of open_clip's own evaluation sets: else a bad one costs the first epoch, unsaved."""
@@ -431,6 +418,26 @@ def _try_own_sets(get_data: Callable, given: BoundArguments) -> None:
                 "with --eval-data NAME=SHARDS instead."
             ) from error
     given.arguments["args"] = args
+
+
+def _restore_logging(handlers: list[logging.Handler]) -> None:
+    """Undo what main() does: it adds handlers, and torch's loggers at INFO would report compile times at exit."""
+    for handler in set(logging.root.handlers) - set(handlers):
+        logging.root.removeHandler(handler)
+        with suppress(OSError):  # no room for what it still holds
+            handler.close()
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _warn_once(handler: Any, record: logging.LogRecord) -> None:
+    """For a log file that cannot be written: one warning, where logging prints a traceback for each line."""
+    if not getattr(handler, "warned", False):
+        handler.warned = True
+        error = sys.exc_info()[1]
+        reason = getattr(error, "strerror", None) or error
+        _log.warning(f"{handler.baseFilename} cannot be written to ({reason}): it will lack lines.")
 
 
 def _save_completely(torch_save: Callable, content: object, file: Any, *args: Any, **kwargs: Any) -> None:
