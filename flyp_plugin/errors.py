@@ -38,7 +38,7 @@ def escape_control_chars(text: str) -> str:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a command and exit the process, as the table above says."""
-    pid = os.getpid()
+    pid, swallowed = os.getpid(), []
 
     def terminate(number: int, frame: object) -> None:
         if os.getpid() != pid:  # a forked worker ends at once, without its parent's clean-up
@@ -53,6 +53,9 @@ def run(main: Callable[[], int | None]) -> None:
         number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(unraisable.exc_type)
         if number is None:
             return sys.__unraisablehook__(unraisable)
+        swallowed.append(
+            unraisable.exc_type()
+        )  # until it is raised again, workers that it has ended may be missed
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
         signal.setitimer(signal.ITIMER_REAL, 0.1)
 
@@ -62,9 +65,11 @@ def run(main: Callable[[], int | None]) -> None:
         status = main()
         sys.stdout.flush()
     except BaseException as error:
-        known = _line_and_status(error)
+        known = _line_and_status(swallowed[0] if swallowed else error)
         if known is None:
             raise
+        # else after Ctrl-C "Exception ignored in: _MultiProcessingDataLoaderIter.__del__", of one that was half built
+        sys.unraisablehook = lambda _: None
         line, status = known
         if line:
             print(line, file=sys.stderr)
