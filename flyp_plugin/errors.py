@@ -1,4 +1,13 @@
-"""Mistakes that a user can fix, and how the command line tells of them. Not for bugs: those keep their traceback."""
+"""Errors that a user can fix, and how a command ends: with one line on stderr and an exit status.
+
+    InputError          Error: what is wrong, where, how to fix it     1
+    a full disk         Error: the file and the system's reason        1
+    Ctrl-C              Interrupted.                                   130
+    SIGTERM             Terminated.                                    143
+    `flyp ... | head`   nothing: nobody reads stdout any more          141
+
+Anything else is a bug and keeps its traceback. `run` is what every entry point calls.
+"""
 
 import errno
 import os
@@ -6,110 +15,96 @@ import re
 import select
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
-# Of an OSError: the disk, a quota or a file's limit is reached
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# C0, C1, line separators and what turns the direction of text: a terminal or a log would obey them
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota or a file's size limit is reached
+# C0, C1, line separators and bidirectional controls: a terminal or a log would obey them
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-_swallowed: list[KeyboardInterrupt] = []  # signals that could not be raised where they came
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave. Its text is one sentence: what is wrong, where, and how to fix it."""
+    """A mistake in the user's input. Its text is one sentence: what is wrong, where, and how to fix it."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived. Like Ctrl-C it unwinds the stack, so that `finally` and `with` clean up."""
 
 
 def escape_control_chars(text: str) -> str:
-    """`text` out of a file, for a message: control characters as escapes."""
+    """`text` from a file, safe to print: control characters are replaced by their escapes."""
     return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has come. What tidies up after Ctrl-C does so after this, too."""
-
-
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command and leave the process: an InputError is one line and status 1, Ctrl-C one line and 130.
+    """Run a command and exit the process, as the table above says."""
+    pid, swallowed = os.getpid(), []
 
-    SIGTERM is one line too, and 143.
-    """
+    def terminate(number: int, frame: object) -> None:
+        if os.getpid() != pid:  # a forked worker ends at once, without its parent's clean-up
+            os._exit(143)
+        # else, where the same signal ends workers: "RuntimeError: DataLoader worker (pid 1157) is killed by signal"
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        raise Terminated(143)
+
+    def resend(unraisable: Any) -> None:
+        # A signal during a fork is raised in a callback after it, and lost. Of 25 processes that start workers, 7 said
+        # "Exception ignored in: <function _releaseLock>" (logging's) and continued.
+        number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(unraisable.exc_type)
+        if number is None:
+            return sys.__unraisablehook__(unraisable)
+        swallowed.append(
+            unraisable.exc_type()
+        )  # until it is raised again, workers that it has ended may be missed
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+
+    sys.unraisablehook = resend
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        _raise_on_sigterm()
-        status = main() or 0
+        status = main()
         sys.stdout.flush()
-    except SystemExit:
-        raise
     except BaseException as error:
-        _raise_no_more()
-        told = _told(_swallowed[0] if _swallowed else error)
-        if told is None:
+        known = _line_and_status(swallowed[0] if swallowed else error)
+        if known is None:
             raise
-        line, status = told
+        # else after Ctrl-C "Exception ignored in: _MultiProcessingDataLoaderIter.__del__", of one that was half built
+        sys.unraisablehook = lambda _: None
+        line, status = known
         if line:
             print(line, file=sys.stderr)
-        else:
+        else:  # or Python reports the broken pipe when it flushes stdout at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    _raise_no_more()
+    finally:  # from here on a signal ends the process at once, and workers may end unnoticed
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     sys.exit(status)
 
 
-def _raise_on_sigterm() -> None:
-    pid = os.getpid()
-
-    def handler(number: int, frame: object) -> None:
-        if os.getpid() == pid:
-            raise Terminated
-        signal.signal(number, signal.SIG_DFL)  # a forked process ends as if there were no handler
-        os.kill(os.getpid(), number)
-
-    def again(unraisable: Any) -> None:
-        """A signal that came where nothing can be raised, as in what runs after a fork, comes once more."""
-        error = unraisable.exc_value
-        if os.getpid() != pid or not isinstance(error, KeyboardInterrupt):
-            return sys.__unraisablehook__(unraisable)
-        _swallowed.append(error)
-        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-        timer = threading.Timer(0.1, _resend, [number])
-        timer.daemon = True
-        timer.start()
-
-    signal.signal(signal.SIGTERM, handler)
-    sys.unraisablehook = again
-
-
-def _resend(number: int) -> None:
-    if signal.getsignal(number) != signal.SIG_DFL:
-        os.kill(os.getpid(), number)
-
-
-def _raise_no_more() -> None:
-    """From here on one more signal ends the process at once, and a DataLoader's worker that has ended is no news."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def _told(error: BaseException) -> tuple[str, int] | None:
-    """The line and the exit status for what is no bug."""
-    cause: BaseException | None = error
-    while cause:  # a signal may have others on top of it, as of a DataLoader whose workers it has ended
+def _line_and_status(error: BaseException) -> tuple[str, int] | None:
+    """What to print and return for an error that is not a bug; None for a bug, and for sys.exit()."""
+    cause = None if type(error) is SystemExit else error
+    while cause:  # on top of a signal there may be the errors of what it interrupted
+        if isinstance(cause, Terminated):
+            return "Terminated.", 143
         if isinstance(cause, KeyboardInterrupt):
-            return ("Terminated.", 143) if isinstance(cause, Terminated) else ("Interrupted.", 130)
+            return "Interrupted.", 130
         cause = cause.__context__
     if isinstance(error, InputError):
         return f"Error: {error}", 1
-    if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():  # `flyp ... | head`
+    if isinstance(error, BrokenPipeError) and _is_stdout_broken():  # and not a pipe to a worker
         return "", 141
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        where = error.filename or "a file"
-        return f"Error: {where} could not be written ({error.strerror}); make room, and try again.", 1
+        return (
+            f"Error: cannot write {error.filename or 'a file'} ({error.strerror}); make room and try again.",
+            1,
+        )
     return None
 
 
-def _nobody_reads_stdout() -> bool:
-    """Whether stdout is a broken pipe. Others may break too, as one to a worker: those are not to end in silence."""
+def _is_stdout_broken() -> bool:
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # an error and a hang-up are told of always
+    poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
     return bool(poll.poll(0))

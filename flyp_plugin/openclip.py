@@ -1,14 +1,23 @@
-"""FLYP inside open_clip's own training script: the only module that knows open_clip_train's internals.
+"""FLYP inside open_clip's own training script. This is the only module that names open_clip_train.
 
-`run` calls open_clip_train.main.main with a few of its module globals replaced for the time of that call:
-    main.parse_args                      our flags join open_clip's, so that params.txt and loggers have them
-    main.create_model_and_transforms     the model is met before DDP and torch.compile
-    main.get_data                        data["train"] is our loader; all else stays open_clip's
-    main.evaluate, train.zero_shot_eval  our metrics, on every rank, logged by open_clip
-    main.train_one_epoch                 before its first call, the evaluation of the starting weights; and a linear probe
-    main.create_loss                     the loss of an objective other than plain FLYP; else this is not touched
-    torch.save                           a checkpoint is there whole or not at all
-The loop, the loss of plain FLYP, the optimizer, checkpoints and logs are open_clip's, unchanged.
+`run` calls open_clip_train.main.main() as it is. The loop, the loss of plain FLYP, the optimizer, the schedule,
+checkpoints and logs are open_clip's. For the time of that call a few functions are replaced by methods of `_Seams`,
+which call the original and the run (`TrainingRun`, which train.py implements). In the order in which main() calls them:
+
+    parse_args                    returns the arguments that train.py has parsed and checked, open_clip's and ours
+    create_model_and_transforms   resumes from the newest checkpoint, reads weights by our reader, and passes the model to
+                                  the run before DDP, FSDP2 and torch.compile wrap it
+    get_data                      data["train"] is our loader; open_clip's own evaluation sets stay
+    create_loss                   replaced only for an objective other than plain FLYP
+    train_one_epoch               before the first epoch: evaluates the starting weights, fits a linear probe;
+                                  after each: stops if training has diverged
+    evaluate                      after each epoch and on every rank: scores our evaluation sets
+    train.zero_shot_eval          called by evaluate() on rank 0: returns these scores, which evaluate() then logs
+    torch.save                    writes a checkpoint completely or not at all
+
+open_clip may change. `SEAMS` lists the parameters that we rely on; they are compared before anything starts. Whether
+main() really calls each replacement is checked while it runs. Without these checks a run on other data, or an evaluation
+that is never logged, would go unnoticed; whatever fails by itself is left to Python.
 """
 
 import inspect
@@ -16,19 +25,18 @@ import io
 import logging
 import os
 import random
-import re
 import signal
 import sys
-import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stderr, suppress
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from inspect import BoundArguments
 from pathlib import Path
 from textwrap import shorten
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,358 +46,275 @@ from flyp_plugin.checkpoints import save, use_reader
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import NO_ROOM, InputError
 from flyp_plugin.model_spec import ModelSpec, is_place
-from flyp_plugin.record import newest_checkpoint
-from flyp_plugin.run_folder import folder_lock
+from flyp_plugin.record import Record, newest_checkpoint
 from flyp_plugin.samples import sample_seed
 
-if TYPE_CHECKING:
-    from flyp_plugin.train import FlypRun
-
-# for `python -c`: open_clip's own training, of a model configuration (the first argument) that open_clip has not
-PLAIN_MAIN = (
-    "import open_clip, sys; open_clip.add_model_config(sys.argv.pop(1)); "
-    "from open_clip_train.main import main; main(sys.argv[1:])"
-)
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
-# what is replaced: in which module of open_clip_train, and how that is called from here (arguments, keywords)
-_PLACES: dict[str, tuple[str, int, str]] = {
-    "parse_args": ("main", 1, ""),
-    "create_model_and_transforms": ("main", 2, ""),
-    "get_data": ("main", 2, "epoch tokenizer"),
-    "evaluate": ("main", 4, "tb_writer tokenizer"),
-    "zero_shot_eval": ("train", 4, ""),
-    "train_one_epoch": ("main", 0, ""),  # as main() calls it: see _check_loop
+# name: (module of open_clip_train, parameters that we rely on; two lists where open_clip 4 differs)
+SEAMS: dict[str, tuple[str, ...]] = {
+    "parse_args": ("main", ""),
+    "create_model_and_transforms": ("main", "model_name pretrained force_quick_gelu"),
+    "get_data": ("main", "args preprocess_fns epoch tokenizer"),
+    "train_one_epoch": ("main", "model epoch data args tb_writer", "state data args tb_writer"),
+    "evaluate": ("main", "data epoch args tb_writer tokenizer"),
+    "zero_shot_eval": ("train", "data epoch args"),
 }
+_OWN_SETS = ("val_data", "imagenet_val", "imagenet_v2")  # open_clip's flags of evaluation sets
 _log = logging.getLogger(__name__)
 
 
-def _module(name: str) -> ModuleType:
-    try:
-        return import_module(f"open_clip_train.{name}")
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("open_clip_train"):
-            raise InputError(
-                f"open_clip_torch {version('open_clip_torch')} has no {error.name}; FLYP needs {SUPPORTED}: "
-                "pip install -U 'flyp-plugin[train]'"
-            ) from None
-        raise InputError(
-            f"open_clip's training script needs the package {error.name}: pip install 'flyp-plugin[train]'"
-        ) from None
+class TrainingRun(Protocol):
+    """What open_clip's main() is to train. All methods but `record` are called on every rank, in this order.
+
+    Attributes:
+        args: open_clip's and FLYP's flags. main() adds rank, world_size, name, checkpoint_path, ...
+        spec: the model that is trained.
+        changes: the flags that need another loss than open_clip's; empty for plain FLYP.
+        resumed: the record of the run that --resume continues, if it has one.
+    """
+
+    args: Namespace
+    spec: ModelSpec
+    changes: list[str]
+    resumed: Record | None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are evaluation sets."""
+
+    def on_model(self, model: torch.nn.Module) -> None:
+        """Called once, when the model has been created, before anything wraps it."""
+
+    def record(self, epoch: int) -> Record:
+        """Called on rank 0 when the first epoch is known, before training: what flyp.json is to say."""
+
+    def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
+        """Called once, where open_clip loads its data. `as_dict`: open_clip 4 takes batches as dicts."""
+
+    def create_loss(self) -> torch.nn.Module:
+        """Called once, where open_clip creates its loss, if there are `changes`."""
+
+    def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
+        """Called before the first epoch (with 0) and after each: the metrics to log, empty to skip this epoch."""
+
+    def before_epoch(self, model: torch.nn.Module, preprocess: Callable, epoch: int) -> bool:
+        """Called before each epoch; False: open_clip's loop does not train in it."""
+
+    def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
+        """Called after each epoch that was trained, before its evaluation and checkpoint."""
+
+    def finish(self) -> None:
+        """Called when main() has returned without an error."""
 
 
-def _unfit(what: str) -> InputError:
+def _changed(what: str) -> InputError:
     return InputError(
-        f"open_clip_torch {version('open_clip_torch')} {what}; FLYP is made for {SUPPORTED}: install one of these."
+        f"open_clip_torch {version('open_clip_torch')} has changed ({what}); flyp-plugin works with {SUPPORTED}: "
+        "install one of these."
     )
 
 
-def _of(module: str, name: str) -> Any:
-    found = getattr(_module(module), name, None)
+def _find(module: str, name: str) -> Any:
+    try:
+        found = getattr(import_module(f"open_clip_train.{module}"), name, None)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"open_clip_torch {version('open_clip_torch')} cannot train without the package {error.name}: pip install "
+            f"'flyp-plugin[train]' (which works with open_clip_torch {SUPPORTED})."
+        ) from None
     if found is None:
-        raise _unfit(f"has no open_clip_train.{module}.{name}")
+        raise _changed(f"it has no open_clip_train.{module}.{name}")
     return found
 
 
-def _bind(function: Callable, who: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by the names that the function gives them, without calling it."""
-    try:
-        return inspect.signature(function).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise _unfit(f"{who} with other arguments ({error})") from None
-
-
 def parse_args(argv: Sequence[str]) -> Namespace:
-    """open_clip's own parser, of whose answer to a wrong flag the last line is told, not its usage of 200 lines.
+    """open_clip's own parser. For a wrong flag only its last line is shown, without 200 lines of usage.
 
     Raises:
         InputError: a wrong flag.
     """
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with redirect_stderr(said):
-            return _of("params", "parse_args")(list(argv))
+        with redirect_stderr(stderr):
+            return _find("params", "parse_args")(list(argv))
     except SystemExit as error:
-        if not error.code:  # --help
+        if error.code != 2:  # --help
             raise
-        reason = said.getvalue().strip().rpartition("error: ")[2]
+        reason = stderr.getvalue().strip().rpartition("error: ")[2]
         raise InputError(
             f"{reason} (see --help for FLYP's flags, --help-open-clip for open_clip's)."
         ) from None
-    except InputError:
-        raise
-    except (ValueError, SyntaxError) as error:  # as of --aug-cfg, or by open_clip's own hand
-        raise InputError(f"open_clip cannot read its flags: {error} (see --help-open-clip).") from None
 
 
 def world() -> tuple[int, int]:
-    """(rank, number of ranks) that open_clip will find, from the environment that torchrun or Slurm has set."""
-    if not _of("distributed", "is_using_distributed")():
+    """(rank, number of ranks) that open_clip will find in the environment set by torchrun or Slurm."""
+    if not _find("distributed", "is_using_distributed")():
         return 0, 1
-    _, rank, size = _of("distributed", "world_info_from_env")()
+    _, rank, size = _find("distributed", "world_info_from_env")()
     return rank, size
 
 
-def run(plan: "FlypRun") -> int:
-    """open_clip_train.main.main, unchanged, on the plan's data; returns the exit status.
+def run(flyp: TrainingRun) -> int:
+    """Call open_clip_train.main.main() on the data of `flyp` and return the exit status.
 
     Raises:
         InputError: another process writes to the run's folder, the disk is full, another rank has ended, open_clip has
-            changed, or what the plan finds.
+            changed, or what `flyp` raises.
     """
-    main, args = _of("main", "main"), plan.args
+    main, args = _find("main", "main"), flyp.args
     rank, ranks = world()
-    if ranks > 1:  # one that waits for the others would run no handler, and torchrun wait for it
+    if ranks > 1:  # a rank that waits for the others in C++ runs no Python handler, and torchrun waits for it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with ExitStack() as stack:
-        stack.enter_context(_logging_put_back())
-        seams = stack.enter_context(_installed(_Seams(plan, stack)))
+        stack.callback(_restore_logging, list(logging.root.handlers))
+        seams = _Seams(flyp, stack)
+        seams.install()
         try:
-            if rank == 0 and seams.named:
-                seams.lock()
-                run_folder.check_free(args)
-                run_folder.clear_up(Path(args.logs, args.name))
-                if seams.latest:
-                    run_folder.check_checkpoints(Path(args.logs, args.name))
-                    seams.newest = newest_checkpoint(Path(args.logs, args.name))
-            if main([]) == -1:  # its parser's answer is the plan's
-                if not seams.named and not args.remote_sync:  # the name that its clock has made up is taken
+            if seams.named and rank == 0:
+                seams.claim_folder()
+                seams.find_newest()
+            if main([]) == -1:  # it has printed why
+                if not seams.named and not args.remote_sync:  # the name made from the time is taken
                     run_folder.check_free(args)
                 return 1
-            seams.check_that_all_were_used()
-        except InputError as error:
-            _log.debug(error, exc_info=True)  # shown by --debug
+            seams.check_called("get_data")
+            if seams.started:  # else the resumed run was finished
+                seams.check_evaluated(args.epochs)
+        except (OSError, RuntimeError) as error:
+            _log.debug(error, exc_info=True)  # shown with --debug
+            if known := _explain(error, args):
+                raise known from error
             raise
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                mend = f"make room, and go on with --name {args.name} --resume latest"
-            elif str(error.filename).startswith(str(Path(args.logs))):
-                mend = "choose another --logs"
-            else:
-                raise
-            folder = Path(args.logs, args.name or "")
-            raise InputError(f"{folder} cannot be written to ({error.strerror}); {mend}.") from error
-        except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-            _log.debug(error, exc_info=True)
-            if _between_ranks(error):
-                raise _alone(args, error) from None
-            if not seams.started and (reason := _refusal(error)):
-                raise InputError(f"open_clip refuses these flags: {reason} (see --help-open-clip).") from None
-            another = isinstance(error, (ValueError, KeyError)) or "in loading state_dict" in str(error)
-            if not (another and args.resume and seams.model and seams.train is None):  # where it is read
-                raise
-            raise InputError(
-                f"open_clip could not resume from {args.resume} ({shorten(str(error), 300, placeholder=' ...')}); give the "
-                "flags and take the version of open_clip that it was trained with."
-            ) from None
-        plan.finish()
+        flyp.finish()
     return 0
 
 
-def _refusal(error: Exception) -> str:
-    """What open_clip or timm says against flags by an error of their own; empty where it comes from elsewhere."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    by_them = re.search(r"[/\\\\](open_clip_train|timm[/\\\\]optim)[/\\\\]", last.filename)
-    if not by_them or not isinstance(error, (AssertionError, ValueError)):
-        return ""
-    return str(error) or last.line or type(error).__name__
-
-
-def _between_ranks(error: Exception) -> bool:
-    """Whether it came out of a collective: gloo's errors have no type of their own."""
-    return isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error)
-
-
-def _alone(args: Namespace, error: Exception) -> InputError:
-    """What a rank says that is left by the others, whose own error is the one to mend."""
-    reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0][:200]
-    again = f"--name {args.name} --resume latest" if args.name else "the same command"
-    return InputError(
-        f"rank {world()[0]} has lost another rank ({reason}), which has ended or cannot be reached; look for that "
-        f"one's own error, mend it, and go on with {again}."
-    )
-
-
-@contextmanager
-def _logging_put_back() -> Iterator[None]:
-    """main() adds handlers to the root logger and sets the level of every logger there is, torch's too."""
-    root, known = logging.getLogger(), logging.getLogger().manager.loggerDict
-    handlers, levels = list(root.handlers), {root: root.level}
-    levels |= {logger: logger.level for logger in known.values() if isinstance(logger, logging.Logger)}
-    try:
-        yield
-    finally:
-        for handler in set(root.handlers) - set(handlers):
-            root.removeHandler(handler)
-            with suppress(OSError):  # no room for what it still holds
-                handler.close()
-        for logger in (root, *known.values()):
-            if isinstance(logger, logging.Logger):
-                logger.setLevel(levels.get(logger, logging.NOTSET))
-
-
-@contextmanager
-def _installed(seams: "_Seams") -> Iterator["_Seams"]:
-    args, replaced = seams.plan.args, []
-
-    def replace(module: Any, name: str, value: object) -> None:
-        replaced.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    try:
-        _bind(_of("data", "DataInfo"), "has open_clip_train.data.DataInfo", dataloader=None)
-        for name, (module, number, words) in _PLACES.items():
-            original = seams.original[name] = _of(module, name)
-            if number:
-                who = f"has open_clip_train.{module}.{name}"
-                _bind(original, who, *[None] * number, **dict.fromkeys(words.split()))
-            else:
-                _check_loop(original)
-            replace(_module(module), name, _met(getattr(seams, name)))
-        if seams.plan.changes:
-            if not hasattr(_module("main"), "create_loss"):  # open_clip 4 has tasks in its place
-                raise InputError(
-                    f"open_clip_torch {version('open_clip_torch')} takes no other loss, which {seams.plan.changes[0]} "
-                    "needs; install open_clip_torch 2.28 to 3.3, or leave the flag out."
-                )
-            replace(_module("main"), "create_loss", lambda args: seams.plan.create_loss())
-        if args.device.startswith("cpu") or not torch.cuda.is_available():
-            replace(torch.nn.parallel, "DistributedDataParallel", _CpuDistributed)
-        replace(torch, "save", _saved_whole(torch.save))
-        replace(_module("main"), "start_sync_process", _ends_with_us(_of("main", "start_sync_process")))
-        replace(logging.FileHandler, "handleError", _lines_are_lost())
-        yield seams
-    finally:
-        for place, name, original in reversed(replaced):
-            setattr(place, name, original)
-
-
-def _met(seam: Callable) -> Callable:
-    """The seam, which says so where open_clip calls it otherwise than it is made for."""
-
-    def met(*args: Any, **kwargs: Any) -> Any:
-        _bind(seam, f"calls {seam.__name__}", *args, **kwargs)
-        return seam(*args, **kwargs)
-
-    return met
-
-
-def _check_loop(train_one_epoch: Callable) -> None:
-    names = inspect.signature(train_one_epoch).parameters.keys()
-    if not any(wanted <= names for wanted in ({"state", "data", "args"}, {"model", "epoch", "data", "args"})):
-        raise _unfit(f"has open_clip_train.main.train_one_epoch with other arguments ({', '.join(names)})")
-
-
-def _saved_whole(original: Callable) -> Callable:
-    """torch.save that leaves no part of a file behind, wherever it is stopped."""
-
-    def torch_save(content: object, file: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(file, (str, os.PathLike)):
-            save(content, file)
-        else:
-            original(content, file, *args, **kwargs)
-
-    return torch_save
-
-
-def _ends_with_us(start_sync_process: Callable) -> Callable:
-    """For --remote-sync, whose endless process Python would wait for where training ends in an error."""
-
-    def start(*args: Any) -> Any:
-        process = start_sync_process(*args)
-        process.daemon = True
-        return process
-
-    return start
-
-
-def _lines_are_lost() -> Callable:
-    """For a log that cannot be written to: say so once and train on, in place of a traceback a line."""
-    said = False
-
-    def handle_error(handler: logging.FileHandler, record: logging.LogRecord) -> None:
-        nonlocal said
-        if not said:
-            said = True
-            error = sys.exc_info()[1]
-            reason = getattr(error, "strerror", None) or error
-            _log.warning(f"{handler.baseFilename} cannot be written to ({reason}): it will lack lines.")
-
-    return handle_error
-
-
-class _CpuDistributed(torch.nn.parallel.DistributedDataParallel):
-    """Without device_ids: open_clip gives [cpu], which DistributedDataParallel refuses."""
-
-    def __init__(self, module: torch.nn.Module, device_ids: object = None, **kwargs: Any):
-        super().__init__(module, **kwargs)
+def _explain(error: Exception, args: Namespace) -> InputError | None:
+    """The sentence for a full disk, a folder that cannot be written, or a lost rank; None for any other error."""
+    again = f"continue with --name {args.name} --resume latest" if args.name else "run the same command again"
+    if isinstance(error, OSError):
+        if error.errno in NO_ROOM or str(error.filename).startswith(str(Path(args.logs))):
+            return InputError(
+                f"{Path(args.logs, args.name or '')} cannot be written to ({error.strerror}); make room and {again}, or "
+                "choose another --logs."
+            )
+    # gloo's errors have no type of their own
+    elif isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error):
+        reason = shorten(str(error), 200, placeholder=" ...")
+        return InputError(
+            f"rank {world()[0]} has lost another rank ({reason}), which has ended or cannot be reached; look for that "
+            f"rank's own error, fix it, and {again}."
+        )
+    return None
 
 
 class _Seams:
-    """The functions that stand in for open_clip_train's during one call of its main()."""
+    """The functions that replace open_clip_train's during one call of its main()."""
 
-    def __init__(self, plan: "FlypRun", stack: ExitStack):
-        self.plan, self.stack, self.locked = plan, stack, False
-        self.named = bool(plan.args.name)
-        self.latest = plan.args.resume == "latest"  # in place of which main() puts what it finds
-        self.newest: Path | None = None  # on rank 0: the checkpoint that is to be resumed
-        self.original: dict[str, Callable] = {}
+    def __init__(self, flyp: TrainingRun, stack: ExitStack):
+        self.flyp, self.args, self.stack = flyp, flyp.args, stack
+        self.named = bool(self.args.name)  # else main() makes up a name
+        self.resumes_latest = self.args.resume == "latest"  # which main() replaces by a path
+        self.newest: Path | None = None  # on rank 0: the checkpoint to resume from
+        self.called: set[str] = set()
+        self.started = False
         self.model: Any = None
         self.preprocess_val: Any = None
         self.tokenizer: Any = None
-        self.metrics: dict[str, float] = {}  # of the evaluation that open_clip is about to log
         self.train: Any = None  # open_clip's DataInfo of our data
-        self.started = False
-        self.scored = 0  # the epoch that was evaluated last
+        self.metrics: dict[str, float] = {}  # those that open_clip is about to log
+        self.evaluated = 0  # the last epoch that was evaluated
 
-    def lock(self) -> None:
-        """Let no other process write to the run's folder; called on rank 0, where the run has a name."""
-        if not self.locked:
-            folder = Path(self.plan.args.logs, self.plan.args.name)
-            self.stack.enter_context(folder_lock(folder, inherited=False))
-            self.locked = True
-            if not self.named or not run_folder.has_begun(folder):
-                self.stack.callback(self._withdraw_unless_started, folder)
+    def install(self) -> None:
+        """Replace open_clip's functions until `stack` is closed.
 
-    def _withdraw_unless_started(self, folder: Path) -> None:
+        Raises:
+            InputError: one of them is missing or lacks a parameter.
+        """
+        for name, (module, *alternatives) in SEAMS.items():
+            original = _find(module, name)
+            signature = inspect.signature(original)
+            if not any(signature.parameters.keys() >= set(names.split()) for names in alternatives):
+                needed = " or ".join(alternatives)
+                raise _changed(f"open_clip_train.{module}.{name} lacks one of the parameters {needed}")
+            place = sys.modules[f"open_clip_train.{module}"]
+            self.replace(place, name, partial(self.call, name, original, signature))
+        main = sys.modules["open_clip_train.main"]
+        if self.flyp.changes:
+            if not hasattr(main, "create_loss"):  # open_clip 4 has tasks
+                raise InputError(
+                    f"open_clip_torch {version('open_clip_torch')} takes no other loss, which {self.flyp.changes[0]} "
+                    "needs; install open_clip_torch 2.28 to 3.3, or leave the flag out."
+                )
+            self.replace(main, "create_loss", lambda args: self.flyp.create_loss())
+        if self.args.device.startswith("cpu") or not torch.cuda.is_available():
+            self.replace(torch.nn.parallel, "DistributedDataParallel", _CpuDistributedDataParallel)
+        self.replace(torch, "save", partial(_save_completely, torch.save))
+        self.replace(main, "start_sync_process", partial(_start_daemon, _find("main", "start_sync_process")))
+        self.replace(logging.FileHandler, "handleError", _warn_once)
+
+    def replace(self, place: Any, name: str, value: object) -> None:
+        self.stack.callback(setattr, place, name, getattr(place, name))
+        setattr(place, name, value)
+
+    def call(
+        self, name: str, original: Callable, signature: inspect.Signature, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A call by open_clip, passed on to the method of this name with its arguments by name."""
+        self.called.add(name)
+        return getattr(self, name)(original, signature.bind(*args, **kwargs))
+
+    def check_called(self, name: str) -> None:
+        if name not in self.called:
+            raise _changed(f"main() does not call {name}")
+
+    def check_evaluated(self, epoch: int) -> None:
+        if self.flyp.evaluates and self.evaluated != epoch:
+            raise _changed(f"main() did not call evaluate after epoch {epoch}")
+
+    def claim_folder(self) -> None:
+        """On rank 0, when the run has a name: let no other process write to its folder."""
+        self.folder = Path(self.args.logs, self.args.name)
+        self.stack.enter_context(run_folder.folder_lock(self.folder, inherited=False))
+        if not self.named or not run_folder.contains_run(self.folder):
+            self.stack.callback(self.remove_unless_started)
+
+    def remove_unless_started(self) -> None:
         if not self.started:
-            run_folder.withdraw(folder)
+            run_folder.remove_unstarted(self.folder)
 
-    def parse_args(self, argv: list[str]) -> Namespace:
-        return self.plan.args
+    def find_newest(self) -> None:
+        """On rank 0: the checkpoint to resume from. Incomplete ones are set aside."""
+        run_folder.check_free(self.args)
+        run_folder.set_aside_incomplete(self.folder)
+        if self.resumes_latest:
+            run_folder.check_checkpoints(self.folder)
+            self.newest = newest_checkpoint(self.folder)
 
-    def create_model_and_transforms(self, name: str, pretrained: str | None = None, **kwargs: Any) -> tuple:
-        if not hasattr(self.plan.args, "rank"):  # which main() adds
-            raise _unfit("takes its arguments from elsewhere than open_clip_train.main.parse_args")
-        self._resume_newest()
-        if self.plan.args.rank == 0:  # a run without a name has one by now, which may be that of another
-            self.lock()
-        if self.model is not None and not is_place(name):  # the teacher of --distill-model
-            kwargs["force_quick_gelu"] = ModelSpec.of(name, pretrained or "").quick_gelu
-        try:
-            with use_reader():
-                created = self.original["create_model_and_transforms"](name, pretrained, **kwargs)
-        except (RuntimeError, OSError) as error:
-            # of weights that are another model's, and those that cannot be downloaded
-            if not re.match(r"Error\(s\) in loading state_dict|.*[Dd]ownload", str(error)):
-                raise
-            reason = shorten(str(error), 300, placeholder=" ...")
-            raise InputError(
-                f"open_clip could not load the weights {pretrained or name} into {name} ({reason}); check that they are this "
-                "model's, and the network where they are downloaded."
-            ) from error
-        if not (isinstance(created, tuple) and len(created) == 3 and isinstance(created[0], torch.nn.Module)):
-            raise _unfit("makes something other than a model and its two transforms")
-        if self.model is None:  # a second one is the teacher of --distill-model
-            self.model = created[0]
-            self.plan.on_model(created[0])
+    def parse_args(self, original: Callable, given: BoundArguments) -> Namespace:
+        return self.args
+
+    def create_model_and_transforms(self, original: Callable, given: BoundArguments) -> tuple:
+        self.check_called("parse_args")
+        name = given.arguments["model_name"]
+        if self.model is None:
+            self.resume_newest()
+            if self.args.rank == 0 and not self.named:  # by now main() has made up a name
+                self.claim_folder()
+        elif not is_place(name):  # the teacher of --distill-model
+            pretrained = given.arguments.get("pretrained") or ""
+            given.arguments["force_quick_gelu"] = ModelSpec.of(name, pretrained).quick_gelu
+        with use_reader():
+            created = original(*given.args, **given.kwargs)
+        if self.model is None:
+            self.model, _, _ = created
+            self.flyp.on_model(self.model)
         return created
 
-    def _resume_newest(self) -> None:
-        """Put the newest checkpoint, on every rank, in place of what main() has found by names."""
-        args = self.plan.args
-        if (
-            not self.latest or self.model is not None or args.remote_sync
-        ):  # of a bucket, main() lists the names
+    def resume_newest(self) -> None:
+        """On every rank, replace the checkpoint that main() has found by name with the newest."""
+        args = self.args
+        if not self.resumes_latest or args.remote_sync:  # in a bucket, main() lists the names
             return
         found = [self.newest]
         if args.distributed:
@@ -401,136 +326,137 @@ class _Seams:
         if "resume_is_sharded" in args:  # open_clip 4
             args.resume_is_sharded = newest is not None and newest.is_dir()
 
-    def get_data(
-        self, args: Namespace, preprocess: tuple, epoch: int = 0, tokenizer: Any = None, **kwargs: Any
-    ) -> dict:
-        if not (isinstance(preprocess, tuple) and len(preprocess) == 2):
-            raise _unfit("calls get_data with something other than two transforms")
+    def get_data(self, original: Callable, given: BoundArguments) -> dict:
+        self.check_called("create_model_and_transforms")
+        args, epoch = given.arguments["args"], given.arguments.get("epoch", 0)
         if args.rank == 0:
             if epoch < args.epochs:  # else nothing is trained
-                run_folder.write_record(
-                    self.plan.record(epoch), self.plan.resumed, Path(args.logs, args.name)
-                )
-            run_folder.forget_after(epoch, Path(args.logs, args.name))
-            if self.latest:
-                run_folder.say_where_it_starts(epoch, args)
-        original = self.original["get_data"]
-        as_dict = "naflex_data_config" in inspect.signature(original).parameters  # open_clip 4
-        others = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
-
-        def get(args: Namespace) -> dict:
-            return original(args, preprocess, epoch=epoch, tokenizer=tokenizer, **kwargs)
-
-        _try_own_evaluation(others, get)
-        data = get(others)
-        if not isinstance(data, dict):
-            raise _unfit(f"has open_clip_train.main.get_data return a {type(data).__name__}")
-        self.preprocess_val, self.tokenizer = preprocess[1], self.plan.spec.tokenizer()
-        dataset = self.plan.train_data(preprocess[0], self.tokenizer, as_dict)
-        data["train"] = self.train = _data_info(dataset, args, self)
-        if self.plan.evaluates:  # main() evaluates where this key is; zero_shot_eval below answers
+                run_folder.write_record(self.flyp.record(epoch), self.flyp.resumed, self.folder)
+            run_folder.drop_results_after(epoch, self.folder)
+            if self.resumes_latest:
+                run_folder.log_start(epoch, args)
+        preprocess_train, self.preprocess_val = given.arguments["preprocess_fns"]
+        self.tokenizer = self.flyp.spec.tokenizer()
+        given.arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
+        _try_own_sets(original, given)
+        data = original(*given.args, **given.kwargs)
+        as_dict = "naflex_data_config" in given.signature.parameters  # open_clip 4
+        dataset = self.flyp.train_data(preprocess_train, self.tokenizer, as_dict)
+        data["train"] = self.train = _find("data", "DataInfo")(dataloader=dataset)
+        self.train.set_epoch = self.set_epoch
+        if self.flyp.evaluates:  # main() evaluates only if this key exists; zero_shot_eval below answers
             data.setdefault("imagenet-val", None)
         return data
 
-    def evaluate(self, model: Any, data: dict, epoch: int, args: Namespace, **kwargs: Any) -> dict:
-        if self.plan.evaluates:
-            self.metrics = self.plan.evaluate(self.model, self.preprocess_val, self.tokenizer, epoch)
-        self.scored = epoch
-        logged = self.original["evaluate"](model, data, epoch, args, **kwargs)
-        if args.rank == 0 and not self.metrics.keys() <= logged.keys():
-            raise _unfit("does not log what open_clip_train.train.zero_shot_eval returns")
-        return logged
+    def set_epoch(self, epoch: int) -> None:
+        """Called by open_clip at the start of each epoch.
 
-    def zero_shot_eval(self, model: Any, data: dict, epoch: int, args: Namespace, **kwargs: Any) -> dict:
-        real = {name: info for name, info in data.items() if info is not None}
-        if not {"imagenet-val", "imagenet-v2"} & real.keys():
-            return self.metrics
-        return {**self.original["zero_shot_eval"](model, real, epoch, args, **kwargs), **self.metrics}
-
-    def train_one_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        given = _bind(self.original["train_one_epoch"], "calls train_one_epoch", *args, **kwargs)
-        state = given.get("state")  # open_clip 4: one object for model, optimizer and epoch
-        if state:
-            given |= {"model": getattr(state, "task", None), "epoch": getattr(state, "epoch", None)}
-        epoch, model, train = given["epoch"], given["model"], given["data"].get("train")
-        if epoch is None or model is None or self.model is None or train is not self.train:
-            raise _unfit("calls train_one_epoch with other things than the model, the data and the epoch")
-        if self.started and self.plan.evaluates and self.scored != epoch:
-            raise _unfit(f"did not call open_clip_train.main.evaluate after epoch {epoch}")
-        if not self.started and self.plan.evaluates and epoch == 0:
-            more = {"tb_writer": given.get("tb_writer"), "tokenizer": self.tokenizer}
-            self.evaluate(model, given["data"], 0, given["args"], **more)
-        self.started = True
-        if not self.plan.before_epoch(self.model, self.preprocess_val, epoch):
-            return None
-        result = self.original["train_one_epoch"](*args, **kwargs)
-        self.plan.after_epoch(self.model, epoch + 1)
-        return result
-
-    def check_that_all_were_used(self) -> None:
-        """main() has ended: not without a call of the functions that stand in here."""
-        if self.train is None:
-            raise _unfit("trains on what does not come from open_clip_train.main.get_data")
-        if self.started and self.plan.evaluates and self.scored != self.plan.args.epochs:
-            raise _unfit("did not call open_clip_train.main.evaluate after the last epoch")
-
-
-def _try_own_evaluation(args: Namespace, get_data: Callable[[Namespace], dict]) -> None:
-    """Read a batch of each of open_clip's own evaluation sets, which would fail after an epoch, before it is saved.
-
-    Args:
-        args: open_clip's, without training data.
-        get_data: open_clip's, of nothing but such args.
-
-    Raises:
-        InputError: it cannot be read, or not be scored.
-    """
-    sets = ("val_data", "imagenet_val", "imagenet_v2")
-    for name in (name for name in sets if getattr(args, name)):
-        path = getattr(args, name)
-        one = {**vars(args), **dict.fromkeys(sets), name: path, "workers": 0}
-        reason = ""
-        try:
-            for info in get_data(Namespace(**one)).values():
-                if next(iter(info.dataloader), None) is None:
-                    reason = "it has no image with a text in .txt"
-            if name != "val_data":  # before open_clip 4 this needs NumPy before 2.4
-                _of("zero_shot", "accuracy")(torch.eye(5), torch.arange(5), topk=(1, 5))
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-            AttributeError,
-            LookupError,
-            AssertionError,
-        ) as error:
-            _log.debug(error, exc_info=True)
-            reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
-        if reason:
-            raise InputError(
-                f"open_clip cannot evaluate --{name.replace('_', '-')} {path} ({reason}); give a labelled set as "
-                "--eval-data NAME=SHARDS in its place."
-            )
-
-
-def _data_info(dataset: ClassPromptDataset, args: Namespace, seams: _Seams) -> Any:
-    """open_clip's DataInfo, whose set_epoch it calls at the start of each epoch.
-
-    Everything random is seeded there too: open_clip does not restore random states when it resumes, and a resumed
-    run is to equal an uninterrupted one.
-    """
-
-    info = _of("data", "DataInfo")(dataloader=dataset)
-
-    def set_epoch(epoch: int) -> None:
-        if not seams.started:
-            raise _unfit("trains by other means than open_clip_train.main.train_one_epoch")
-        dataset.set_epoch(epoch)
-        seed = sample_seed(args.seed, epoch, args.rank)
+        Seeds everything random: open_clip does not restore random states when it resumes, and a resumed run must equal
+        an uninterrupted one.
+        """
+        self.check_called("train_one_epoch")
+        self.called.add("set_epoch")
+        self.train.dataloader.set_epoch(epoch)
+        seed = sample_seed(self.args.seed, epoch, self.args.rank)
         torch.manual_seed(seed % 2**63)
         random.seed(seed)
         np.random.seed(seed % 2**32)
 
-    info.set_epoch = set_epoch
-    return info
+    def train_one_epoch(self, original: Callable, given: BoundArguments) -> Any:
+        arguments = given.arguments
+        state = arguments.get("state")  # open_clip 4: one object for model, optimizer and epoch
+        model, epoch = (state.task, state.epoch) if state else (arguments["model"], arguments["epoch"])
+        data, args = arguments["data"], arguments["args"]
+        if data.get("train") is not self.train:
+            raise _changed("main() does not train on what get_data returns")
+        if self.started:
+            self.check_evaluated(epoch)
+        elif epoch == 0 and self.flyp.evaluates:
+            more = {"tb_writer": arguments.get("tb_writer"), "tokenizer": self.tokenizer}
+            _find("main", "evaluate")(model, data=data, epoch=0, args=args, **more)
+        self.started = True
+        if not self.flyp.before_epoch(self.model, self.preprocess_val, epoch):
+            return None
+        result = original(*given.args, **given.kwargs)
+        self.check_called("set_epoch")
+        self.flyp.after_epoch(self.model, epoch + 1)
+        return result
+
+    def evaluate(self, original: Callable, given: BoundArguments) -> dict:
+        epoch = self.evaluated = given.arguments["epoch"]
+        if self.flyp.evaluates:
+            self.metrics = self.flyp.evaluate(self.model, self.preprocess_val, self.tokenizer, epoch)
+        logged = original(*given.args, **given.kwargs)
+        if self.args.rank == 0 and not self.metrics.keys() <= logged.keys():
+            raise _changed("evaluate() does not log what zero_shot_eval returns")
+        return logged
+
+    def zero_shot_eval(self, original: Callable, given: BoundArguments) -> dict:
+        data = {name: info for name, info in given.arguments["data"].items() if info is not None}
+        if not {"imagenet-val", "imagenet-v2"} & data.keys():
+            return self.metrics
+        given.arguments["data"] = data
+        return {**original(*given.args, **given.kwargs), **self.metrics}
+
+
+def _try_own_sets(get_data: Callable, given: BoundArguments) -> None:
+    """Read a batch of each of open_clip's own evaluation sets: else a bad one costs the first epoch, unsaved."""
+    args = given.arguments["args"]
+    for name in (name for name in _OWN_SETS if getattr(args, name)):
+        only = {**dict.fromkeys(_OWN_SETS), name: getattr(args, name), "workers": 0}
+        given.arguments["args"] = Namespace(**{**vars(args), **only})
+        try:
+            for info in get_data(*given.args, **given.kwargs).values():
+                if next(iter(info.dataloader), None) is None:
+                    raise ValueError("it has no image with a text in .txt")
+            if name != "val_data":  # before open_clip 4 this needs NumPy before 2.4
+                _find("zero_shot", "accuracy")(torch.eye(5), torch.arange(5), topk=(1, 5))
+        except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+            reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
+            raise InputError(
+                f"open_clip cannot evaluate --{name.replace('_', '-')} {getattr(args, name)} ({reason}); give a labelled set "
+                "with --eval-data NAME=SHARDS instead."
+            ) from error
+    given.arguments["args"] = args
+
+
+def _restore_logging(handlers: list[logging.Handler]) -> None:
+    """Undo what main() does: it adds handlers, and torch's loggers at INFO would report compile times at exit."""
+    for handler in set(logging.root.handlers) - set(handlers):
+        logging.root.removeHandler(handler)
+        with suppress(OSError):  # no room for what it still holds
+            handler.close()
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _warn_once(handler: Any, record: logging.LogRecord) -> None:
+    """For a log file that cannot be written: one warning, where logging prints a traceback for each line."""
+    if not getattr(handler, "warned", False):
+        handler.warned = True
+        error = sys.exc_info()[1]
+        reason = getattr(error, "strerror", None) or error
+        _log.warning(f"{handler.baseFilename} cannot be written to ({reason}): it will lack lines.")
+
+
+def _save_completely(torch_save: Callable, content: object, file: Any, *args: Any, **kwargs: Any) -> None:
+    """torch.save() that leaves no partial file, whenever it is killed."""
+    if isinstance(file, (str, os.PathLike)):
+        save(content, file)
+    else:
+        torch_save(content, file, *args, **kwargs)
+
+
+def _start_daemon(start_sync_process: Callable, *args: Any) -> Any:
+    """The endless process of --remote-sync as a daemon: else Python waits for it after an error in training."""
+    process = start_sync_process(*args)
+    process.daemon = True
+    return process
+
+
+class _CpuDistributedDataParallel(torch.nn.parallel.DistributedDataParallel):
+    """Without device_ids: open_clip passes [cpu], which DistributedDataParallel refuses."""
+
+    def __init__(self, module: torch.nn.Module, device_ids: object = None, **kwargs: Any):
+        super().__init__(module, **kwargs)

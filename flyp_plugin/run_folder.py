@@ -1,4 +1,13 @@
-"""A run's folder, logs/NAME, as open_clip lays it out: what is found there before a start, and mended after a stop."""
+"""A run's folder, logs/NAME, as open_clip lays it out: checked before a start, cleaned up after a killed run, locked.
+
+    out.log, params.txt              open_clip's log and flags
+    flyp.json                        what the checkpoints mean: record.py
+    checkpoints/epoch_N.pt           weights and optimizer state
+    checkpoints/results.jsonl        a line of metrics for each evaluation
+
+openclip.py calls these functions around open_clip's main(), so that no run is overwritten, --resume latest never takes
+a wrong or incomplete file, and no two processes write to one folder.
+"""
 
 import fcntl
 import json
@@ -11,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from textwrap import shorten
 
 from flyp_plugin import record
 from flyp_plugin.errors import InputError
@@ -18,52 +28,48 @@ from flyp_plugin.model_spec import ModelSpec
 from flyp_plugin.record import RESULTS, Record
 from flyp_plugin.sources import is_url, write_atomically
 
-LOCK = ".lock"  # in a folder that is written to
+LOCK = ".lock"  # in a folder that is being written to
 _RECORDS = ("out.log", "params.txt", record.FILE)
 _log = logging.getLogger(__name__)
 
 
-def has_begun(folder: Path) -> bool:
-    """Whether open_clip has written there for a run."""
+def contains_run(folder: Path) -> bool:
+    """Whether open_clip has started a run there."""
     return any((folder / name).exists() for name in _RECORDS)
 
 
 def check_free(args: Namespace) -> None:
-    """InputError where a run of this name is there and is not to be resumed, which open_clip says less well."""
+    """InputError if there is a run of this name and it is not to be resumed."""
     if not args.name or args.resume == "latest":  # without a name open_clip makes up a new one
         return
     folder = Path(args.logs, args.name)
-    if has_begun(folder) or any(folder.glob("checkpoints/*.*")):
+    if contains_run(folder) or any(folder.glob("checkpoints/*.*")):
         raise InputError(
-            f"there is a run in {folder}; choose another --name, or go on with it by --resume latest."
+            f"{folder} already contains a run; choose another --name, or continue it with --resume latest."
         )
 
 
 def check_checkpoints(folder: Path) -> None:
-    """InputError where open_clip would resume from what is not a run's own: of all files it takes the last by name."""
-    others = [
-        path
-        for path in sorted(folder.glob("checkpoints/*.pt"))
-        if not re.match(r"epoch_(\d+|latest)\.", path.name)
-    ]
-    if others:
-        raise InputError(
-            f"{others[0]} is no checkpoint of this run, but --resume latest would take it for one; move it elsewhere."
-        )
+    """InputError if open_clip would resume from a foreign file: it takes the last .pt by name, whatever it is."""
+    for path in sorted(folder.glob("checkpoints/*.pt")):
+        if not re.match(r"epoch_(\d+|latest)\.", path.name):
+            raise InputError(
+                f"{path} is not a checkpoint of this run, but --resume latest would take it; move it elsewhere."
+            )
 
 
-def clear_up(folder: Path) -> None:
-    """What a killed run left half-written goes, a checkpoint, which --resume latest would take, under another name."""
-    for path in folder.glob("checkpoints/.*.part"):  # of checkpoints.atomic_path
+def set_aside_incomplete(folder: Path) -> None:
+    """Delete the partial files of a killed run and rename incomplete checkpoints, so that none is resumed from."""
+    for path in folder.glob("checkpoints/.*.part"):  # written by checkpoints.atomic_path
         path.unlink()
     for path in sorted(folder.glob("checkpoints/**/*.pt")):
         if not zipfile.is_zipfile(path):  # torch writes a zip file, whose directory comes last
             aside = path.rename(path.with_suffix(".pt.incomplete"))
-            _log.warning(f"{path} is incomplete and is left out: it is now {aside}.")
+            _log.warning(f"{path} is incomplete and will not be used: it is now {aside}.")
 
 
 def resumed_record(args: Namespace) -> Record | None:
-    """The record of the run that --resume goes on with; None of a new run, or one that has none."""
+    """The record of the run that --resume continues; None for a new run, or one without a record."""
     if not args.resume or is_url(args.resume):
         return None
     if args.resume == "latest":
@@ -72,133 +78,121 @@ def resumed_record(args: Namespace) -> Record | None:
 
 
 def refuse_other_run(resumed: Record, args: Namespace, spec: ModelSpec) -> None:
-    """InputError where the flags make the weights of the run that is resumed mean something else."""
-    others = [
-        f"--{name} {resumed.get(name)} and not {getattr(args, name)}"
-        for name in ("model", "objective")
-        if resumed.get(name) != getattr(args, name)
-    ]
-    if others:
-        raise InputError(
-            f"the run in {resumed.folder} is one with {others[0]}; give another --name, or the flags that it was begun with."
-        )
+    """InputError if the flags would change what the weights of the resumed run mean."""
+    for name in ("model", "objective"):
+        if resumed.get(name) != getattr(args, name):
+            raise InputError(
+                f"the run in {resumed.folder} was started with --{name} {resumed.get(name)}, not {getattr(args, name)}; "
+                "choose another --name, or give the same flags."
+            )
     if changed := resumed.spec.differences(spec):
         raise InputError(
             f"your flags would change what the weights of {resumed.folder} mean ({changed[0]}); leave them out, or start a "
-            "run with another --name."
+            "new run with another --name."
         )
 
 
 def write_record(now: Record, before: Record | None, folder: Path) -> None:
-    """Write flyp.json. Where a resumed run had other settings, they are kept in a file beside it, and named."""
+    """Write flyp.json. If a resumed run had other settings, its old file is kept and the changes are named."""
     others = record.differences(before, now) if before and before.folder == folder else {}
     if others:
         changes = ", ".join(
-            f"--{name.replace('_', '-')} {_short(after)} ({_short(was)})"
+            f"--{name.replace('_', '-')} {shorten(str(after), 60)} ({shorten(str(was), 60)})"
             for name, (was, after) in others.items()
         )
         kept = _set_aside(folder / record.FILE)
-        _log.warning(f"Other settings than before (in brackets; all of those are now in {kept}): {changes}.")
+        _log.warning(
+            f"Settings changed since this run started (old values in brackets, kept in {kept}): {changes}."
+        )
         if others.keys() & {"workers", "ranks", "batch_size"}:
-            _log.warning(
-                "So the order of batches, and with it the weights, are not those of an uninterrupted run."
-            )
+            _log.warning("The batches, and so the weights, will differ from those of an uninterrupted run.")
     if not before and (folder / "params.txt").exists() and any(folder.glob("checkpoints/epoch_*.pt")):
         _log.warning(f"{folder} has no {record.FILE}, so its settings cannot be compared with these.")
     now.write(folder)
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) < 60 else f"{text[:50]}..."
-
-
 def _set_aside(path: Path) -> Path:
-    """Move a file to a name beside it that is free."""
-    aside = next(
-        new for n in count(1) if not (new := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists()
-    )
-    return path.rename(aside)
+    """Rename a file to the first free name: results.jsonl to results.1.jsonl, ..."""
+    names = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
-def forget_after(epoch: int, folder: Path) -> None:
-    """Take out of results.jsonl what a run that resumes after `epoch` will write again, and a line that was cut off.
+def drop_results_after(epoch: int, folder: Path) -> None:
+    """Remove from results.jsonl what a run resumed after `epoch` will write again, and a line that was cut off.
 
-    open_clip evaluates before it saves; and a run without a checkpoint starts with the evaluation of epoch 0: the
-    figures that it has nevertheless are kept in another file.
+    open_clip evaluates before it saves, so there may be rows without a checkpoint. If no checkpoint is left (epoch 0),
+    the file is kept under another name.
     """
     results = folder / RESULTS
     if not results.exists():
         return
-    rows = {}
+    epochs = {}
     for line in results.read_text().splitlines(keepends=True):
         with suppress(ValueError):
-            rows[line] = json.loads(line).get("epoch", 0)
-    if epoch == 0 and any(rows.values()):
+            epochs[line] = json.loads(line).get("epoch", 0)
+    if epoch == 0 and any(epochs.values()):
         aside = _set_aside(results)
-        _log.warning(f"The figures of a run whose checkpoints are gone are now in {aside}.")
-        rows = {}
-    write_atomically(results, "".join(line for line, of in rows.items() if epoch and of <= epoch))
+        _log.warning(f"The results of a run without checkpoints are now in {aside}.")
+    write_atomically(results, "".join(line for line, number in epochs.items() if epoch and number <= epoch))
 
 
-def say_where_it_starts(epoch: int, args: Namespace) -> None:
-    """Of a run that is to be resumed from its latest checkpoint, which open_clip has found (epoch > 0) or not."""
+def log_start(epoch: int, args: Namespace) -> None:
+    """Say so if --resume latest has found no checkpoint (epoch 0), or the one of a finished run."""
     folder = Path(args.logs, args.name)
     if epoch == 0:
-        _log.warning(f"There is no checkpoint in {folder} to resume: this run starts at the beginning.")
+        _log.warning(f"There is no checkpoint in {folder} to resume from: this run starts at the beginning.")
     elif epoch >= args.epochs:
-        _log.info(
-            f"The run in {folder} is finished: it has had {epoch} epochs, and --epochs is {args.epochs}."
-        )
+        _log.info(f"The run in {folder} is finished: it has {epoch} epochs, and --epochs is {args.epochs}.")
 
 
-def withdraw(folder: Path) -> None:
-    """Delete what open_clip has written for a run that did not come to train, so that its name stays free."""
+def remove_unstarted(folder: Path) -> None:
+    """Delete what open_clip has written for a run that never started to train, so that its name stays free."""
     if any(folder.glob("checkpoints/*.*")):
         return
     for name in _RECORDS:
         (folder / name).unlink(missing_ok=True)
     for path in (folder / "checkpoints", folder / "tensorboard", folder):
-        with suppress(OSError):  # there is none, or something in it
+        with suppress(OSError):  # it does not exist, or is not empty
             path.rmdir()
 
 
 @contextmanager
 def folder_lock(folder: Path, inherited: bool = True) -> Iterator[int]:
-    """Hold a lock on a folder, which is made where there is none and deleted where nothing is put into it.
+    """Hold a lock on a folder, which is created if need be, and deleted again if it stays empty.
+
+    The lock ends with the process, however it is killed. On a filesystem without locks there is only a warning. filelock
+    does not fit: it has no public descriptor to pass on, and without locks it leaves a file that outlives the process.
 
     Args:
-        inherited: commands that are given the file descriptor hold the lock too, so that one that outlives its killed
-            parent is noticed. Else this process alone does, and none that it forks.
+        inherited: commands that are given the descriptor (`pass_fds`) hold the lock too, so that one that outlives its
+            killed parent is noticed. Otherwise only this process holds it, and none that it forks.
 
     Raises:
-        InputError: it is held already, or the folder cannot be written to.
+        InputError: another process holds the lock, or the folder cannot be written to.
     """
     new, path = not folder.exists(), folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        lock = path.open("a")
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written to ({error.strerror}); choose another folder."
-        ) from None
-    with open(path, "a") as lock:
+        raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another one.") from None
+    with lock:
         try:
             (fcntl.flock if inherited else fcntl.lockf)(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = not os.path.samestat(os.fstat(lock.fileno()), os.stat(path))  # who held it deletes it
+            free = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))  # else its last holder deletes it
         except (BlockingIOError, FileNotFoundError):
-            held = True
+            free = False
         except OSError as error:
-            held = False
+            free = True
             _log.warning(f"{folder} cannot be locked ({error.strerror}); let nothing else write to it.")
-        if held:
+        if not free:
             raise InputError(
-                f"another process, or a run that one left behind, is writing to {folder}; wait for it or end it."
+                f"another process is writing to {folder} (perhaps one that a killed run left behind); wait for it or end it."
             )
         try:
             yield lock.fileno()
         finally:
             path.unlink(missing_ok=True)
             if new:
-                with suppress(OSError):  # there is something in it
+                with suppress(OSError):  # not empty
                     folder.rmdir()

@@ -126,16 +126,16 @@ def test_checkpoints_that_are_cut_off_are_set_aside(whole, tmp_path):
 def test_rows_after_the_checkpoint_are_forgotten(tmp_path):
     results = tmp_path / run_folder.RESULTS
     results.parent.mkdir()
-    run_folder.forget_after(1, tmp_path)
+    run_folder.drop_results_after(1, tmp_path)
     assert os.listdir(results.parent) == []
     lines = [json.dumps({"a/top1": 0.5, "epoch": epoch}) + "\n" for epoch in range(4)]
     for epoch, kept in ((2, 3), (3, 4), (0, 0), (0, 0)):
         whole = "".join([*lines, '{"a/top1": 0.'])
         results.write_text(whole)
-        run_folder.forget_after(epoch, tmp_path)
+        run_folder.drop_results_after(epoch, tmp_path)
         assert results.read_text() == "".join(lines[:kept])
     results.write_text(lines[0])  # the zero-shot row alone, which will be the same again
-    run_folder.forget_after(0, tmp_path)
+    run_folder.drop_results_after(0, tmp_path)
     assert sorted(os.listdir(results.parent)) == ["results.1.jsonl", "results.2.jsonl", "results.jsonl"]
     assert (results.parent / "results.1.jsonl").read_text() == whole
 

@@ -54,6 +54,11 @@ MODEL = {
 }
 SHARD_SIZE = 250
 _SWEEP = "logs/flyp/wiseft"  # where `flyp wiseft` writes
+# for `python -c`: open_clip's own training of a model configuration (the first argument) that open_clip does not have
+_PLAIN_MAIN = (
+    "import open_clip, sys; open_clip.add_model_config(sys.argv.pop(1)); "
+    "from open_clip_train.main import main; main(sys.argv[1:])"
+)
 _log = logging.getLogger(__name__)
 EXAMPLE = """  flyp demo
   python train_flyp.py --demo                   # the same"""
@@ -116,7 +121,7 @@ def _steps(root: Path, pretrain_epochs: int, epochs: int) -> Iterator[tuple[str,
     cpu = "--device cpu --workers 1"
     train = f"{cpu} --logs {here}/logs --resume latest --delete-previous-checkpoint"
     pretrained = f"logs/pretrain/checkpoints/epoch_{pretrain_epochs}.pt"
-    command = f"python -c {shlex.quote(openclip.PLAIN_MAIN)} {here}/demo-clip.json"
+    command = f"python -c {shlex.quote(_PLAIN_MAIN)} {here}/demo-clip.json"
     command += " --model demo-clip --dataset-type webdataset"
     command += f" --train-data {here}/captions/{{0..{math.ceil(images / SHARD_SIZE) - 1}}}.tar"
     command += f" --train-num-samples {images} --name pretrain --epochs {pretrain_epochs}"
@@ -164,7 +169,7 @@ def _run(command: Sequence[str], log: Path, done: Path, lock: int) -> None:
                         file.write(line)
                         bar.update("Start epoch " in line)
             status = process.wait()
-        except KeyboardInterrupt as stop:
+        except (KeyboardInterrupt, Terminated) as stop:
             _interrupted(process, stop)
             raise
     if status == 0 and part.exists():
@@ -175,7 +180,7 @@ def _run(command: Sequence[str], log: Path, done: Path, lock: int) -> None:
         raise InputError("\n".join([f"this step ended with status {status}; see above.", *lines]))
 
 
-def _interrupted(process: subprocess.Popen, stop: KeyboardInterrupt) -> None:
+def _interrupted(process: subprocess.Popen, stop: BaseException) -> None:
     """End a step, or wait for it where Ctrl-C has reached it too; one that has said so itself is not repeated."""
     if isinstance(stop, Terminated):
         process.terminate()

@@ -34,7 +34,6 @@ from icon_looks import LOOKS, PIXELS, Drawing, drawings, families, png
 
 from flyp_plugin import shards
 from flyp_plugin.commands.plots import figure, percent
-from flyp_plugin.openclip import PLAIN_MAIN
 
 SEED, SHARDS = 67, 32
 CAPTIONS = ["{name}", "{base}", "{base} icon", "a picture of {base}"]
@@ -60,6 +59,11 @@ SCALES = {
     "scale7": 7.0,
     "scale50": 50.0,
 }  # logit_scale.exp() at the start of these, in place of what was learned
+# for `python -c`: open_clip's own training of a model configuration (the first argument) that open_clip does not have
+PLAIN_MAIN = (
+    "import open_clip, sys; open_clip.add_model_config(sys.argv.pop(1)); "
+    "from open_clip_train.main import main; main(sys.argv[1:])"
+)
 NO_FLASH = "torch.backends.cuda.enable_flash_sdp(False)"  # of CPUs, too: a step takes 1.15 s in place of 2.0
 PRETRAIN = """--model icon-clip --dataset-type webdataset --batch-size 512 --lr 1e-3 --warmup 100 --wd 0.1
     --precision amp_bf16 --device cpu --workers 1 --log-every-n-steps 10"""
