@@ -1,5 +1,39 @@
-"""FLYP (finetune like you pretrain) for CLIP models, inside open_clip's own training script."""
+"""FLYP (finetune like you pretrain, arXiv 2212.00638) for CLIP models, inside open_clip's own training script.
 
+The idea: to fine-tune a CLIP model on a labelled data set, write each label as a prompt ("a photo of a {c}.") and go on
+with CLIP's own contrastive loss. All that open_clip needs for that is another data set, so this package is one, and a
+few places where it enters open_clip's script. Read these eight modules in this order:
+
+    prompts.py    class names x templates -> prompts -> one table of tokens
+    samples.py    tar members -> samples with a label, a prompt and a decoded image: one generator per step
+    data.py       samples -> batches, over workers, ranks and epochs: ClassPromptDataset (training), LabelledDataset
+    text.py       why the text tower needs only the positions up to EOT, and how it is made to run on these alone
+    heads.py      prompts -> zero-shot head -> ImageClassifier
+    wiseft.py     interpolate and average weights; score all alphas on each decoded image once
+    openclip.py   the seams: what of open_clip_train is replaced while its main() runs. No other module knows it
+    train.py      FLYP's flags and defaults, the checks before a run, and the run as openclip.py sees it
+
+The way of a training sample: `sources.py` finds the tars and the text files beside them; `samples.py` reads a member
+pair, takes its label, draws its prompt and decodes its image; `data.py` shuffles and batches; open_clip's loop does the
+rest. After each epoch `monitor.py` scores the evaluation sets (`evalsets.py`) through `heads.py` and `metrics.py`, the same code
+that `flyp eval` uses, so that figures agree.
+
+The way of weights: `model_spec.py` says what a model's name and pretrained tag mean (activation, preprocessing),
+`record.py` writes it to the run's flyp.json with the classes, `checkpoints.py` is the one reader and writer of weights,
+and every command takes `logs/RUN` and finds all of it there. `run_folder.py` guards that folder before and after a run.
+
+Where to add:
+    a metric            metrics.py, a function of a Tally with the decorator @metric
+    an objective        objectives.py, an entry of OBJECTIVES (learned.py has linear heads); flags.py for its flags
+    a prompt source     prompts.py
+    a data source       sources.py (where shards are), rows.py (what `flyp shards write` reads)
+    a command           commands/, a module with add_flags and run, and a line in commands.COMMANDS
+    a seam              openclip.py, a line in its table
+
+Public names: ClassPrompts, ClassPromptDataset, build_zeroshot_head, ImageClassifier, evaluate, interpolate.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,7 +45,7 @@ if TYPE_CHECKING:
     from flyp_plugin.wiseft import interpolate as interpolate
 
 __version__ = "0.1.0"
-_HOME = {
+_MODULES = {
     "ClassPrompts": "prompts",
     "ClassPromptDataset": "data",
     "build_zeroshot_head": "heads",
@@ -19,13 +53,11 @@ _HOME = {
     "evaluate": "metrics",
     "interpolate": "wiseft",
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name's module when it is first asked for, so that `flyp --help` need not import torch."""
-    if name not in _HOME:
+    """Import a public name on first use, so that `flyp --help` does not import torch."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'flyp_plugin' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"flyp_plugin.{_HOME[name]}"), name)
+    return getattr(import_module(f"flyp_plugin.{_MODULES[name]}"), name)

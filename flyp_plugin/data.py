@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import MAX_LOST
-from flyp_plugin.prompts import ClassPrompts, PromptTokens, as_it_is, resolve_prompts
+from flyp_plugin.prompts import ClassPrompts, PromptTokens, resolve_prompts
 from flyp_plugin.samples import Sample, Skipped, decoded, labelled, prompted, random_states_kept, read_samples
 from flyp_plugin.sources import IMAGE_KEY, RETRIES, count_samples, expand_sources, stated_sizes
 
@@ -151,7 +151,7 @@ def _loader(stream: Callable, num_workers: int) -> DataLoader:
     return DataLoader(
         _Workers(stream),
         batch_size=None,
-        collate_fn=as_it_is,
+        collate_fn=tuple,  # keeps the pair: it is a batch already
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_begin_worker,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.names import numbered
+from flyp_plugin.names import to_unique_keys
 from flyp_plugin.precision import full_float32
 from flyp_plugin.prompts import ClassPrompts
 
@@ -94,8 +94,8 @@ def class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the se
     Raises:
         InputError: a name that is not there.
     """
-    rows = {key: row for row, key in enumerate(numbered(known))}
-    missing = [key[0] for key in numbered(wanted) if key not in rows]
+    rows = {key: row for row, key in enumerate(to_unique_keys(known))}
+    missing = [key[0] for key in to_unique_keys(wanted) if key not in rows]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
@@ -103,7 +103,7 @@ def class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the se
             f"the learned head has no class {missing[0]!r}{more} of {where}, only the {len(known)} that it was trained "
             f"on ({some}); give class names that are among them."
         )
-    return [rows[key] for key in numbered(wanted)]
+    return [rows[key] for key in to_unique_keys(wanted)]
 
 
 def fit_head(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Tensor:

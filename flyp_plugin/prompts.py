@@ -1,29 +1,32 @@
-"""Class names x templates -> prompts, and their tokens in one table. Not for images, labels or models."""
+"""Class names x templates -> prompts, and the token table of all prompts.
+
+FLYP writes a label as a sentence: the class name in a template, "a photo of a {c}." (section 3). Prompts are text, not
+code: `{c}` and `{}` are replaced, nothing is evaluated or formatted. All prompts are tokenised once, into a table that
+the loader's workers share, so that a batch's text is an array lookup. Training (data.py), the zero-shot head (heads.py)
+and every command get their prompts here.
+"""
 
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import numpy as np
 import open_clip
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flyp_plugin.errors import CONTROLS, InputError, escape_control_chars
-from flyp_plugin.names import normal, numbered, repeated_names, what_else
+from flyp_plugin.names import detect_syntax, normalize_name, to_unique_keys
 from flyp_plugin.sources import all_beside, find_beside, lines_of
 
-CLASSNAMES = {"imagenet": open_clip.IMAGENET_CLASSNAMES}
-TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+_TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 DEFAULT_TEMPLATE = "a photo of a {c}."
-_PLACE = re.compile(r"\{c?\}")
-_SHOWN = 5  # of the classes that a warning names
-_CHUNK = 16384  # prompts tokenised at once; above this number several processes share the work
+_PLACEHOLDER = re.compile(r"\{c?\}")
+_SHOWN = 5  # classes that a warning names
+_CHUNK = 16384  # prompts tokenised at once; larger sets are tokenised by several processes
 _log = logging.getLogger(__name__)
 
 
@@ -31,13 +34,13 @@ class ClassPrompts:
     """The prompts of a classification set: every class name in every template (FLYP, section 3).
 
     Args:
-        classnames: C names; a name's position is its class index. A name that is there twice is a warning.
-        templates: T templates; `{c}` or `{}` is where the class name goes. Nothing else in braces is touched.
-        places: where the two lists are from, for messages.
+        classnames: C names; the position of a name is its class index. Repeated names are logged as a warning.
+        templates: T templates; `{c}` or `{}` marks the class name. Any other braces are text.
+        places: where the lists come from, for messages.
 
     Raises:
-        InputError: an empty list, a blank name, one text in place of a list, or a template without a place for the
-            class.
+        InputError: a list is empty or a single string, an entry is blank or has control characters, or a template has
+            no place for the class name.
 
     Example:
         >>> prompts = ClassPrompts(["cat", "dog"], ["a photo of a {c}.", "a sketch of a {c}."])
@@ -52,35 +55,38 @@ class ClassPrompts:
         places: tuple[str, str] = ("the list of class names, entry", "the list of templates, entry"),
     ):
         if isinstance(classnames, str) or isinstance(templates, str):
-            raise InputError("class names and templates are lists; give ['cat', 'dog'], not one text.")
-        self.classnames = list(classnames)
-        self.templates = list(templates)
-        _check_classnames(self.classnames, places[0])
-        _check_templates(self.templates, places[1])
+            raise InputError("classnames and templates must be lists such as ['cat', 'dog'], got a string.")
+        self.classnames, self.templates = list(classnames), list(templates)
+        _check_entries(self.classnames, places[0], "class name")
+        _check_entries(self.templates, places[1], "template with {c}")
+        for number, template in enumerate(self.templates, 1):
+            if not _PLACEHOLDER.search(template):
+                raise InputError(
+                    f"{places[1]} {number}, {template!r}, has no place for the class name; write {{c}} where it goes."
+                )
+        keys = to_unique_keys(self.classnames)
+        for number, (name, occurrence) in enumerate(keys, 1):
+            if occurrence == 2:
+                unit, first = places[0].rpartition(" ")[2], keys.index((name, 1)) + 1
+                _warn_once(
+                    f"{places[0]} {number}, repeats {unit} {first}, {name!r}: no prompt can distinguish them."
+                )
 
     @classmethod
     def from_files(cls, classnames: str | Sequence[str], templates: str | Sequence[str]) -> "ClassPrompts":
-        """Read class names and templates, one a line, from files or URLs.
+        """Read class names and templates from text files or URLs, one per line.
 
         Args:
             classnames: a path, a URL, `imagenet` (open_clip's list), or the names themselves.
-            templates: a path, a URL, `openai` or `simple` (open_clip's lists), one template, with its `{c}`, or several.
+            templates: a path, a URL, `openai` or `simple` (open_clip's lists), one template with its `{c}`, or a list.
 
         Raises:
-            InputError: a file that is not there, is not UTF-8, is Python or JSON in place of a name or template a
-                line, or has a mistake in it, with its line.
+            InputError: a file is missing, is not UTF-8, holds Python or JSON, or has a bad line, which is named.
         """
-        places = [
-            f"{it}, line" if isinstance(it, str) else "the list, entry" for it in (classnames, templates)
-        ]
-        if not isinstance(classnames, str):
-            classes = list(classnames)
-        elif classnames in CLASSNAMES:
-            classes = list(CLASSNAMES[classnames])
-        else:
-            classes = _read_lines(classnames, "class names", "--classnames", list(CLASSNAMES))
+        names = read_classnames(classnames) if isinstance(classnames, str) else classnames
         lines = read_templates(templates) if isinstance(templates, str) else templates
-        return cls(classes, lines, (places[0], places[1]))
+        places = [f"{x}, line" if isinstance(x, str) else "the list, entry" for x in (classnames, templates)]
+        return cls(names, lines, (places[0], places[1]))
 
     def __call__(self, label: int, template: int) -> str:
         """The prompt of class index `label` in template number `template`."""
@@ -92,21 +98,19 @@ class ClassPrompts:
 
     def template_functions(self) -> list[Callable[[str], str]]:
         """The templates as functions of a class name, as open_clip.build_zero_shot_classifier takes them."""
-        return [lambda name, template=template: fill(template, name) for template in self.templates]  # type: ignore[misc]
+        return [partial(fill, template) for template in self.templates]
 
     def tokenize(self, tokenizer: Callable) -> "PromptTokens":
-        """All prompts through `tokenizer` (open_clip.get_tokenizer's) once; see PromptTokens.
-
-        A warning names what the text tower cannot see: prompts that are cut, and classes of the same tokens.
-        """
+        """Tokenise all prompts; see PromptTokens. Warns of truncated prompts and of classes with equal tokens."""
         tokens = PromptTokens(self, tokenizer)
         if tokens.cut:
             _log.warning(
                 f"{len(tokens.cut)} of {len(self)} prompts are longer than the model's {tokens.context_length} tokens "
-                f"and are cut there, the first of them: {tokens.cut[0][:80]!r}"
+                f"and are truncated, the first: {tokens.cut[0][:80]!r}"
             )
-        same = [group for group in tokens.same if len({normal(self.classnames[i]) for i in group}) > 1]
-        if same:  # equal names have been named before
+        # equal names already have a warning of their own
+        names = [normalize_name(name) for name in self.classnames]
+        if same := [group for group in tokens.same if len({names[i] for i in group}) > 1]:
             _log.warning(self.describe_same_tokens(same))
         return tokens
 
@@ -116,23 +120,23 @@ class ClassPrompts:
             " and ".join(f"{self.classnames[i][:80]!r} (class {i})" for i in group[:_SHOWN])
             for group in groups[:_SHOWN]
         )
-        more = f"; and {len(groups) - _SHOWN} more" if len(groups) > _SHOWN else ""
-        number = "classes have" if len(groups) == 1 else f"{len(groups)} groups of classes have each"
+        number = "1 group" if len(groups) == 1 else f"{len(groups)} groups"
         return (
-            f"{number} prompts of the same tokens, so the text tower cannot tell them apart: {shown}{more}; give them "
-            "names that differ in more than case, accents' encoding or punctuation marks."
+            f"{number} of classes have prompts with the same tokens, so the text tower cannot distinguish "
+            f"them: {shown}{', ...' if len(groups) > _SHOWN else ''}; give them names that differ in more than case, "
+            "accents' encoding or punctuation."
         )
 
 
 class PromptTokens:
     """The tokens of all prompts: an integer table (C, T, W) in memory that worker processes share.
 
-    W is the longest prompt's number of tokens and the type the smallest that holds every token; `take` gives
-    back what the tokenizer gave, padded to the model's context length.
+    W is the length of the longest prompt, and the type is the smallest that holds every token. `take` returns exactly
+    what the tokenizer returned, padded to the context length.
 
     Args:
         prompts: the class prompts.
-        tokenizer: list of N texts -> int64 (N, context length), as open_clip.get_tokenizer gives.
+        tokenizer: list of N texts -> int64 (N, context length), as open_clip.get_tokenizer returns.
 
     Attributes:
         cut: the prompts that are longer than the context.
@@ -142,78 +146,57 @@ class PromptTokens:
     def __init__(self, prompts: ClassPrompts, tokenizer: Callable):
         empty = tokenizer([""])[0]
         self.context_length, self._pad = len(empty), int(empty[-1])
-        chunks = _Chunks(prompts, tokenizer, self._pad)
-        workers = 0 if len(prompts) <= _CHUNK else min(len(chunks), torch.get_num_threads(), 8)
-        own = torch.Generator()  # else it would draw from the global one
-        loader = DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=own)
-        parts = list(tqdm(loader, desc="tokenising", unit="chunk", disable=None, delay=3))
-        width = max(part.shape[1] for part, _ in parts)
-        self._type = np.result_type(*(part.dtype for part, _ in parts))
-        self._shape = (len(prompts.classnames), len(prompts.templates), width)
-        # torch can do little with unsigned types: the tensor is the shared bytes, which numpy reads
-        size = int(np.prod(self._shape)) * self._type.itemsize
-        self._bytes = torch.zeros(size, dtype=torch.uint8).share_memory_()
-        rows = self.table.reshape(-1, width)
-        rows[:] = self._pad
-        start = 0
-        for part, _ in parts:
-            rows[start : start + len(part), : part.shape[1]] = part
-            start += len(part)
-        self.cut = [prompt for _, cut_here in parts for prompt in cut_here]
-        self.same = _equal_rows(self.table)
+        loader: DataLoader = DataLoader(
+            prompts.classnames,  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=max(1, _CHUNK // len(prompts.templates)),
+            collate_fn=partial(_tokenize_chunk, prompts.templates, tokenizer, self._pad),
+            num_workers=0 if len(prompts) <= _CHUNK else min(torch.get_num_threads(), 8),
+            generator=torch.Generator(),  # otherwise it would draw from the global generator
+        )
+        chunks = list(tqdm(loader, desc="tokenising", unit="chunk", disable=None, delay=3))
+        width = max(tokens.shape[1] for tokens, _ in chunks)
+        padded = [np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=self._pad) for t, _ in chunks]
+        table = np.concatenate(padded).reshape(len(prompts.classnames), len(prompts.templates), width)
+        # shared as bytes, which numpy reads: torch supports few operations on unsigned types
+        self._type, self._bytes = table.dtype, torch.from_numpy(table.view(np.uint8)).share_memory_()
+        self.cut = [text for _, cut in chunks for text in cut]
+        self.same = _group_equal_rows(self.table)
 
     @property
     def table(self) -> np.ndarray:
         """The tokens, shape (C, T, W)."""
-        return self._bytes.numpy().view(self._type).reshape(self._shape)
+        return self._bytes.numpy().view(self._type)
 
     def take(self, labels: Sequence[int], templates: Sequence[int]) -> torch.Tensor:
         """The prompts of B (class index, template number) pairs: int64 (B, context length)."""
         tokens = np.full((len(labels), self.context_length), self._pad, dtype=np.int64)
-        tokens[:, : self._shape[2]] = self.table[np.asarray(labels), np.asarray(templates)]
+        tokens[:, : self.table.shape[2]] = self.table[np.asarray(labels), np.asarray(templates)]
         return torch.from_numpy(tokens)
 
 
-def _equal_rows(table: np.ndarray) -> list[list[int]]:
-    """Groups of indices along the first axis whose parts are equal; almost all are told apart by their first row."""
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for row in range(len(table)):
-        groups[table[row, 0].tobytes()].append(row)
-    wholes: dict[bytes, list[int]] = defaultdict(list)
-    for row in (row for group in groups.values() if len(group) > 1 for row in group):
-        wholes[table[row].tobytes()].append(row)
-    return [group for group in wholes.values() if len(group) > 1]
+def _tokenize_chunk(
+    templates: list[str], tokenizer: Callable, pad: int, names: list[str]
+) -> tuple[np.ndarray, list[str]]:
+    """Tokens (rows, width) of some classes' prompts, without common padding, and the prompts that were truncated."""
+    texts = [fill(template, name) for name in names for template in templates]
+    tokens = tokenizer(texts).numpy()
+    length, width = tokens.shape[1], int(np.flatnonzero((tokens != pad).any(axis=0))[-1]) + 1
+    full = [
+        texts[row] for row in np.flatnonzero(tokens[:, -1] != pad)
+    ]  # they fill the context, or are longer
+    cut = [text for text in full if (tokenizer([text], context_length=2 * length)[0, length:] != pad).any()]
+    return tokens[:, :width].astype(np.min_scalar_type(max(int(tokens.max()), pad))), cut
 
 
-class _Chunks(Dataset):
-    """Some classes' prompts at a time: tokens (rows, width) without common padding, and the prompts that were cut."""
-
-    def __init__(self, prompts: ClassPrompts, tokenizer: Callable, pad: int):
-        self.prompts, self.tokenizer, self.pad = prompts, tokenizer, pad
-        self.classes = max(1, _CHUNK // len(prompts.templates))
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.prompts.classnames) / self.classes)
-
-    def __getitem__(self, item: int) -> tuple[np.ndarray, list[str]]:
-        classes = self.prompts.classnames[item * self.classes :][: self.classes]
-        texts = [fill(template, name) for name in classes for template in self.prompts.templates]
-        tokens = self.tokenizer(texts).numpy()
-        used = np.flatnonzero((tokens != self.pad).any(axis=0))
-        full = np.flatnonzero(tokens[:, -1] != self.pad)
-        narrow = tokens[:, : int(used[-1]) + 1]
-        cut = [texts[i] for i in full if self._is_cut(texts[i])]
-        return narrow.astype(np.min_scalar_type(int(tokens.max()))), cut
-
-    def _is_cut(self, text: str) -> bool:
-        """Whether a prompt that fills the context has more tokens than that."""
-        longer = self.tokenizer([text], context_length=2 * len(self.tokenizer([""])[0]))[0]
-        return bool((longer[len(longer) // 2 :] != self.pad).any())
-
-
-def as_it_is(item: Any) -> Any:
-    """A DataLoader's collate_fn for what is a batch already."""
-    return item
+def _group_equal_rows(table: np.ndarray) -> list[list[int]]:
+    """Groups of indices along the first axis whose parts are equal. Most classes differ in the first template."""
+    groups = [list(range(len(table)))]
+    for parts in (table[:, 0], table):
+        finer: dict[bytes, list[int]] = defaultdict(list)
+        for row in (row for group in groups for row in group):
+            finer[parts[row].tobytes()].append(row)
+        groups = [group for group in finer.values() if len(group) > 1]
+    return groups
 
 
 def resolve_prompts(
@@ -221,15 +204,16 @@ def resolve_prompts(
     classnames: str | Sequence[str] | None = None,
     templates: str | Sequence[str] | None = None,
 ) -> ClassPrompts:
-    """The prompts that belong to `shards`: what is given, or else the text files beside them or one folder above.
+    """The prompts of `shards`: the lists given, or else the text files beside the shards or one folder above.
 
     Args:
         shards: tar URLs.
-        classnames, templates: as for `ClassPrompts.from_files`; None looks for classnames.txt and
-            zeroshot_classification_templates.txt. Without the latter, 'a photo of a {c}.' is the template.
+        classnames, templates: as for `ClassPrompts.from_files`; by default, classnames.txt and
+            zeroshot_classification_templates.txt of the shards. Without templates, 'a photo of a {c}.'.
 
     Raises:
-        InputError: there are no class names, or a file has a mistake in it.
+        InputError: there are no class names, a file has a mistake in it, or `classnames` orders a name differently than
+            classnames.txt of the shards: their labels, which are line numbers there, would mean other classes.
     """
     own = all_beside(shards, "classnames.txt") if classnames else []
     classnames = classnames or find_beside(shards, "classnames.txt")
@@ -240,102 +224,72 @@ def resolve_prompts(
         )
     templates = templates or find_beside(shards, "zeroshot_classification_templates.txt")
     if templates is None:
-        _log.info(f"There are no templates beside {shards[0]}; the prompts are '{DEFAULT_TEMPLATE}'.")
+        _log.info(f"No templates beside {shards[0]}; the prompts are '{DEFAULT_TEMPLATE}'.")
     prompts = ClassPrompts.from_files(classnames, templates or DEFAULT_TEMPLATE)
+    given = {key: line for line, key in enumerate(to_unique_keys(prompts.classnames), 1)}
     for path in own:
-        _check_order(prompts.classnames, classnames, path)
+        for line, key in enumerate(to_unique_keys(lines_of(path) or []), 1):
+            if given.get(key, line) != line:
+                raise InputError(
+                    f"{key[0]!r} is line {given[key]} of {classnames} and line {line} of {path}; the labels in the "
+                    "shards are line numbers of the latter, so list the classes in the same order."
+                )
     return prompts
 
 
-def _check_order(given: list[str], path: str | Sequence[str], own: str) -> None:
-    """InputError where a name that is given is another line of the list beside the shards, which their labels number."""
-    here = {key: line for line, key in enumerate(numbered(given), 1)}
-    for line, key in enumerate(numbered(lines_of(own) or []), 1):
-        if here.get(key, line) != line:
-            raise InputError(
-                f"{key[0]!r} is line {here[key]} of {path} and line {line} of {own}; the labels in the shards are line "
-                "numbers of the latter, so give the same order."
-            )
-
-
 def fill(template: str, name: str) -> str:
-    """`template` with `name` in each place marked `{c}` or `{}`; all other text is left as it is."""
-    return _PLACE.sub(lambda _: name, template)
+    """`template` with `name` for each `{c}` or `{}`; all other text stays as it is."""
+    return _PLACEHOLDER.sub(lambda _: name, template)
+
+
+def read_classnames(path: str) -> list[str]:
+    """Class names from a path, a URL or `imagenet`; see ClassPrompts.from_files."""
+    if path == "imagenet":
+        return list(open_clip.IMAGENET_CLASSNAMES)
+    names = _read_lines(path, "class names", "--classnames FILE (or imagenet)")
+    if len(names) == 1 and re.search("[,;|]", names[0]):
+        raise InputError(f"{path} has one line, {names[0][:80]!r}; write one class name on each line.")
+    return names
 
 
 def read_templates(templates: str) -> list[str]:
-    """Templates by a path, a URL, the name of open_clip's list, or one template itself; see ClassPrompts.from_files."""
-    if templates in TEMPLATES:  # functions of the name, in open_clip
-        return [template("{c}") for template in TEMPLATES[templates]]
-    if _PLACE.search(templates):
+    """Templates from a path, a URL, the name of open_clip's list, or one template; see ClassPrompts.from_files."""
+    if templates in _TEMPLATES:  # open_clip has them as functions of the name
+        return [template("{c}") for template in _TEMPLATES[templates]]
+    if _PLACEHOLDER.search(templates):
         _refuse_code([templates], f"the template {templates[:80]!r}", "templates")
         return [templates]
-    return _read_lines(templates, "templates", "--templates", list(TEMPLATES))
+    return _read_lines(templates, "templates", "--templates FILE (or openai, simple, or a template with {c})")
 
 
-def _read_lines(path: str, what: str, flag: str, builtin: list[str]) -> list[str]:
+def _read_lines(path: str, what: str, flag: str) -> list[str]:
     lines = lines_of(path)
     if lines is None:
-        or_one = ", or one template with {c} in it" if what == "templates" else ""
-        raise InputError(
-            f"there is no file {path} with {what}; give one with {flag} FILE (or {' or '.join(builtin)}{or_one})."
-        )
-    if lines == [""]:
-        raise InputError(f"{path} is empty; write one of the {what} on each line.")
-    if "" in lines:
-        raise InputError(
-            f"{path}, line {lines.index('') + 1}, is blank; delete the line, or write what belongs there."
-        )
+        raise InputError(f"there is no file {path} with {what}; give one with {flag}.")
     _refuse_code(lines, path, what)
-    if what == "class names" and len(lines) == 1 and re.search("[,;|]", lines[0]):
-        raise InputError(
-            f"{path} has one line, {lines[0][:80]!r}, which would be one class; write one of the {what} on each line."
-        )
     return lines
 
 
 def _refuse_code(lines: list[str], place: str, what: str) -> None:
-    """InputError where a list is in another syntax: the text tower would read the quote marks and commas."""
-    if (form := what_else(lines)) is not None:
-        example = "a photo of a {c}." if what == "templates" else "golden retriever"
+    """Refuse a list in another syntax: the text tower would read its quotes and commas."""
+    if (syntax := detect_syntax(lines)) is not None:
+        example = DEFAULT_TEMPLATE if what == "templates" else "golden retriever"
         raise InputError(
-            f"{place} is {form} ({escape_control_chars(lines[0][:40])!r}, ...); write each of the {what} on a line of its own, with "
-            f"nothing around it: {example}"
+            f"{place} is {syntax} ({escape_control_chars(lines[0][:40])!r}, ...); write each of the {what} on a line "
+            f"of its own, without quotes, brackets, bullets or numbers around it: {example}"
         )
 
 
-def _check_classnames(classes: list[str], place: str) -> None:
-    if not classes:
-        raise InputError(f"{place.rpartition(',')[0]} is empty; give at least one class name.")
-    for number, name in enumerate(classes, 1):
-        if not name.strip():
-            raise InputError(f"{place} {number}, is blank; write the class name there.")
-        _check_text(name, place, number)
-    for name, positions in repeated_names(classes).items():
-        _warn_once(
-            f"{place} {positions[1] + 1}, repeats the class name {name!r} of {place.rpartition(' ')[2]} "
-            f"{positions[0] + 1}: no prompt can tell the two classes apart."
-        )
+def _check_entries(entries: Sequence[str], place: str, what: str) -> None:
+    if not any(entry.strip() for entry in entries):
+        raise InputError(f"{place.rpartition(',')[0]} is empty; give at least one {what}.")
+    for number, entry in enumerate(entries, 1):
+        if not entry.strip():
+            raise InputError(f"{place} {number}, is blank; write a {what} there, or delete it.")
+        if CONTROLS.search(entry):
+            raise InputError(f"{place} {number}, {entry[:80]!r}, contains a control character; delete it.")
 
 
-@cache  # a list is read for each set that has it
-def _warn_once(what: str) -> None:
-    _log.warning(what)
-
-
-def _check_templates(templates: list[str], place: str) -> None:
-    if not templates:
-        raise InputError(
-            f"{place.rpartition(',')[0]} is empty; give at least one template, such as 'a photo of a {{c}}.'."
-        )
-    for number, template in enumerate(templates, 1):
-        _check_text(template, place, number)
-        if not _PLACE.search(template):
-            raise InputError(
-                f"{place} {number}, {template!r}, has no place for the class name; write {{c}} where it goes."
-            )
-
-
-def _check_text(text: str, place: str, number: int) -> None:
-    if CONTROLS.search(text):
-        raise InputError(f"{place} {number}, {text[:80]!r}, has a control character in it; write text alone.")
+@cache  # the same list is read for every set that has it
+def _warn_once(message: str) -> None:
+    _log.warning(message)

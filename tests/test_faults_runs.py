@@ -65,7 +65,7 @@ def test_a_signal_to_all_processes_that_write_shards_ends_them(tmp_path, number)
     long = f"{short}; import time; time.sleep(60)"
     # the third process then waits for more, with the lock of what it waits for
     program = "from flyp_plugin import errors, shards\n"
-    program += f"errors.run(lambda: shards.in_processes(exec, {[long, long, short]}, 3, ''))"
+    program += f"errors.run(lambda: shards.map_parallel(exec, {[long, long, short]}, 3, ''))"
     process = kills.start([sys.executable, "-c", program], said)
     while process.poll() is None and said.read_text().count("started") < 3:
         time.sleep(0.05)

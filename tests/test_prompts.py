@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flyp_plugin import ClassPrompts
 from flyp_plugin.errors import InputError
-from flyp_plugin.names import normal, numbered, repeated_names, same_names
+from flyp_plugin.names import normalize_name, same_names, to_unique_keys
 from flyp_plugin.prompts import PromptTokens, fill, resolve_prompts
 from tests.naming import naming, says
 
@@ -232,11 +232,10 @@ def test_templates_may_have_quotes_and_braces(lists):
     ],
 )
 def test_names_that_look_alike_are_one_name(one, other):
-    assert normal(one) == normal(other) == other
+    assert normalize_name(one) == normalize_name(other) == other
     assert same_names([one, "x"], [other, "x"]) and not same_names([one, "x"], ["x", other])
-    assert repeated_names(["x", one, other]) == {other: [1, 2]}
-    assert numbered([one, "x", other]) == [(other, 1), ("x", 1), (other, 2)]
-    assert normal("Dog") != normal("dog")  # other words, perhaps: their tokens are looked at
+    assert to_unique_keys([one, "x", other]) == [(other, 1), ("x", 1), (other, 2)]
+    assert normalize_name("Dog") != normalize_name("dog")  # other words, perhaps: their tokens are looked at
 
 
 def test_lists_that_differ_in_what_is_not_seen_go_together(tmp_path):

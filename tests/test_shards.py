@@ -265,13 +265,11 @@ def table(tmp_path, text: str | bytes, **options):
             r"line 3\b.*\b3 fields.*\b2\b.*crane, bird",
         ),
         ("path,label\n0.png,cat\n\n1.png\n", r"line 4\b.*\b1 field.*\b2\b"),
-        ('path,label\n0.png, "crane, bird"\n', 'line 2\\b.*"crane'),
-        ('path,label\n0.png,cat\n1.png, "dog"\n', 'line 3\\b.*"dog'),
         ('path\tlabel\n0.png\t"big" cat\n', r"line 2\b.*CSV.*quot"),
         ('path\tlabel\n0.png\tcat\n1.png\t"odd\n2.png\tdog\n3.png\t"x"\n', r"line 3\b.*\b5\b"),
         ('path,label\n0.png,cat\n1.png,"dog\n2.png,cat\n', r"line 3\b.*\b4\b.*unexpected end of data"),
         ('path,label\n0.png,"cat\n1.png,dog"\n2.png,owl\n', r"line 2\b.*label.*'cat'"),
-        ("path,label\n0.png,cat\n1.png,d\0g\n", r"line 3\b.*NUL"),
+        ("path,label\n0.png,cat\n1.png,d\0g\n", r"d\\x00g|line 3\b.*NUL"),
         ("path,label,label\n0.png,cat,dog\n", naming("--label-col label", "2")),
         ("path,label\n", r"list\.csv\b.*(no lines|no rows|empty)"),
         ("", naming("--image-col path", "list.csv")),
@@ -288,6 +286,8 @@ def test_a_line_that_may_be_read_otherwise_is_an_error(tmp_path, text, message):
     [
         ('path,label\n0.png,"crane, bird"\n1.png,"crane, machine"\n', ["crane, bird", "crane, machine"]),
         ("path, label \n0.png,cat\n1.png,dog\n", ["cat", "dog"]),
+        ('path, label\n0.png, "crane, bird"\n1.png, "dog"\n', ["crane, bird", "dog"]),
+        ("path,label\n0.png,cat\n1.png,dog\n,\n", ["cat", "dog"]),
         ("path,label\r\n0.png,cat\r\n\r\n1.png,dog\r\n", ["cat", "dog"]),
         ("\ufeff\npath;label;note\n0.png;cat;a, b, c\n1.png;dog;\n", ["cat", "dog"]),
         ('"note, and more, or less";path;label\n"x";0.png;cat\ny;1.png;dog\n', ["cat", "dog"]),
@@ -341,7 +341,7 @@ def test_a_split_of_one_value_needs_no_flag(tmp_path, caplog):
 def test_lines_whose_split_is_spelled_otherwise_are_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "flyp_plugin"):
         table(tmp_path, split_table("split"), split="train")
-    assert says(caplog.text, "3 lines", "'train ' (1), 'Train' (1), 'training' (1)", "--split")
+    assert says(caplog.text, "6 lines", "'train ' (1), 'Train' (1), 'training' (1)", "--split")
     assert count_samples(expand_source(f"{tmp_path}/out", "train")) == 2
 
 
@@ -352,12 +352,10 @@ def test_a_split_that_no_line_has_names_what_there_is(tmp_path, value):
         table(tmp_path, text, split=value)
 
 
-def test_names_are_compared_by_how_they_look(tmp_path, caplog):
+def test_names_are_compared_by_how_they_look(tmp_path):
     text = "path,label\n0.png,sea  lion\n1.png,polar\u00a0bear\n2.png,cafe\u0301\n"
     (tmp_path / "names").write_text("caf\u00e9\nsea  lion\npolar\u00a0bear\n")
-    with caplog.at_level(logging.INFO, "flyp_plugin"):
-        assert table(tmp_path, text) == ["caf\u00e9", "polar bear", "sea lion"]
-    assert re.search(r"\b3\b.*'(caf\u00e9|polar bear|sea lion)'", caplog.text)
+    assert table(tmp_path, text) == ["caf\u00e9", "polar bear", "sea lion"]
     written = table(tmp_path, text, classnames=str(tmp_path / "names"))
     assert written == ["caf\u00e9", "sea  lion", "polar\u00a0bear"]  # as the list has it
 
@@ -413,7 +411,6 @@ def test_mistakes_in_a_folder_are_one_sentence(photos, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "classnames.txt").write_text("one\ntwo\n")
     fails(naming("'eight'", "7 more", "2"), photos, "data/train")
-    fails(r"shard.size.*\b0\b", photos, shard_size=0)
     fails(naming("a picture", "--templates"), photos, templates="a picture")
     fails("full/mine.*(Not a dir|File exists)", photos, "full/mine/train")
     fails(naming("--image-col", "CSV"), photos, image_col="x")
@@ -488,6 +485,23 @@ def test_an_empty_folder_may_be_written_to(photos, tmp_path):
     assert len(samples(tmp_path / "train"))
 
 
+@pytest.mark.parametrize("flag", ["--shard-size", "--shots", "--workers"])
+def test_numbers_out_of_range_are_refused_by_argparse(tmp_path, capsys, flag):
+    command = ["subset", "--shots", "1"] if flag == "--shots" else ["write"]
+    with pytest.raises(SystemExit):
+        flyp(
+            [
+                "shards",
+                *command,
+                str(tmp_path),
+                f"{tmp_path}/train",
+                flag,
+                "-1" if flag == "--workers" else "0",
+            ]
+        )
+    assert says(capsys.readouterr().err, flag, "-1" if flag == "--workers" else "0")
+
+
 # subset
 
 
@@ -540,7 +554,6 @@ def test_mistakes_in_a_subset_are_one_sentence(data, tmp_path):
             flyp(["shards", "subset", *args])
 
     dest = str(tmp_path / "few" / "train")
-    fails(naming("0", "shots"), str(data), dest, "--shots", "0")
     fails(naming("http://localhost/0.tar"), "http://localhost/{0..3}.tar", dest, "--shots", "1")
     fails(naming(tmp_path / "nothing"), str(tmp_path / "nothing"), dest, "--shots", "1")
     fails(naming(data / "train", "empty"), str(data), str(data / "train"), "--shots", "1")

@@ -137,10 +137,10 @@ def test_parse_alphas():
     for text in ("", "0:1", "0:1:0", "a", "0:1:1e-9", "1:0:0.1", "nan", "0:inf:1", "0:1:nan"):
         with pytest.raises(InputError):
             parse_alphas(text)
-    with pytest.raises(InputError, match=naming("alpha")):
+    with pytest.raises(InputError, match=naming("--alphas", "[0, 1]")):
         parse_alphas("0:1.5:0.5")
     for text in ("0:1e9:0.1", "nan:1:0.1", "-1e9:0:0.1"):  # which would take for ever
-        with pytest.raises(InputError, match=naming("alpha")):
+        with pytest.raises(InputError, match=naming("--alphas", "[0, 1]")):
             parse_alphas(text)
     with pytest.raises(InputError, match=naming("0.125", "0.01")):
         parse_alphas("0.125")

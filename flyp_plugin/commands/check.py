@@ -1,4 +1,8 @@
-"""Count class-labelled shards and check them, before a training run meets what is wrong. They come from shards.py."""
+"""`flyp shards check`: read every sample and decode every image, to find in minutes what would stop a run after hours.
+
+Each shard is checked on its own, in worker processes; what concerns several of them (repeated keys, sample counts) is
+compared afterwards. The rules are those of training: samples are read by samples.py.
+"""
 
 import argparse
 import json
@@ -13,15 +17,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from flyp_plugin.commands.flags import add_key_flags, count
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import same_names
-from flyp_plugin.shards import in_processes, local_shards
-from flyp_plugin.sources import (
-    IMAGE_KEY,
-    read_length,
-    read_sizes,
-    why_apart,
-)
+from flyp_plugin.shards import list_splits, local_shards, map_parallel
+from flyp_plugin.sources import IMAGE_KEY, read_length, read_sizes, why_apart
 
 if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
@@ -30,21 +30,41 @@ SHOWN = 5  # problems of a kind
 _log = logging.getLogger(__name__)
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a data folder, a split folder or tars, all local")
+    add("--split", default=None, metavar="NAME", help="split of a data folder (default: all)")
+    add("--classnames", default=None, metavar="FILE", help="default: classnames.txt of the set")
+    add("--templates", default=None, metavar="FILE", help="default: those of the set")
+    add_key_flags(add)
+    add("--workers", type=count, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="processes (default: %(default)s)")
+    add("--json", action="store_true", default=False, help="print JSON instead of the table")
+    # fmt: on
+
+
 @dataclass
 class Findings:
-    """What is in some shards: problems are sentences by their kind, `samples` are the images with a good label.
+    """What some shards contain; problems are sentences by kind."""
 
-    `deep` are images of 16 bits, which others read otherwise.
-    """
-
-    images: int = 0
-    samples: int = 0
-    labels: Counter[int] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)  # by shard
+    labels: Counter[int] = field(default_factory=Counter)  # of samples with an image and a valid label
     formats: Counter[str] = field(default_factory=Counter)
     pixels: list[tuple[int, int]] = field(default_factory=list)
-    deep: int = 0
-    keys: list[str] = field(default_factory=list)
+    deep: int = 0  # 16-bit images
+    keys: list[tuple[str, str]] = field(default_factory=list)  # (shard, key)
     problems: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))
+
+    def add(self, other: "Findings") -> None:
+        self.images += other.images
+        self.labels += other.labels
+        self.formats += other.formats
+        self.pixels += other.pixels
+        self.deep += other.deep
+        self.keys += other.keys
+        for kind, problems in other.problems.items():
+            self.problems[kind] += problems
 
 
 def check(
@@ -55,83 +75,67 @@ def check(
     image_key: str = IMAGE_KEY,
     workers: int = 1,
 ) -> Findings:
-    """Read each sample of local `shards`, decode each image, and compare with sizes.json and __len__.
+    """Read each sample of local `shards`, decode each image, and compare the counts with sizes.json and __len__.
 
-    Those are about samples with one of the default image members, so they are left alone under another `image_key`.
+    The latter count samples with one of the default image members, so they are ignored with another `image_key`.
     """
     found = Findings()
-    look = partial(_check_shard, num_classes=num_classes, label_key=label_key, image_key=image_key)
-    stated = _stated_sizes(shards, found.problems) if image_key == IMAGE_KEY else {}
-    images: Counter[str] = Counter()
+    check_one = partial(_check_shard, num_classes=num_classes, label_key=label_key, image_key=image_key)
+    for part in map_parallel(check_one, shards, workers, "checking"):
+        found.add(part)
     first: dict[tuple[str, str], str] = {}
-    for shard, part in zip(shards, in_processes(look, shards, workers, "checking")):
-        found.samples += part.samples
-        found.labels += part.labels
-        found.formats += part.formats
-        found.pixels += part.pixels
-        found.deep += part.deep
-        images[os.path.dirname(shard)] += part.images
-        for kind, problems in part.problems.items():
-            found.problems[kind] += problems
-        if stated.get(shard, part.images) != part.images:
-            found.problems["wrong sizes.json"].append(f"{shard}: {part.images} images, not {stated[shard]}")
-        for key in part.keys:
-            identity = (os.path.dirname(shard), key)
-            if identity in first:
-                found.problems["repeated keys"].append(f"{shard}, sample {key}, also in {first[identity]}")
-            first.setdefault(identity, shard)
+    for shard, key in found.keys:
+        identity = (os.path.dirname(shard), key)
+        if identity in first:
+            found.problems["repeated keys"].append(f"{shard}, sample {key}, also in {first[identity]}")
+        first.setdefault(identity, shard)
     if image_key == IMAGE_KEY:
-        _compare_lengths(shards, images, found.problems)
+        _check_counts(shards, found)
     return found
 
 
-def _compare_lengths(shards: Sequence[str], images: Counter[str], problems: dict[str, list[str]]) -> None:
-    """Whether __len__ of each folder that is checked as a whole, and has no sizes.json, is its number of images."""
-    for folder, number in images.items():
+def _check_counts(shards: Sequence[str], found: Findings) -> None:
+    """Compare the images found with sizes.json or, where a folder without one is checked as a whole, with __len__."""
+    for folder in dict.fromkeys(os.path.dirname(shard) or "." for shard in shards):
+        here = [shard for shard in shards if (os.path.dirname(shard) or ".") == folder]
+        counted = {os.path.basename(shard): found.images[shard] for shard in here}
+        kind = "wrong sizes.json"
         try:
-            length = read_length(folder or ".") if not Path(folder, "sizes.json").exists() else None
+            stated = read_sizes(folder)
+            if stated is None:
+                kind, length = "wrong __len__", read_length(folder)
+                whole = counted.keys() == {tar.name for tar in Path(folder).glob("[!.]*.tar")}
+                stated = {"__len__": length} if whole and length is not None else {}
+                counted = {"__len__": sum(counted.values())}
         except InputError as error:
-            problems["wrong __len__"].append(str(error))
+            found.problems[kind].append(str(error))
             continue
-        whole = {str(path) for path in Path(folder).glob("[!.]*.tar")} == {
-            str(Path(shard)) for shard in shards
-        }
-        if whole and length not in (None, number):
-            problems["wrong __len__"].append(f"{folder or '.'}: {number} images, not {length}")
-
-
-def _stated_sizes(shards: Sequence[str], problems: dict[str, list[str]]) -> dict[str, int]:
-    stated: dict[str, int] = {}
-    for folder in {os.path.dirname(shard): None for shard in shards}:
-        try:
-            sizes = read_sizes(folder or ".") or {}
-            stated |= {os.path.join(folder, name): size for name, size in sizes.items()}
-        except InputError as error:
-            problems["wrong sizes.json"].append(str(error))
-    return stated
+        for name, images in counted.items():
+            if stated.get(name, images) != images:
+                place = os.path.join(folder, name)
+                found.problems[kind].append(f"{place}: {images} images, not {stated[name]}")
 
 
 def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -> Findings:
     from flyp_plugin.samples import labelled, read_samples
 
     found = Findings()
-    if (apart := why_apart(shard)) is not None:  # else each of its samples lacks something
+    if (apart := why_apart(shard)) is not None:  # otherwise each of its samples would lack something
         found.problems["shards that are not sorted by name"].append(escape_control_chars(apart))
         return found
     unreadable: list[str] = []
-    lonely: list[str] = []
-    for sample in read_samples([shard], lambda what, lost: unreadable.append(what)):
-        found.keys.append(sample["__key__"])
-        found.images += any(name in sample for name in image_key.split(";"))
+    no_image: list[str] = []
+    for sample in read_samples([shard], lambda message, lost: unreadable.append(message)):
+        found.keys.append((shard, sample["__key__"]))
+        found.images[shard] += any(name in sample for name in image_key.split(";"))
         try:
-            for one in labelled([sample], num_classes, lonely.append, image_key, label_key):
-                found.samples += 1
+            for one in labelled([sample], num_classes, no_image.append, image_key, label_key):
                 found.labels[one["label"]] += 1
                 _check_image(one, found)
         except InputError as error:
             found.problems["labels that are missing or wrong"].append(str(error))
     found.problems |= {"unreadable shards": unreadable} if unreadable else {}
-    found.problems |= {"samples without image": lonely} if lonely else {}
+    found.problems |= {"samples without image": no_image} if no_image else {}
     return found
 
 
@@ -152,85 +156,77 @@ def _check_image(sample: dict[str, Any], found: Findings) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """flyp shards check; status 1 where something is wrong"""
+    """flyp shards check; the exit status is 1 if there are problems."""
     from flyp_plugin.prompts import resolve_prompts
 
-    reports, names = {}, None
-    for split in _splits(args.source, args.split):
+    reports: dict[str, dict[str, Any]] = {}
+    names = None
+    for split in list_splits(args.source, args.split):
         shards = local_shards(args.source, split)
         prompts = resolve_prompts(shards, args.classnames, args.templates)
         if names is not None and not same_names(names, prompts.classnames):
-            _log.warning(f"The class names of {shards[0]} are another list than those of the split before.")
+            _log.warning(f"The class names of {shards[0]} differ from those of the split before.")
         names = prompts.classnames
         keys = {"label_key": args.label_key, "image_key": args.image_key}
-        found = check(shards, len(prompts.classnames), workers=args.workers, **keys)
-        reports[os.path.dirname(shards[0]) or "."] = _report(shards, found, prompts)
-    print(json.dumps(reports, indent=1) if args.json else "\n\n".join(map(_table, reports, reports.values())))
+        found = check(shards, len(names), workers=args.workers, **keys)
+        reports[os.path.dirname(shards[0]) or "."] = _to_report(shards, found, prompts)
+    print(
+        json.dumps(reports, indent=1) if args.json else "\n\n".join(map(_format, reports, reports.values()))
+    )
     wrong = sum(len(problems) for report in reports.values() for problems in report["problems"].values())
     if wrong:
         _log.info(f"{wrong} problems.")
-    else:
-        empty = {name for report in reports.values() for name in report["classes without images"]}
-        but = f", but for {len(empty)} classes that have no images in a split (see above)" if empty else ""
-        flags = f"--model ViT-B-16 --pretrained openai --train-data {args.source}"
-        to_train = any(os.path.basename(place) in ("train", ".") for place in reports)
-        _log.info(f"No problems{but}." + (f" Next: flyp train {flags}" if to_train else ""))
-    return int(wrong > 0)
+        return 1
+    empty = {name for report in reports.values() for name in report["classes without images"]}
+    _log.info(
+        "No problems"
+        + (f", but {len(empty)} classes have no images in a split (see above)." if empty else ".")
+    )
+    if any(os.path.basename(folder) in ("train", ".") for folder in reports):
+        _log.info(f"Next: flyp train --model ViT-B-16 --pretrained openai --train-data {args.source}")
+    return 0
 
 
-def _splits(source: str, split: str | None) -> list[str]:
-    if split:
-        return [split]
-    found = {tar.parent.name for tar in Path(source).glob("*/*.tar")}  # train first, then by name
-    return sorted(found, key=lambda name: (name != "train", name)) or ["train"]
-
-
-def _report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") -> dict[str, Any]:
-    names = prompts.classnames
-    a_class = [found.labels[label] for label in range(len(names))]
-    by_area = sorted(found.pixels, key=lambda size: size[0] * size[1]) or [(0, 0)]
-    if not found.samples:
-        found.problems["sets without samples"].append(f"nothing in {len(shards)} shards from {shards[0]} on")
-    return {
-        "samples": found.samples,
-        "shards": len(shards),
-        "classes": len(names),
-        "images a class": [min(a_class), median(a_class), max(a_class)],
-        "classes without images": [name for name, number in zip(names, a_class) if not number],
-        "formats": dict(found.formats.most_common()),
-        "sizes": [f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1])],
-        "prompts": [prompts(i * len(names) // 5, i % len(prompts.templates)) for i in range(5)],
-        "notes": _notes(found, prompts),
-        "problems": found.problems,
-    }
-
-
-def _notes(found: Findings, prompts: "ClassPrompts") -> list[str]:
-    """What is no mistake in the data and yet to be known."""
+def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") -> dict[str, Any]:
     import open_clip
 
     from flyp_plugin.prompts import ClassPrompts, PromptTokens
 
-    # names that CLIP's tokenizer takes for one are so in the shortest template, if they are in any
-    shortest = ClassPrompts(prompts.classnames, [min(prompts.templates, key=len)])
+    names = prompts.classnames
+    per_class = [found.labels[label] for label in range(len(names))]
+    by_area = sorted(found.pixels, key=lambda size: size[0] * size[1]) or [(0, 0)]
+    if not any(per_class):
+        found.problems["sets without samples"].append(f"nothing in {len(shards)} shards from {shards[0]} on")
+    # names that the tokenizer does not distinguish have equal tokens in all templates; the shortest is fastest
+    shortest = ClassPrompts(names, [min(prompts.templates, key=len)])
     same = PromptTokens(shortest, open_clip.tokenizer.SimpleTokenizer()).same
     notes = [prompts.describe_same_tokens(same)] if same else []
     if found.deep:
         notes.append(
-            f"{found.deep} images of 16 bits: the plugin uses their upper 8; timm's and torchvision's own loaders, and so an "
-            "exported classifier in them, make them white."
+            f"{found.deep} images of 16 bits: the plugin uses their upper 8; loaders of timm and torchvision, and so "
+            "an exported classifier there, make them white."
         )
-    return notes
+    return {
+        "samples": sum(per_class),
+        "shards": len(shards),
+        "classes": len(names),
+        "images a class": [min(per_class), median(per_class), max(per_class)],
+        "classes without images": [name for name, number in zip(names, per_class) if not number],
+        "formats": dict(found.formats.most_common()),
+        "sizes": [f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1])],
+        "prompts": [prompts(i * len(names) // 5, i % len(prompts.templates)) for i in range(5)],
+        "notes": notes,
+        "problems": found.problems,
+    }
 
 
-def _table(place: str, report: dict[str, Any]) -> str:
+def _format(folder: str, report: dict[str, Any]) -> str:
     empty = report["classes without images"]
-    more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
-    named = f": {', '.join(empty[:10])}{more}" if empty else ""
+    named = f": {', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}" if empty else ""
     lines = [
-        f"{place}: {report['samples']} samples in {report['shards']} shards",
+        f"{folder}: {report['samples']} samples in {report['shards']} shards",
         f"  classes: {report['classes']}, {len(empty)} without images{named}",
-        "  images a class: {:g} / {:g} / {:g} (min / median / max)".format(*report["images a class"]),
+        "  images per class: {:g} / {:g} / {:g} (min / median / max)".format(*report["images a class"]),
         "  formats: " + ", ".join(f"{name} {number}" for name, number in report["formats"].items()),
         "  sizes: {} / {} / {} (min / median / max by area)".format(*report["sizes"]),
         "  prompts: " + " | ".join(dict.fromkeys(report["prompts"])),

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.run_folder import folder_lock
 from flyp_plugin.sources import write_atomically
 
 DONE = "finished.json"  # in the folder of each command that succeeded
@@ -92,6 +91,8 @@ def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]
 @contextmanager
 def run_jobs(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
     """Jobs with a progress bar, in a locked folder. Raises InputError if another process has the lock."""
+    from flyp_plugin.run_folder import folder_lock
+
     with (
         folder_lock(folder) as lock,
         logging_redirect_tqdm(),
@@ -109,6 +110,8 @@ def claim_folder(folder: Path, settings: Mapping[str, object], flag: str = "--ou
     Raises:
         InputError: it holds the results of other settings or something else, or another process writes to it.
     """
+    from flyp_plugin.run_folder import folder_lock
+
     record = folder / "settings.json"
     if not record.exists():
         # a process killed at this point leaves hidden files

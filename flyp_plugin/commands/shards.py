@@ -5,22 +5,29 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+from tqdm import tqdm
+
 from flyp_plugin.commands import check
-from flyp_plugin.commands.flags import add_key_flags, count
+from flyp_plugin.commands.flags import add_key_flags, count, positive
 from flyp_plugin.errors import InputError, escape_control_chars
-from flyp_plugin.shards import in_processes, local_shards, subset, write
+from flyp_plugin.shards import list_splits, local_shards, subset, write
 from flyp_plugin.sources import IMAGE_KEY, TAR_ERRORS, count_shard, first_endings, why_apart
 
 EXAMPLE = "  flyp shards write photos/train data/train\n  flyp shards check data"
+WRITE_EXAMPLE = """  flyp shards write photos/train data/train
+  flyp shards write photos/test data/test        # in the class order of data/classnames.txt
+  flyp shards write iwildcam/metadata.csv data/test --image-col filename --label-col y --split test \\
+      --group-col location_remapped --root iwildcam/train --classnames names.txt"""
 _log = logging.getLogger(__name__)
+
+# fmt: off
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    # fmt: off
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    """A subcommand for each of write, subset, count and check."""
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="flyp shards")
 
     def command(name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
         added = commands.add_parser(
@@ -30,66 +37,52 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         added.set_defaults(run=run)
         return added
 
-    some = "a data folder, a split folder or tars"
-    of = "of a data folder (default: train and test)"
-    many = "most samples in a shard (default: 1000, or fewer for 16 shards: a loader shares out whole shards)"
-    size: dict[str, Any] = {"type": int, "metavar": "N", "help": many}
-    cores = min(4, os.cpu_count() or 1)
-    workers: dict[str, Any] = {"type": count, "default": cores, "help": "processes (default: %(default)s)"}
-    as_json: dict[str, Any] = {"action": "store_true", "default": False, "help": "JSON in place of the table"}
+    size: dict[str, Any] = {"type": positive, "metavar": "N",
+        "help": "most samples in a shard (default: 1000, or fewer, to make 16 shards: loaders share out whole shards)"}
 
-    example = """  flyp shards write photos/train data/train
-  flyp shards write photos/test data/test        # with the class order of data/classnames.txt
-  flyp shards write iwildcam/metadata.csv data/test --image-col filename --label-col y --split test \\
-      --group-col location_remapped --root iwildcam/train --classnames names.txt"""
-    help = "write shards from a folder of class folders or from a CSV; image bytes are copied as they are"
-    parser = command("write", write_command, help, example)
+    help = "write shards from a folder of class folders or from a CSV; image files are copied unchanged"
+    parser = command("write", write_command, help, WRITE_EXAMPLE)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder of class folders, or CSV or TSV with a header line")
-    add("dest", metavar="DEST", help="the split folder to write; class names and templates go above it")
-    add("--classnames", metavar="FILE", help="class names in the order of their indices: a file, or "
-        "imagenet (default: classnames.txt above DEST where there is one, else sorted)")
+    add("dest", metavar="DEST", help="the split folder to write; class names and templates go into the folder above it")
+    add("--classnames", metavar="FILE", help="class names in the order of their indices: a file, or imagenet "
+        "(default: classnames.txt above DEST, else the sorted names)")
     add("--templates", metavar="FILE", help="a file, openai, simple, or one template with its {c} "
-        "(default: the file above DEST where there is one, else 'a photo of a {c}.')")
+        "(default: the file above DEST, else 'a photo of a {c}.')")
     add("--shard-size", **size)
-    add("--seed", type=int, default=0, help="of the shuffle before writing (default: %(default)s)")
-    add("--workers", **workers)
+    add("--seed", type=int, default=0, metavar="N", help="of the shuffle before writing (default: %(default)s)")
+    add("--workers", type=count, default=min(4, os.cpu_count() or 1), metavar="N",
+        help="processes (default: %(default)s)")
     add = parser.add_argument_group("for a CSV").add_argument
-    add("--image-col", metavar="COL", help="image paths")
-    add("--label-col", metavar="COL", help="class names, or indices into the class names that are given")
-    add("--split", metavar="VALUE", help="take the lines with this value; '' takes all")
-    add("--split-col", metavar="COL", help="in this column (default: split)")
-    add("--group-col", metavar="COL", help="written as .group members, for worst-group accuracy")
-    add("--root", metavar="DIR", help="the image paths start here (default: the CSV's folder)")
+    add("--image-col", metavar="COL", help="column of image paths")
+    add("--label-col", metavar="COL", help="column of class names, or of indices into the class names given")
+    add("--split", metavar="VALUE", help="take the lines with this value in --split-col; '' takes all lines")
+    add("--split-col", metavar="COL", help="the column that --split is about (default: split)")
+    add("--group-col", metavar="COL", help="column to write as .group members, for worst-group accuracy")
+    add("--root", metavar="DIR", help="folder that the image paths are relative to (default: the CSV's folder)")
 
-    help = "write a few-shot set: K images of each class, copied as they are"
-    example = "  flyp shards subset data few/train --shots 16"
-    add = command("subset", subset_command, help, example).add_argument
-    add("source", metavar="SOURCE", help=f"{some}, on this machine")
+    help = "write a few-shot set: K images of each class, copied unchanged"
+    add = command("subset", subset_command, help, "  flyp shards subset data few/train --shots 16").add_argument
+    add("source", metavar="SOURCE", help="a data folder, a split folder or tars, all local")
     add("dest", metavar="DEST", help="the split folder to write")
-    add("--shots", type=int, required=True, metavar="K", help="images of each class")
-    add("--seed", type=int, default=0, help="which images (default: %(default)s)")
-    add("--split", default="train", help="of a data folder (default: %(default)s)")
+    add("--shots", type=positive, required=True, metavar="K", help="images of each class")
+    add("--seed", type=int, default=0, metavar="N", help="which images are drawn (default: %(default)s)")
+    add("--split", default="train", metavar="NAME", help="split of a data folder (default: %(default)s)")
     add("--shard-size", **size)
     add_key_flags(add)
 
-    help = "count samples, from the headers of the tars"
+    help = "count samples by reading the headers of the tars"
     add = command("count", count_command, help, "  flyp shards count data").add_argument
-    add("source", metavar="SOURCE", nargs="+", help=some)
-    add("--split", default=None, help=of)
+    add("source", metavar="SOURCE", nargs="+", help="a data folder, a split folder or tars, all local")
+    add("--split", default=None, metavar="NAME", help="split of a data folder (default: all)")
     add("--image-key", default=IMAGE_KEY, metavar="KEYS", help="count samples with one of these (default: %(default)s)")
-    add("--json", **as_json)
+    add("--json", action="store_true", default=False, help="print JSON instead of the table")
 
     help = "read all shards and decode all images; list what is wrong, with exit status 1"
-    add = command("check", check.run, help, "  flyp shards check data").add_argument
-    add("source", metavar="SOURCE", help=f"{some}, on this machine")
-    add("--split", default=None, help=of)
-    add("--classnames", default=None, metavar="FILE", help="default: classnames.txt of the set")
-    add("--templates", default=None, metavar="FILE", help="default: those of the set")
-    add_key_flags(add)
-    add("--workers", **workers)
-    add("--json", **as_json)
-    # fmt: on
+    check.add_flags(command("check", check.run, help, "  flyp shards check data"))
+
+
+# fmt: on
 
 
 def write_command(args: argparse.Namespace) -> None:
@@ -106,9 +99,10 @@ def subset_command(args: argparse.Namespace) -> None:
 
 def count_command(args: argparse.Namespace) -> None:
     """flyp shards count"""
-    pairs = [(source, split) for source in args.source for split in check._splits(source, args.split)]
+    pairs = [(source, split) for source in args.source for split in list_splits(source, args.split)]
     shards = [shard for pair in pairs for shard in local_shards(*pair)]
-    sizes = dict(zip(shards, in_processes(partial(_count, image_key=args.image_key), shards, 1, "counting")))
+    bar = tqdm(shards, desc="counting", unit="shard", disable=None)
+    sizes = {shard: _count(shard, args.image_key) for shard in bar}
     if args.json:
         print(json.dumps({"shards": sizes, "total": sum(sizes.values())}))
     else:
@@ -118,10 +112,10 @@ def count_command(args: argparse.Namespace) -> None:
         if (apart := why_apart(shard)) is not None:
             _log.warning(f"{shard} cannot be used as it is: {escape_control_chars(apart)}.")
         elif not sizes[shard]:
-            members = escape_control_chars(", ".join(first_endings(shard)))
+            members = escape_control_chars(", ".join(first_endings(shard)))[:200] or "none"
             _log.warning(
-                f"{shard} has no sample with a {args.image_key.replace(';', '/')} member; the members of its first are "
-                f"{members[:200] or 'none'}. --image-key names the one that holds the image."
+                f"{shard} has no sample with a {args.image_key.replace(';', '/')} member, only {members}; name the "
+                "member that holds the image with --image-key."
             )
 
 
@@ -130,4 +124,4 @@ def _count(shard: str, image_key: str) -> int:
         return count_shard(shard, image_key)
     except TAR_ERRORS as error:
         reason = str(error).partition(":")[0]
-        raise InputError(f"{shard} cannot be read as a tar ({reason}); write or download it again.") from None
+        raise InputError(f"{shard} is not a readable tar ({reason}); write or download it again.") from None
