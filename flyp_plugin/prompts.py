@@ -26,7 +26,7 @@ _TEMPLATES = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip
 DEFAULT_TEMPLATE = "a photo of a {c}."
 _PLACEHOLDER = re.compile(r"\{c?\}")
 _SHOWN = 5  # classes that a warning names
-_CHUNK = 16384  # prompts tokenised at once; larger sets are tokenised by several processes
+_CHUNK = 16384  # prompts tokenised at once; a process for each in larger sets
 _log = logging.getLogger(__name__)
 
 
@@ -150,7 +150,7 @@ class PromptTokens:
             prompts.classnames,  # type: ignore[arg-type]  # a list is a map-style dataset
             batch_size=max(1, _CHUNK // len(prompts.templates)),
             collate_fn=partial(_tokenize_chunk, prompts.templates, tokenizer, self._pad),
-            num_workers=0 if len(prompts) <= _CHUNK else min(torch.get_num_threads(), 8),
+            num_workers=min(len(prompts) // _CHUNK, torch.get_num_threads(), 8),
             generator=torch.Generator(),  # otherwise it would draw from the global generator
         )
         chunks = list(tqdm(loader, desc="tokenising", unit="chunk", disable=None, delay=3))

@@ -171,14 +171,14 @@ def test_a_checkpoint_that_cannot_be_resumed_from_is_a_sentence(digits, once, st
 
 def test_a_start_that_fails_leaves_its_name_free(digits, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(InputError, match=naming("--lock-text-freeze-layer-norm")):
+    with pytest.raises(AssertionError, match="LayerNorm"):  # open_clip's
         train([*kills.flags(digits, folder), "--lock-text"])
     assert os.listdir(tmp_path) == []
     folder.mkdir()
     (folder / "params.txt").write_text("of a run that lost its log")
     with pytest.raises(InputError, match=naming(folder, "--name", "--resume latest")):
         train(kills.flags(digits, folder))
-    with pytest.raises(InputError, match=naming("--lock-text-freeze-layer-norm")):
+    with pytest.raises(AssertionError, match="LayerNorm"):
         train([*kills.flags(digits, folder), "--resume", "latest", "--lock-text"])
     assert (folder / "params.txt").read_text() == "of a run that lost its log"
     shutil.rmtree(folder)

@@ -57,7 +57,7 @@ class Findings:
     problems: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))
 
     def add(self, other: "Findings") -> None:
-        self.images += other.images
+        self.images |= other.images  # not a sum: a tar may be listed twice
         self.labels += other.labels
         self.formats += other.formats
         self.pixels += other.pixels
