@@ -19,6 +19,7 @@ from flyp_plugin.checkpoints import (
 )
 from flyp_plugin.errors import InputError
 from tests.helpers_eval import checkpoint, root
+from tests.naming import naming, says
 
 MODEL = "tiny-digits"
 
@@ -111,66 +112,69 @@ def mistakes(folder):
     torch.save([1, 2], folder / "list.pt")
     (folder / "text.pt").write_text("text\n")
     (folder / "words.pt").write_text("elephants are grey\n")
-    torch.save({"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, folder / "nan.pt")
-    torch.save({"a": torch.tensor([1.0, float("-inf")])}, folder / "inf.pt")
+    torch.save({"ln.weight": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, folder / "nan.pt")
+    torch.save({"ln.weight": torch.tensor([1.0, float("-inf")])}, folder / "inf.pt")
     torch.jit.script(Restoring()).save(folder / "jit.pt")
 
 
 def test_bad_files_are_one_sentence_and_their_code_does_not_run(tmp_path):
     mistakes(tmp_path)
+    damaged, no_weights = r"whole|complete|truncated|corrupt", r"\b(no|not)\b.*\bweights\b.*state_dict"
     expected = {
-        "code.pt": "refused: it has more than tensors in it .*mkdir.*save the state_dict alone",
-        "code-old.pt": "refused: it has more than tensors in it",
-        "plain.pkl": "refused: it has more than tensors in it",
-        "cut.pt": "is not a whole checkpoint",
-        "empty.pt": "is not a whole checkpoint",
-        "cut.safetensors": "is not a whole checkpoint",
-        "none.pt": "holds no weights",
-        "list.pt": "holds no weights",
-        "jit.pt": "refused: it is a TorchScript archive that would run code",
-        "text.pt": "is not a whole checkpoint",
-        "words.pt": "is not a whole checkpoint",
-        "nan.pt": r"NaN or infinite \(in 1 of 2 tensors, first a\): its training has",
-        "inf.pt": r"NaN or infinite \(in 1 of 1 tensors, first a\)",
-        "gone.pt": "there is no checkpoint",
+        "code.pt": r"mkdir.*state_dict",
+        "code-old.pt": "mkdir",
+        "plain.pkl": "mkdir",
+        "cut.pt": damaged,
+        "empty.pt": damaged,
+        "cut.safetensors": damaged,
+        "none.pt": no_weights,
+        "list.pt": no_weights,
+        "jit.pt": "TorchScript",
+        "text.pt": damaged,
+        "words.pt": damaged,
+        "nan.pt": naming("NaN", "1 of 2", "ln.weight"),
+        "inf.pt": naming("NaN", "1 of 1", "ln.weight"),
+        "gone.pt": r"no checkpoint|not found|not exist",
     }
     for name, message in expected.items():
         with pytest.raises(InputError, match=message) as error:
             read_state_dict(tmp_path / name)
         assert "\n" not in str(error.value) and name in str(error.value)
-    with pytest.raises(InputError, match="refused"):
+    with pytest.raises(InputError, match=naming("code.pt", "mkdir")):
         load_model(MODEL, str(tmp_path / "code.pt"))
     assert not (tmp_path / "ran").exists()
 
 
 def test_weights_of_another_architecture_name_the_first_tensor_and_both_shapes():
     root()
-    with pytest.raises(
-        InputError, match=r"tensor visual\.\S+ has shape \(80,?.*\) and not \(64,?.*\)"
-    ) as error:
+    with pytest.raises(InputError, match=r"(?=.*visual\.\w)(?=.*[(\[]80\b)(?=.*[(\[]64\b)") as error:
         load_model(MODEL, str(checkpoint("tiny-digits-wide", 1)))
     assert "\n" not in str(error.value)
-    expected, given = {"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "c": torch.ones(1)}
-    assert first_difference(expected, expected) is None
-    assert first_difference(expected, given) == "tensor b is missing"
-    assert first_difference({"a": torch.ones(2)}, expected) == "tensor b has no counterpart"
-    assert first_difference(expected, {}) == "tensor a is missing (and 1 more)"
+    one, two, three = ({f"ln_{name}.bias": torch.ones(2)} for name in ("1", "2", "3"))
+    assert first_difference(one | two, one | two) is None
+    for expected, given, named, word in (
+        (one | two, one | three, "ln_2.bias", "missing"),
+        (one, one | two, "ln_2.bias", ""),
+        (one | two, {}, "ln_1.bias", "1 more"),
+    ):
+        assert says(first_difference(expected, given), named, word)
+    assert "missing" not in first_difference(one, one | two)
 
 
 def test_unknown_models_tags_and_a_hub_that_does_not_answer(monkeypatch):
     root()
-    with pytest.raises(InputError, match=r"no model ViT-B-61; did you mean ViT-B-16\?"):
+    with pytest.raises(InputError, match=naming("ViT-B-61", "ViT-B-16")):
         load_model("ViT-B-61", "openai")
-    with pytest.raises(InputError, match="its tags are .*openai"):
+    with pytest.raises(InputError, match=naming("ViT-B-16", "opemai", "openai")):
         load_model("ViT-B-16", "opemai")
-    with pytest.raises(InputError, match="it has no tags"):
+    with pytest.raises(InputError, match=naming(MODEL, "epoch_10.pt")):
         load_model(MODEL, "epoch_10.pt")
 
     def fail(*args, **kwargs):
         raise ConnectionError("no route to host\nlong story")
 
     monkeypatch.setattr(open_clip, "download_pretrained", fail)
-    with pytest.raises(InputError, match=r"could not be downloaded \(.*no route to host.*\)") as error:
+    with pytest.raises(InputError, match=naming("RN50", "yfcc15m", "no route to host")) as error:
         load_model("RN50", "yfcc15m")
     assert "\n" not in str(error.value)
 
@@ -186,7 +190,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
             with pytest.raises(InputError, match="File too large") as error, replacing(path) as part:
                 write(part)
             assert "\n" not in str(error.value)
-        with pytest.raises(InputError, match=f"{path} could not be written .File too large"):
+        with pytest.raises(InputError, match=naming(path, "File too large")):
             save({"a": torch.zeros(10**6)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -200,10 +204,10 @@ def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path):
         (tmp_path / "file" / "new", "File exists|Not a dir"),
         (tmp_path / "folder", "Is a dir"),
     ):
-        with pytest.raises(InputError, match=f"{path} could not be written .({reason})"):
+        with pytest.raises(InputError, match=rf"{path}\b.*({reason})"):
             save({}, path)
         with (
-            pytest.raises(InputError, match=f"{path} could not be written .({reason})"),
+            pytest.raises(InputError, match=rf"{path}\b.*({reason})"),
             beside(path) as part,
         ):
             part.touch()

@@ -26,6 +26,7 @@ from flyp_plugin import ClassPromptDataset, ClassPrompts
 from flyp_plugin.data import LabelledDataset, peek, rebatch
 from flyp_plugin.errors import InputError
 from tests import tars
+from tests.naming import naming, says
 
 CLASSES, IMAGES, SHARDS = 4, 1000, 8
 PROMPTS = ClassPrompts(
@@ -191,7 +192,7 @@ def test_ranks_make_equal_batches_and_a_small_share_starts_again(dataset):
 
 def test_fewer_shards_than_workers_start_fewer_and_than_ranks_are_an_error(dataset, shards):
     assert dataset(shards=shards[:3], num_workers=4).num_workers == 3
-    with pytest.raises(InputError, match="3 shards cannot be shared by 4 ranks"):
+    with pytest.raises(InputError, match=naming("3 shards", "4 ranks")):
         dataset(shards=shards[:3], rank=0, world_size=4)
 
 
@@ -227,11 +228,10 @@ def broken(shards, tmp_path):
 def test_unreadable_images_and_tars_are_skipped_counted_and_reported(dataset, broken, workers, caplog):
     data = dataset(batch_size=20, shards=broken, num_samples=62, num_workers=workers, max_lost=1)
     assert [len(images) for images, _ in data] in ([20, 20, 20, 2], [20, 20, 20, 1])
-    assert "skipped 5 unreadable images or tars, the first: " in caplog.text
+    assert "skipped 5" in caplog.text
     caplog.clear()
     list(dataset(batch_size=20, shards=broken[:2], num_samples=60, max_lost=0.05))
-    assert "epoch 0: skipped 3 unreadable images or tars" in caplog.text
-    assert "bad.tar, sample b" in caplog.text
+    assert re.search(r"epoch 0: skipped 3\b.*bad\.tar.*\bb[012]\b", caplog.text)
 
 
 def test_skipped_images_make_the_last_batch_smaller_but_ranks_stay_equal(dataset, broken, shards):
@@ -244,17 +244,16 @@ def test_skipped_images_make_the_last_batch_smaller_but_ranks_stay_equal(dataset
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("label", "sentence"),
+    ("label", "named"),
     [
-        (b"7", "sample x: label 7 is outside 0..3, for there are 4 class names"),
-        (b"cat", "the label 'cat' is not an integer"),
+        (b"7", ["label 7", "3", "--classnames"]),
+        (b"cat", ["'cat'", "integer", "--label-key"]),
     ],
 )
-def test_a_bad_label_stops_with_a_plain_sentence(dataset, shards, tmp_path, workers, label, sentence):
+def test_a_bad_label_stops_with_a_plain_sentence(dataset, shards, tmp_path, workers, label, named):
     write_tar(tmp_path / "wrong.tar", [("x.png", png(1)), ("x.cls", label)])
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=naming("wrong.tar", "x", *named)) as error:
         list(dataset(shards=[shards[0], str(tmp_path / "wrong.tar")], num_workers=workers))
-    assert sentence in str(error.value)
     assert "Traceback" not in str(error.value)
 
 
@@ -262,11 +261,9 @@ def test_a_bad_label_stops_with_a_plain_sentence(dataset, shards, tmp_path, work
 def test_nothing_readable_ends_in_an_error(dataset, broken, tmp_path, workers):
     write_tar(tmp_path / "none.tar", [(f"{i}.{ext}", b"1") for i in range(5) for ext in ("png", "cls")])
     data = {"shards": [str(tmp_path / "none.tar"), broken[3]], "num_samples": 5, "num_workers": workers}
-    with pytest.raises(InputError, match="not one sample of .* can be used; the first problem is"):
+    with pytest.raises(InputError, match=r"^(?!.*--max-lost).*none\.tar"):
         list(dataset(**data, max_lost=9))
-    with pytest.raises(
-        InputError, match="epoch 0: .* of 5 samples are lost, more than --max-lost 0.01 allows"
-    ):
+    with pytest.raises(InputError, match=naming("epoch 0", "of 5", "--max-lost 0.01")):
         list(dataset(**data))
 
 
@@ -275,22 +272,21 @@ def test_an_epoch_ends_where_more_is_lost_than_may_be(dataset, broken, workers, 
     """3 of 60: 5 %."""
     settings = {"shards": broken[:2], "num_samples": 60, "num_workers": workers}
     assert sum(len(images) for images, _ in dataset(**settings, max_lost=0.05)) == 57
-    with pytest.raises(InputError) as error:
+    with pytest.raises(
+        InputError, match=naming("epoch 0", "3 of 60", "--max-lost 0.049") + r".*bad\.tar.*\bb[012]\b"
+    ):
         list(dataset(**settings, max_lost=0.049))
-    said = r"epoch 0: 3 of 60 samples are lost, more than --max-lost 0.049 allows, the first: .*bad.tar, sample b"
-    assert re.match(said, str(error.value))
 
 
 def test_classes_without_an_image_are_named_once_by_who_has_seen_all(dataset, shards, caplog):
     more = ClassPrompts([*PROMPTS.classnames, "unicorn"], PROMPTS.templates)
-    sentence = "1 of 5 classes have no image: unicorn. Is the list that of these shards"
     whole = dataset(prompts=more, num_workers=1)
-    for number in (1, 1):
+    for _ in range(2):
         list(whole)
-        assert caplog.text.count(sentence) == number
+        assert caplog.text.count("unicorn") == 1 and says(caplog.text, "1 of 5", "unicorn")
     for part in ({"num_samples": 20}, {"rank": 0, "world_size": 2}, {"shard_weights": [1.0] * len(shards)}):
         list(dataset(prompts=more, **part))
-    assert caplog.text.count(sentence) == 1
+    assert caplog.text.count("unicorn") == 1
 
 
 class _Server(SimpleHTTPRequestHandler):
@@ -323,8 +319,8 @@ def test_shards_over_http_and_what_breaks_there(dataset, server, caplog):
     data = dataset(shards=urls, batch_size=100, num_samples=80, num_workers=1, max_lost=1)
     images = [number for images, _ in data for number in numbers(images)]
     assert set(range(50)) <= set(images)
-    assert "unreadable images or tars" in caplog.text
-    with pytest.raises(InputError, match="not one sample of"):
+    assert re.search(r"skipped \d+ unreadable", caplog.text)
+    with pytest.raises(InputError, match=naming(f"{server}/missing.tar")):
         list(dataset(shards=[f"{server}/missing.tar"], num_samples=10, max_lost=1))
 
 
@@ -341,7 +337,7 @@ def test_batches_as_dicts(dataset):
 
 
 def test_it_is_not_for_a_data_loader_with_workers(dataset):
-    with pytest.raises(RuntimeError, match="starts its own workers"):
+    with pytest.raises(RuntimeError, match=naming("DataLoader", "workers")):
         next(iter(DataLoader(dataset(), batch_size=None, num_workers=1)))
 
 
@@ -393,7 +389,7 @@ def test_labelled_groups_and_skipped_images(broken, tmp_path, caplog):
     assert next(iter(data))["groups"] == ["north"]
     data = LabelledDataset(broken, Augment(), 64, num_classes=CLASSES, num_workers=3)
     assert sum(len(batch["labels"]) for batch in data) == 62
-    assert "skipped 5 unreadable" in caplog.text
+    assert "skipped 5" in caplog.text
 
 
 # on small shards of numbered digits, see tars.py
@@ -494,14 +490,14 @@ def test_resampling_needs_no_shard_for_each_rank_and_repeats_itself(tmp_path, di
 
 
 def test_mistakes_in_the_arguments_are_errors(tmp_path, digits_of):
-    with pytest.raises(InputError, match="list of shards is empty"):
+    with pytest.raises(InputError, match=r"shards.*empty|no shards"):
         digits_of([])
-    with pytest.raises(InputError, match="list of shards is empty"):
+    with pytest.raises(InputError, match=r"shards.*empty|no shards"):
         LabelledDataset([], CROPS, 8, num_classes=10)
-    with pytest.raises(InputError, match="a batch size of 0 is no batch"):
+    with pytest.raises(InputError, match=r"(?=.*batch.size)(?=.*\b0\b)"):
         digits_of(tars.shards(tmp_path, 2, 1), 0)
     shard = tars.write(tmp_path / "none.tar", {"a.cls": b"0", "a.txt": b"x"})
-    with pytest.raises(InputError, match="not one sample of .* can be used; they hold no images"):
+    with pytest.raises(InputError, match=naming("none.tar", "images")):
         digits_of([shard])
 
 
@@ -601,12 +597,10 @@ def test_batches_are_joined_only_where_they_are_small(passes, total, expected):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_stops_at_wrong_labels_and_where_nothing_is_readable(tmp_path, workers):
-    with pytest.raises(InputError, match=r"label \d is outside 0..2, for there are 3 class names"):
+    with pytest.raises(InputError, match=r"(?=.*label [3-9]\b)(?=.*\b3 class)(?=.*--classnames)"):
         list(LabelledDataset(tars.shards(tmp_path, 20, 2), CROPS, 4, num_classes=3, num_workers=workers))
     bad = tars.write(tmp_path / "bad.tar", b"no tar" * 100)
-    with pytest.raises(
-        InputError, match="not one sample of .*bad.tar can be used; the first problem is .*bad.tar: "
-    ):
+    with pytest.raises(InputError, match=r"bad\.tar.*bad\.tar: "):
         list(LabelledDataset([bad], CROPS, 4, num_classes=3, num_workers=workers))
 
 

@@ -15,6 +15,7 @@ from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.prompts import ClassPrompts
 from tests.close import assert_close, assert_same_choices
 from tests.helpers_eval import CONFIGS, NAMES, TEMPLATES, checkpoint, digits, flyp, root
+from tests.naming import naming
 
 STEPS = {"tiny-digits": 80, "tiny-digits-quickgelu": 20, "tiny-digits-timm": 3}
 
@@ -121,7 +122,10 @@ def test_a_place_that_cannot_be_one_is_a_sentence(tmp_path, monkeypatch):
         "open_clip",
         "--force",
     ]
-    for out, match in ((".", r"\. is no export"), ("file/it", "file/it could not be written")):
+    for out, match in (
+        (".", naming("file", "export")),
+        ("file/it", naming("file/it") + ".*(Not a dir|File exists)"),
+    ):
         with pytest.raises(InputError, match=match):
             flyp(*argv, "--out", out)
     assert os.listdir(tmp_path) == ["file"]
@@ -146,15 +150,13 @@ def variant(**vision):
     ],
 )
 def test_towers_without_a_timm_twin_are_refused(make, reason, tmp_path):
-    with pytest.raises(
-        InputError, match=f"timm has no model of this image tower .*{reason}.*--format open_clip"
-    ) as error:
+    with pytest.raises(InputError, match=f"(?=.*timm)(?=.*{reason})(?=.*--format open_clip)") as error:
         export(make(), tmp_path / "it", "timm")
     assert "\n" not in str(error.value) and not os.listdir(tmp_path)
 
 
 def test_preprocessing_that_timm_has_not_is_refused(tmp_path):
-    with pytest.raises(InputError, match="resize mode 'longest'"):
+    with pytest.raises(InputError, match=naming("longest", "--format open_clip")):
         export("tiny-digits", tmp_path / "it", "timm", "--image-resize-mode", "longest")
 
 
@@ -179,7 +181,7 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_when_all_is_well(
 
 
 def test_a_classifier_needs_classes(tmp_path):
-    with pytest.raises(InputError, match="--data DIR"):
+    with pytest.raises(InputError, match=naming("--data", "--classnames")):
         flyp(
             "export",
             checkpoint("tiny-digits", 80),

@@ -22,6 +22,7 @@ from flyp_plugin.samples import (
     to_rgb,
 )
 from tests import tars
+from tests.naming import naming, says
 
 BLOCK = 512  # of a tar; a test sample is header, image, header, label: four of them
 WHOLE = tars.tar(tars.samples(range(4)))
@@ -87,8 +88,7 @@ def test_a_tar_that_ends_between_two_members_is_no_wrong_label(tmp_path, end):
     shard = tars.write(tmp_path / "0.tar", WHOLE[:end])
     keys, labels, (skipped,) = read(shard)
     assert (keys, labels) == (["s0000", "s0001"], [0, 1])
-    how = "truncated header" if end % BLOCK else "it has no end mark, so it is cut short"
-    assert skipped == f"{shard}: ReadError: {how}"
+    assert says(skipped, shard, "truncated header" if end % BLOCK else "end")
 
 
 def test_what_is_lost_with_a_broken_tar_is_what_it_should_hold_less_what_was_read(tmp_path):
@@ -111,13 +111,13 @@ def test_a_remote_tar_that_breaks_is_read_on_from_there(tmp_path, retries, caplo
     read = read_samples([command], lambda what, lost: skipped.append(what), retries)
     assert [s["__key__"] for s in read] == [f"s{i:04d}" for i in range(retries + 1)]
     assert len(count.read_text()) == retries + 1
-    assert len(skipped) == 1 and caplog.text.count("trying again in") == retries
+    assert len(skipped) == 1 and len(caplog.records) == retries
 
 
 def test_a_local_tar_and_an_address_that_is_not_there_are_not_read_again(tmp_path, caplog):
     with tars.served({}) as (url, asked):
         assert read(str(tmp_path / "gone.tar"), f"{url}/gone.tar")[2][1].endswith("HTTP Error 404: Not Found")
-        assert asked == ["/gone.tar"] and "again" not in caplog.text
+        assert asked == ["/gone.tar"] and not caplog.records
 
 
 def test_the_order_of_members_makes_no_difference_where_a_tar_ends(tmp_path):
@@ -187,9 +187,7 @@ def test_a_label_may_be_a_field_of_a_json_member():
 
 @pytest.mark.parametrize("content", [b"{}", b"[7]", b"{", b"7", b'{"lab": 7}'])
 def test_a_json_member_without_the_field_has_no_label(content):
-    with pytest.raises(
-        InputError, match=r"0.tar, sample k, has no label 'json:label' \(its members: png, json\)"
-    ):
+    with pytest.raises(InputError, match=naming("0.tar", "k", "'json:label'", "png, json")):
         list(labelled([sample(png=b"", json=content)], 10, pytest.fail, label_key="json:label"))
 
 
@@ -204,31 +202,31 @@ def test_groups_are_given_where_asked_for():
 
 
 @pytest.mark.parametrize(
-    "text,message",
+    "text,named",
     [
-        (b"4", r"0.tar, sample k: label 4 is outside 0..3, for there are 4 class names; .* --classnames"),
-        (b"-1", r"0.tar, sample k: label -1 is outside 0..3, for there are 4 class names"),
-        (b"cat", r"0.tar, sample k: the label 'cat' is not an integer; --label-key"),
-        (b"1.0", r"0.tar, sample k: the label '1.0' is not an integer"),
-        (b"1 2", r"0.tar, sample k: the label '1 2' is not an integer"),
-        (b"1_0", r"0.tar, sample k: the label '1_0' is not an integer"),
-        (b"", r"0.tar, sample k: the label '' is not an integer"),
-        (b"\xff", r"0.tar, sample k: the label '.' is not an integer"),
-        (b"x" * 999, r"0.tar, sample k: the label 'x{40}' is not an integer"),
+        (b"4", ["label 4", "3", "--classnames"]),
+        (b"-1", ["label -1", "3", "--classnames"]),
+        (b"cat", ["'cat'", "integer", "--label-key"]),
+        (b"1.0", ["'1.0'", "integer"]),
+        (b"1 2", ["'1 2'", "integer"]),
+        (b"1_0", ["'1_0'", "integer"]),
+        (b"", ["''", "integer"]),
+        (b"\xff", ["integer"]),
+        (b"x" * 999, [f"'{'x' * 40}'", "integer"]),
     ],
 )
-def test_a_wrong_label_stops_with_shard_key_and_value(text, message):
-    with pytest.raises(InputError, match=message):
+def test_a_wrong_label_stops_with_shard_key_and_value(text, named):
+    with pytest.raises(InputError, match=naming("0.tar", "k", *named)):
         list(labelled([sample(png=b"", cls=text)], 4, pytest.fail))
 
 
 def test_a_missing_label_stops_with_the_members_that_are_there():
-    with pytest.raises(InputError, match=r"has no label 'cls' \(its members: png, txt\); .* --label-key"):
+    with pytest.raises(InputError, match=naming("'cls'", "png, txt", "--label-key")):
         list(labelled([sample(png=b"", txt=b"3")], 4, pytest.fail))
 
 
 def test_the_member_that_holds_an_integer_is_proposed():
-    with pytest.raises(InputError, match=r"'label' holds an integer: .* --label-key label"):
+    with pytest.raises(InputError, match=naming("'label'", "--label-key label")):
         list(labelled([sample(png=b"", label=b"3\n", txt=b"a cat")], 4, pytest.fail))
 
 
@@ -238,12 +236,12 @@ def test_a_tar_not_sorted_by_name_is_named_as_the_cause(tmp_path, labels_first):
         tars.samples(range(4)).items(), key=lambda member: member[0].endswith("cls") != labels_first
     )
     shard = tars.write(tmp_path / "0.tar", tars.tar_of(members))
-    with pytest.raises(InputError, match=r"has no label .*; the members of sample s0000 .* tar --sort=name"):
+    with pytest.raises(InputError, match=naming("'cls'", "s0000", "tar --sort=name")):
         read(shard)
 
 
 def test_a_remote_tar_with_lone_images_is_perhaps_not_sorted():
-    with pytest.raises(InputError, match=r"if its label comes later in the tar"):
+    with pytest.raises(InputError, match=naming("tar --sort=name", "--label-key")):
         list(labelled([sample(png=b"") | {"__url__": "pipe:cat x"}], 4, pytest.fail))
 
 
@@ -257,21 +255,22 @@ def test_hidden_members_do_not_part_a_sample(tmp_path, hidden):
 @pytest.mark.parametrize(
     "members,why",
     [
-        ({"tif": b""}, "but 'tif': give --image-key tif"),
-        ({"v2.0001.png": b"", "v2.0002.png": b""}, "but 'v2.0001.png': a sample's key ends at the first dot"),
+        ({"tif": b""}, ["'tif'", "--image-key tif"]),
+        ({"v2.0001.png": b"", "v2.0002.png": b""}, ["'v2.0001.png'", "dot"]),
     ],
 )
 def test_why_a_sample_has_no_image_is_told(members, why):
     skipped: list[str] = []
     assert not list(labelled([sample(cls=b"0", **members)], 1, skipped.append))
-    assert why in skipped[0]
+    assert says(skipped[0], *why)
 
 
 def test_a_sample_without_an_image_is_skipped_and_counted():
     skipped: list[str] = []
     found = labelled([sample("a", cls=b"0"), sample("b", cls=b"0", png=b"")], 1, skipped.append)
     assert [s["key"] for s in found] == ["b"]
-    assert skipped == ["0.tar, sample a, has no jpg/jpeg/png/webp member"]
+    (one,) = skipped
+    assert says(one, "0.tar", "sample a", "jpg/jpeg/png/webp")
 
 
 # prompted
@@ -402,10 +401,9 @@ def test_skipped_counts_and_keeps_the_first(caplog):
     taken = skipped.taken()
     taken.report("epoch 2")
     assert (skipped, taken) == (Skipped(), Skipped(3, 10, "a.tar: broken"))
-    assert [record.getMessage() for record in caplog.records] == [
-        "epoch 1: skipped 1 unreadable image or tar, the first: a.tar: broken",
-        "epoch 2: skipped 3 unreadable images or tars, the first: a.tar: broken",
-    ]
+    first, second = (record.getMessage() for record in caplog.records)
+    assert says(first, "epoch 1", "skipped 1", "a.tar: broken")
+    assert says(second, "epoch 2", "skipped 3", "a.tar: broken")
 
 
 def test_a_jpeg_draft_is_never_smaller_than_the_target_and_other_formats_stay():

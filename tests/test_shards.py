@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from flyp_plugin.cli import call as flyp
 from flyp_plugin.errors import InputError
 from flyp_plugin.shards import few_shot_keys, local_shards, write
 from flyp_plugin.sources import count_samples, expand_source
+from tests.naming import naming, says
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 DIGITS = load_digits()
@@ -154,7 +156,7 @@ def test_a_test_set_gets_the_train_sets_indices(photos, tmp_path, caplog):
             path.unlink()
     caplog.set_level(logging.INFO)
     write(str(two), str(tmp_path / "test"))
-    assert "Class order: that of" in caplog.text
+    assert says(caplog.text, "order", tmp_path / "classnames.txt")
     assert {label for _, label in samples(tmp_path / "test")} == {
         sorted(NAMES).index(name) for name in ("two", "nine")
     }
@@ -175,7 +177,7 @@ def test_a_list_of_class_names_sets_the_order(photos, tmp_path):
 def test_a_list_that_is_there_is_not_overwritten(photos, tmp_path):
     (tmp_path / "classnames.txt").write_text("\n".join(sorted(NAMES)))
     (tmp_path / "names").write_text("\n".join(NAMES))
-    with pytest.raises(InputError, match="classnames.txt holds another list"):
+    with pytest.raises(InputError, match=naming(tmp_path / "classnames.txt")):
         write(str(photos), str(tmp_path / "train"), classnames=str(tmp_path / "names"))
     assert (tmp_path / "classnames.txt").read_text() == "\n".join(sorted(NAMES))
 
@@ -189,7 +191,7 @@ def test_files_that_are_no_images_are_left_out_and_named(photos, tmp_path, caplo
     caplog.set_level(logging.INFO)
     write(str(folder), str(tmp_path / "data" / "train"))
     assert len(members(tmp_path / "data" / "train")) == 2 * 20
-    assert "Left out 2 that are not" in caplog.text and "._1.png" in caplog.text
+    assert says(caplog.text, "2", "._1.png")
 
 
 def test_wilds_metadata_with_indices_splits_and_groups(tmp_path):
@@ -241,7 +243,7 @@ def test_numbers_as_class_names_are_in_numerical_order(tmp_path, caplog):
     source = write_csv(tmp_path / "list.csv", "path,y", lines)
     write(source, str(tmp_path / "data" / "train"), image_col="path", label_col="y")
     assert (tmp_path / "data" / "classnames.txt").read_text().split() == [str(i) for i in range(12)]
-    assert "--classnames FILE names them" in caplog.text
+    assert says(caplog.text, "numbers", "--classnames")
 
 
 def table(tmp_path, text: str | bytes, **options):
@@ -260,26 +262,20 @@ def table(tmp_path, text: str | bytes, **options):
     [
         (
             "path,label\n0.png,cat\n1.png,crane, bird\n",
-            r"line 3, has 3 fields and the header 2.*\(\"crane, bird\"\)",
+            r"line 3\b.*\b3 fields.*\b2\b.*crane, bird",
         ),
-        ("path,label\n0.png,cat\n\n1.png\n", "line 4, has 1 fields and the header 2"),
-        ('path,label\n0.png, "crane, bird"\n', "line 2, has a blank before the quote mark of '\"crane'"),
-        ('path,label\n0.png,cat\n1.png, "dog"\n', "line 3, has a blank before the quote mark"),
-        ('path\tlabel\n0.png\t"big" cat\n', "line 2, cannot be read as CSV .*double those within it"),
-        ('path\tlabel\n0.png\tcat\n1.png\t"odd\n2.png\tdog\n3.png\t"x"\n', r"line 3 \(and the lines up to 5"),
-        (
-            'path,label\n0.png,cat\n1.png,"dog\n2.png,cat\n',
-            r"line 3 \(and the lines up to 4.*unexpected end of data",
-        ),
-        (
-            'path,label\n0.png,"cat\n1.png,dog"\n2.png,owl\n',
-            "line 2: the label begins with 'cat' and goes on",
-        ),
-        ("path,label\n0.png,cat\n1.png,d\0g\n", "line 3, has a NUL"),
-        ("path,label,label\n0.png,cat,dog\n", "--label-col label is 2 columns"),
-        ("path,label\n", "has no lines"),
-        ("", "--image-col path is not a column: the columns of .* are none"),
-        ("path,label\n0.png,'cat'\n1.png,'dog'\n", "the class names found, \"'cat'\", .* are in quote marks"),
+        ("path,label\n0.png,cat\n\n1.png\n", r"line 4\b.*\b1 field.*\b2\b"),
+        ('path,label\n0.png, "crane, bird"\n', 'line 2\\b.*"crane'),
+        ('path,label\n0.png,cat\n1.png, "dog"\n', 'line 3\\b.*"dog'),
+        ('path\tlabel\n0.png\t"big" cat\n', r"line 2\b.*CSV.*quot"),
+        ('path\tlabel\n0.png\tcat\n1.png\t"odd\n2.png\tdog\n3.png\t"x"\n', r"line 3\b.*\b5\b"),
+        ('path,label\n0.png,cat\n1.png,"dog\n2.png,cat\n', r"line 3\b.*\b4\b.*unexpected end of data"),
+        ('path,label\n0.png,"cat\n1.png,dog"\n2.png,owl\n', r"line 2\b.*label.*'cat'"),
+        ("path,label\n0.png,cat\n1.png,d\0g\n", r"line 3\b.*NUL"),
+        ("path,label,label\n0.png,cat,dog\n", naming("--label-col label", "2")),
+        ("path,label\n", r"list\.csv\b.*(no lines|no rows|empty)"),
+        ("", naming("--image-col path", "list.csv")),
+        ("path,label\n0.png,'cat'\n1.png,'dog'\n", "'cat'.*quot"),
     ],
 )
 def test_a_line_that_may_be_read_otherwise_is_an_error(tmp_path, text, message):
@@ -321,7 +317,7 @@ def split_table(column: str, values=SPLIT) -> str:
 @pytest.mark.parametrize("column", ["split", "Split", " SPLIT "])
 def test_a_split_column_without_split_is_refused(tmp_path, column):
     with pytest.raises(
-        InputError, match=r"with 'train' \(2\), 'test' \(2\), .* give --split 'train', or --split ''"
+        InputError, match=naming("'train' (2)", "'test' (2)", "--split 'train'", "--split ''")
     ):
         table(tmp_path, split_table(column))
     assert table(tmp_path, split_table(column), split="") == ["cat", "dog"]
@@ -332,8 +328,8 @@ def test_a_split_column_without_split_is_refused(tmp_path, column):
 def test_a_column_that_looks_like_splits_is_named(tmp_path, values, caplog):
     with caplog.at_level(logging.WARNING, "flyp_plugin"):
         table(tmp_path, split_table("part", values))
-    assert ("has a column part with" in caplog.text) == ("train" in values)
-    with pytest.raises(InputError, match="has a column part with"):
+    assert says(caplog.text, "list.csv", "--split-col part") == ("train" in values)
+    with pytest.raises(InputError, match=naming("list.csv", "part", "--split")):
         table(tmp_path, split_table("part", values), split_col="part")
 
 
@@ -345,16 +341,14 @@ def test_a_split_of_one_value_needs_no_flag(tmp_path, caplog):
 def test_lines_whose_split_is_spelled_otherwise_are_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "flyp_plugin"):
         table(tmp_path, split_table("split"), split="train")
-    assert "3 lines with 'train ' (1), 'Train' (1), 'training' (1) are left out" in caplog.text
+    assert says(caplog.text, "3 lines", "'train ' (1), 'Train' (1), 'training' (1)", "--split")
     assert count_samples(expand_source(f"{tmp_path}/out", "train")) == 2
 
 
 @pytest.mark.parametrize("value", ["0", "valid", "TRAIN"])
 def test_a_split_that_no_line_has_names_what_there_is(tmp_path, value):
     text = split_table("split", ["0.0", "1.0", "val", "val", "train", "train", "train", "train"])
-    with pytest.raises(
-        InputError, match=rf"no lines with split '{value}' \(it has 'train' \(4\), 'val' \(2\)"
-    ):
+    with pytest.raises(InputError, match=naming(f"'{value}'", "'train' (4), 'val' (2)")):
         table(tmp_path, text, split=value)
 
 
@@ -363,7 +357,7 @@ def test_names_are_compared_by_how_they_look(tmp_path, caplog):
     (tmp_path / "names").write_text("caf\u00e9\nsea  lion\npolar\u00a0bear\n")
     with caplog.at_level(logging.INFO, "flyp_plugin"):
         assert table(tmp_path, text) == ["caf\u00e9", "polar bear", "sea lion"]
-    assert "3 here, such as" in caplog.text
+    assert re.search(r"\b3\b.*'(caf\u00e9|polar bear|sea lion)'", caplog.text)
     written = table(tmp_path, text, classnames=str(tmp_path / "names"))
     assert written == ["caf\u00e9", "sea  lion", "polar\u00a0bear"]  # as the list has it
 
@@ -382,7 +376,7 @@ def test_folders_of_macos_are_the_classes_of_a_list_from_linux(tmp_path):
 def test_a_name_of_two_classes_is_no_label_but_an_index_is(tmp_path):
     (tmp_path / "names").write_text("crane\ncat\ncrane\n")
     names = {"classnames": str(tmp_path / "names")}
-    with pytest.raises(InputError, match="'crane' is line 1 and line 3 .*class indices"):
+    with pytest.raises(InputError, match=naming("'crane'", "line 1", "line 3")):
         table(tmp_path, "path,label\n0.png,crane\n1.png,cat\n", **names)
     assert table(tmp_path, "path,label\n0.png,0\n1.png,1\n2.png,2\n", **names) == ["crane", "cat", "crane"]
     assert samples(tmp_path / "out" / "train") == Counter((png(i), i) for i in range(3))
@@ -394,18 +388,18 @@ def test_mistakes_in_a_folder_are_one_sentence(photos, tmp_path):
         with pytest.raises(InputError, match=match):
             write(str(source), str(tmp_path / dest), **options)
 
-    fails("no folder or CSV file", tmp_path / "nothing")
+    fails(naming(tmp_path / "nothing"), tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    fails("holds no folders", tmp_path / "empty")
+    fails(r"empty\b(?!.*jpg).*folder", tmp_path / "empty")
     (tmp_path / "empty" / "cat").mkdir()
-    fails("hold no jpg, jpeg, png, webp files", tmp_path / "empty")
+    fails(naming("empty", "jpg, jpeg, png, webp"), tmp_path / "empty")
     (tmp_path / "empty" / "cat" / "1.png").write_bytes(png(1))
-    fails("only one class, 'cat'", tmp_path / "empty")
+    fails(naming("one class", "'cat'"), tmp_path / "empty")
     (tmp_path / "splits" / "train").mkdir(parents=True)
-    fails("splits, not classes", tmp_path / "splits")
+    fails(naming(tmp_path / "splits", "train"), tmp_path / "splits")
     for folders, match in (
-        (["a  b", "a b"], "'a  b' and 'a b' in .* are one class"),
-        ([b"caf\xe9"], "not UTF-8"),
+        (["a  b", "a b"], naming("'a  b'", "'a b'")),
+        ([b"caf\xe9"], naming("UTF-8")),
     ):
         same = tmp_path / f"names{len(folders)}"
         for name in map(os.fsdecode, folders):
@@ -413,16 +407,16 @@ def test_mistakes_in_a_folder_are_one_sentence(photos, tmp_path):
         fails(match, same)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
-    fails("not empty", photos, "full")
-    fails("mine is a file", photos, "full/mine")
-    fails("within .* where it would be a class", tmp_path / "splits", "splits/shards")
+    fails(naming(tmp_path / "full", "empty"), photos, "full")
+    fails(naming("full/mine", "file"), photos, "full/mine")
+    fails(naming("splits/shards", tmp_path / "splits"), tmp_path / "splits", "splits/shards")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "classnames.txt").write_text("one\ntwo\n")
-    fails(r"the class 'eight' \(and 7 more\) is not in the list of 2", photos, "data/train")
-    fails("shard size is 0", photos, shard_size=0)
-    fails("no file a picture with templates", photos, templates="a picture")
-    fails("cannot be made", photos, "full/mine/train")
-    fails("--image-col is for a CSV", photos, image_col="x")
+    fails(naming("'eight'", "7 more", "2"), photos, "data/train")
+    fails(r"shard.size.*\b0\b", photos, shard_size=0)
+    fails(naming("a picture", "--templates"), photos, templates="a picture")
+    fails("full/mine.*(Not a dir|File exists)", photos, "full/mine/train")
+    fails(naming("--image-col", "CSV"), photos, image_col="x")
     assert not (tmp_path / "out").exists() and os.listdir(tmp_path / "data") == ["classnames.txt"]
 
 
@@ -440,18 +434,16 @@ def test_mistakes_in_a_table_are_one_sentence(tmp_path):
             )
 
     good = ["0.png,0,train", "1.png,1,train"]
-    fails("--label-col label is not a column: the columns of .* are path, y, split", good, label_col="label")
-    fails("--image-col is not given", good, image_col="")
-    fails("--group-col place is not a column", good, group_col="place")
-    fails(r"no lines with split 'val' \(it has 'train' \(2\)\)", good, split="val")
-    fails("has no lines;", [])
-    fails("line 3, has no y", [good[0], "1.png,,train"])
-    fails("line 3, has 1 fields and the header 3", [good[0], "1.png"])
-    fails(r"2 of 3 images .* are not there, first .*7.png \(line 3\)", [good[0], "7.png,1,", "8.png,1,"])
-    fails(r"1.tif \(.*line 2\) is not a jpg", ["1.tif,1,train"])
-    fails(
-        "the class '2' is not in the list of 2", ["0.png,0,", "1.png,2,"], classnames=str(tmp_path / "names")
-    )
+    fails(naming("--label-col label", "list.csv", "path, y, split"), good, label_col="label")
+    fails(naming("--image-col"), good, image_col="")
+    fails(naming("--group-col place", "path, y, split"), good, group_col="place")
+    fails(naming("'val'", "'train' (2)"), good, split="val")
+    fails(r"list\.csv\b.*(no lines|no rows|empty)", [])
+    fails(naming("line 3", "y"), [good[0], "1.png,,train"])
+    fails(r"line 3\b.*\b1 field.*\b3\b", [good[0], "1.png"])
+    fails(naming("2 of 3", "7.png", "line 3"), [good[0], "7.png,1,", "8.png,1,"])
+    fails(naming("1.tif", "line 2", "jpg"), ["1.tif,1,train"])
+    fails(naming("'2'", "2 class"), ["0.png,0,", "1.png,2,"], classnames=str(tmp_path / "names"))
     assert not (tmp_path / "out").exists()
 
 
@@ -466,7 +458,7 @@ def test_a_run_that_stops_leaves_nothing(photos, tmp_path, monkeypatch, error):
     monkeypatch.setattr(shards_module, "_write_tar", stop)
     with pytest.raises((KeyboardInterrupt, InputError)) as raised:
         write(str(photos), str(tmp_path / "train"))
-    assert isinstance(error, KeyboardInterrupt) or "(No space left on device)" in str(raised.value)
+    assert isinstance(error, KeyboardInterrupt) or "No space left on device" in str(raised.value)
     assert os.listdir(tmp_path) == []
 
 
@@ -482,11 +474,11 @@ def test_what_a_killed_run_leaves_is_refused(photos, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, check=False)
     assert done.returncode == -9
     assert os.listdir(tmp_path) == ["train.part"]
-    with pytest.raises(InputError, match="neither"):
+    with pytest.raises(InputError, match=naming(f"{tmp_path}/train", ".tar")):
         expand_source(str(tmp_path), "train")
-    with pytest.raises(InputError, match="says '16' shards but the folder has 3"):
+    with pytest.raises(InputError, match=naming("nshards.txt", "16", "3")):
         expand_source(str(tmp_path / "train.part"), "train")
-    with pytest.raises(InputError, match="train.part is there"):
+    with pytest.raises(InputError, match=naming(f"{tmp_path}/train.part")):
         write(str(photos), str(tmp_path / "train"))
 
 
@@ -525,7 +517,7 @@ def test_classes_with_fewer_images_give_all_and_are_named(tmp_path, caplog):
     )
     keys = few_shot_keys([str(tmp_path / "a.tar")], 2, 0, classnames=["cat", "dog", "owl"])
     assert len(keys) == 3 and (str(tmp_path / "a.tar"), "0") in keys
-    assert "2 classes have fewer than 2 images: cat (1), owl (0)." in caplog.text
+    assert says(caplog.text, "2 classes", "2 images", "cat (1), owl (0)")
 
 
 def test_a_label_may_be_in_a_json_member(tmp_path):
@@ -548,16 +540,16 @@ def test_mistakes_in_a_subset_are_one_sentence(data, tmp_path):
             flyp(["shards", "subset", *args])
 
     dest = str(tmp_path / "few" / "train")
-    fails("0 shots", str(data), dest, "--shots", "0")
-    fails("not a local file", "http://localhost/{0..3}.tar", dest, "--shots", "1")
-    fails("no file or folder", str(tmp_path / "nothing"), dest, "--shots", "1")
-    fails("not empty", str(data), str(data / "train"), "--shots", "1")
+    fails(naming("0", "shots"), str(data), dest, "--shots", "0")
+    fails(naming("http://localhost/0.tar"), "http://localhost/{0..3}.tar", dest, "--shots", "1")
+    fails(naming(tmp_path / "nothing"), str(tmp_path / "nothing"), dest, "--shots", "1")
+    fails(naming(data / "train", "empty"), str(data), str(data / "train"), "--shots", "1")
     write_tar(tmp_path / "a.tar", {"1.png": png(1), "1.cls": b"cat"})
-    fails("'cat' is not an integer", str(tmp_path / "a.tar"), dest, "--shots", "1")
+    fails(naming("a.tar", "'cat'", "integer"), str(tmp_path / "a.tar"), dest, "--shots", "1")
     write_tar(tmp_path / "b.tar", {"1.txt": b""})
-    fails("has no samples", str(tmp_path / "b.tar"), dest, "--shots", "1")
+    fails(naming("b.tar", "samples"), str(tmp_path / "b.tar"), dest, "--shots", "1")
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
-    fails("holds another list", str(data), str(tmp_path / "train"), "--shots", "1")
+    fails(naming(tmp_path / "classnames.txt"), str(data), str(tmp_path / "train"), "--shots", "1")
     assert not (tmp_path / "few").exists()
 
 
@@ -625,7 +617,8 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys, workers):
         f"{tmp_path}/test/2.tar"
     ]
     assert f"{tmp_path}/test/1.tar, sample ok, also in {shard}" in report["problems"]["repeated keys"]
-    assert report["problems"]["wrong sizes.json"] == [f"{tmp_path}/test/1.tar: 1 images, not 5"]
+    (wrong,) = report["problems"]["wrong sizes.json"]
+    assert says(wrong, f"{tmp_path}/test/1.tar", "1 images", "5")
     assert report["classes without images"] == ["owl"]
 
 
@@ -634,7 +627,7 @@ def test_check_shows_the_first_few_of_a_kind_and_their_number(tmp_path, capsys):
     write_tar(tmp_path / "train" / "0.tar", {f"{i}.{end}": b"0" for i in range(9) for end in ("png", "cls")})
     assert flyp(["shards", "check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "9 unreadable images:" in out and "and 4 more" in out and out.count("0.tar, sample") == 5
+    assert says(out, "9 unreadable images") and says(out, "4 more") and out.count("0.tar, sample") == 5
 
 
 def test_check_notes_what_is_no_mistake(tmp_path, capsys):
@@ -652,8 +645,8 @@ def test_check_notes_what_is_no_mistake(tmp_path, capsys):
     write_tar(tmp_path / "train" / "0.tar", files)
     assert flyp(["shards", "check", str(tmp_path), "--json"]) == 0
     tokens, bits = json.loads(capsys.readouterr().out)[f"{tmp_path}/train"]["notes"]
-    assert "'Dog' (class 0) and 'dog' (class 1)" in tokens
-    assert bits.startswith("1 images of 16 bits: the plugin uses their upper 8")
+    assert says(tokens, "'Dog' (class 0)", "'dog' (class 1)")
+    assert re.search(r"\b1 image.*\b16.bit.*\b8\b", bits)
 
 
 def test_check_and_count_name_a_tar_that_is_not_sorted(tmp_path, capsys, caplog):
@@ -665,13 +658,13 @@ def test_check_and_count_name_a_tar_that_is_not_sorted(tmp_path, capsys, caplog)
     assert "tar --sort=name" in problems["shards that are not sorted by name"][0]
     assert "labels that are missing or wrong" not in problems
     flyp(["shards", "count", str(tmp_path)])
-    assert "0.tar cannot be used as it is: the members of sample 1" in caplog.text
+    assert says(caplog.text, "0.tar", "sample 1")
 
 
 def test_count_counts_other_images_where_asked_and_names_them(tmp_path, capsys, caplog):
     write_tar(tmp_path / "train" / "0.tar", {f"{i}.{end}": b"0" for i in range(3) for end in ("cls", "tif")})
     flyp(["shards", "count", str(tmp_path), "--json"])
-    assert "the members of its first are cls, tif" in caplog.text
+    assert says(caplog.text, "0.tar", "cls, tif", "--image-key")
     flyp(["shards", "count", str(tmp_path), "--json", "--image-key", "tif"])
     assert [json.loads(line)["total"] for line in capsys.readouterr().out.splitlines()] == [0, 3]
 
@@ -683,18 +676,18 @@ def test_check_compares_a_len_with_the_whole_folder_it_is_of(tmp_path, capsys):
     (tmp_path / "train" / "__len__").write_text("7")
     assert flyp(["shards", "check", f"{tmp_path}/train/0.tar", "--json"]) == 0
     assert flyp(["shards", "check", str(tmp_path), "--json"]) == 1
-    assert "2 images, not 7" in capsys.readouterr().out
+    assert says(capsys.readouterr().out, "2 images", "7")
 
 
 def test_check_needs_class_names(tmp_path):
     write_tar(tmp_path / "train" / "0.tar", {"1.png": png(1), "1.cls": b"1"})
-    with pytest.raises(InputError, match="no classnames.txt"):
+    with pytest.raises(InputError, match=naming("classnames.txt")):
         flyp(["shards", "check", str(tmp_path)])
 
 
 def test_a_file_that_is_no_tar_is_one_sentence(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"no tar")
-    with pytest.raises(InputError, match="a.tar cannot be read as a tar"):
+    with pytest.raises(InputError, match=naming(tmp_path / "a.tar")):
         flyp(["shards", "count", str(tmp_path / "a.tar")])
 
 

@@ -24,6 +24,7 @@ from flyp_plugin.metrics import evaluate
 from flyp_plugin.sources import expand_source
 from flyp_plugin.train import train
 from tests.close import ADAM
+from tests.naming import naming, says
 
 REPO = Path(__file__).parents[1]
 MODEL = "digits-vit"
@@ -174,7 +175,7 @@ def test_a_truncated_checkpoint_is_set_aside_on_resume(launch, caplog):
     newest = folder / "checkpoints" / "epoch_2.pt"
     newest.write_bytes(newest.read_bytes()[:-5000])
     launch("--epochs", 2, "--train-num-samples", 100, "--resume", "latest")
-    assert "epoch_2.pt is incomplete" in caplog.text
+    assert says(caplog.text, "epoch_2.pt", "epoch_2.pt.incomplete")
     assert (folder / "checkpoints" / "epoch_2.pt.incomplete").exists()
     assert len(weights(folder, 2)) > 10
 
@@ -194,9 +195,9 @@ def test_flyps_defaults_are_in_params_txt_and_the_users_flags_win(launch, caplog
         "warmup": "0",
     }
     log = (folder / "out.log").read_text()
-    assert "FLYP's defaults in use: wd 0.1, warmup 0 (a tenth of the steps, which are few), beta1 0.9" in log
-    assert "Prompts: 10 classes x 3 templates = 30." in log
-    assert "Samples: 200 an epoch, in 8 shards." in log
+    assert says(log, "wd 0.1", "warmup 0", "beta1 0.9")
+    assert says(log, "10 classes", "3 templates", "30")
+    assert says(log, "200", "8 shards")
     assert len(re.findall(r"\|   s\d+: '[^']* \w+\.'", log)) == 3
 
 
@@ -209,17 +210,17 @@ def test_fp16_has_an_eps_of_its_own_and_trains(launch, start, precision):
     furthest = max((before[name].float() - after[name].float()).abs().max() for name in before)
     assert params(folder)["eps"] == "0.001" and furthest < 1e-3
     log = (folder / "out.log").read_text()
-    assert f"--precision {precision} keeps weights and AdamW's state in 16 bits" in log
-    assert "times --lr" not in log
+    assert says(log, f"--precision {precision}", "--precision amp")
+    assert not says(log, "--eps", "1e-3")
     large = launch(*flags, "--lr", "1e-5", "--eps", "1e-6", name="large")
-    assert "With --eps 1e-06 in " in (large / "out.log").read_text()
+    assert says((large / "out.log").read_text(), "--eps 1e-06", precision, "1e-3")
 
 
 def test_what_makes_steps_other_than_they_seem_is_told(launch):
     launched = launch("--epochs", 1, "--train-num-samples", 200, "--warmup", 500, "--precision", "bf16")
     log = (launched / "out.log").read_text()
-    assert "--warmup 500 is longer than the run of 2 steps, which ends at 0% of --lr" in log
-    assert "--precision bf16 keeps weights in 16 bits" in log
+    assert says(log, "--warmup 500", "2 steps", "0%")
+    assert says(log, "--precision bf16", "--lr")
 
 
 def test_the_optimizers_of_timm_keep_their_own_betas(launch):
@@ -227,7 +228,7 @@ def test_the_optimizers_of_timm_keep_their_own_betas(launch):
         pytest.skip("this open_clip has no --opt")
     folder = launch("--epochs", 1, "--train-num-samples", 100, "--opt", "timm/lion")
     assert (params(folder)["beta1"], params(folder)["beta2"]) == ("None", "None")
-    assert "beta1" not in re.search("FLYP's defaults in use: .*", (folder / "out.log").read_text())[0]
+    assert "beta1" not in re.search(".*wd 0.1.*", (folder / "out.log").read_text())[0]
 
 
 def test_no_flyp_defaults_leaves_open_clips(launch):
@@ -280,7 +281,7 @@ def test_locked_text_stays_as_it_was(launch, start):
 
 
 def test_text_cannot_be_locked_without_its_layer_norms(launch):
-    with pytest.raises(InputError, match="give --lock-text-freeze-layer-norm with --lock-text"):
+    with pytest.raises(InputError, match=naming("--lock-text-freeze-layer-norm", "--lock-text")):
         launch("--lock-text")
 
 
@@ -320,7 +321,7 @@ def test_val_data_in_open_clips_form_is_evaluated_by_open_clip(launch, digits, t
         114,
     ]
     if tuple(map(int, wds.__version__.split(".")[:2])) > (0, 2):
-        with pytest.raises(InputError, match="open_clip cannot evaluate --val-data"):
+        with pytest.raises(InputError, match=naming("--val-data", "--eval-data NAME=SHARDS")):
             launch(*flags)
         return
     (row,) = results(launch(*flags))
@@ -355,8 +356,8 @@ def test_evaluation_sets_are_scored_before_training_and_after_each_epoch(launch,
     assert abs(rows[0]["val/top1"] - plain["top1"]) * 797 <= 1.001  # their head is another one by rounding
     log = (folder / "out.log").read_text()
     best = max((1, 2), key=lambda epoch: (rows[epoch]["val/top1"], -epoch))
-    assert f"Best epoch on val: {best}," in log
-    command = re.search(r"pretrained weights: flyp (wiseft \S+)", log)[1].split()
+    assert re.search(rf"(?i)best\b.*\bval\b.*\b{best}\b", log)
+    command = re.search(r"flyp (wiseft [^\s`]+)", log)[1].split()
     assert flyp([*command, "--alphas", "0:1:0.5"]) in (None, 0)
     sweep = json.loads((folder / "wiseft" / "wiseft.json").read_text())
     assert sweep["model"] == MODEL
@@ -419,7 +420,7 @@ def test_two_ranks_train_on_one_global_batch_and_evaluate_as_one_process(digits,
 def test_more_ranks_than_shards_is_one_sentence_and_no_hang(digits, tmp_path):
     done = torchrun(digits, tmp_path, "--train-data", f"{digits}/train/0.tar")
     assert done.returncode != 0
-    assert "1 shards cannot be shared by 2 ranks" in done.stderr
+    assert re.search(r"\b1 shards?\b.*\b2 ranks", done.stderr)
 
 
 def tar_of(path, members):
@@ -454,85 +455,85 @@ def bad(digits, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--train-data", "{bad}/nowhere"], r"there is no file or folder .*nowhere"),
-        (["--train-data", "{bad}/{{0..3}}.tar"], r"there is no shard .*0\.tar \(and 3 more of 4\)"),
+        (["--train-data", "{bad}/nowhere"], r"/nowhere\b"),
+        (["--train-data", "{bad}/{{0..3}}.tar"], r"/0\.tar\b.*\b3 more.*\b4\b"),
         (
             ["--train-data", "{bad}/not-a-tar.tar", *["--classnames", "{digits}/classnames.txt"]],
             r"not-a-tar\.tar",
         ),
         (
             ["--train-data", "{bad}/captions.tar", *["--classnames", "{digits}/classnames.txt"]],
-            r"no label 'cls'",
+            r"captions\.tar.*'cls'",
         ),
         (
             ["--train-data", "{bad}/labels.tar", *["--classnames", "{digits}/classnames.txt"]],
-            r"label 12 is outside",
+            r"labels\.tar.*\b12\b",
         ),
         (
             ["--train-data", "{bad}/words.tar", *["--classnames", "{digits}/classnames.txt"]],
-            r"'cat' is not an int",
+            r"words\.tar.*'cat'",
         ),
         (
             ["--train-data", "{bad}/images.tar", *["--classnames", "{digits}/classnames.txt"]],
-            r"epoch 0: 9 of 9 samples are lost, more than --max-lost 0\.01 allows",
+            r"\b9 of 9\b.*--max-lost 0\.01",
         ),
-        (["--classnames", "{bad}/empty.txt"], r"empty\.txt is empty"),
-        (["--classnames", "{bad}/none.txt"], r"there is no file .*none\.txt"),
-        (["--train-data", "{bad}/alone"], r"no classnames\.txt beside"),
-        (["--label-key", "label"], r"no label 'label' \(its members: png, cls\)"),
+        (["--classnames", "{bad}/empty.txt"], r"empty\.txt\b.*empty"),
+        (["--classnames", "{bad}/none.txt"], r"none\.txt\b.*--classnames"),
+        (["--train-data", "{bad}/alone"], r"classnames\.txt\b.*--classnames"),
+        (["--label-key", "label"], r"'label'.*png, cls"),
         (["--image-key", "tiff"], r"tiff"),
-        (["--name", "taken"], r"there is a run in .*taken; choose another --name"),
-        (["--model", "ViT-B-61"], r"no model ViT-B-61; did you mean ViT-B-16"),
+        (["--name", "taken"], r"/taken\b.*--name"),
+        (["--model", "ViT-B-61"], r"ViT-B-61\b.*ViT-B-16"),
         (["--pretrained", "no-such-tag"], r"no-such-tag"),
-        (["--model-config", "{bad}/none.json"], r"no model configuration .*none\.json"),
+        (["--model-config", "{bad}/none.json"], r"none\.json\b.*--model-config"),
         (["--templates", "a photo of a cat"], r"a photo of a cat"),
         (["--train-num-samples", "0"], r"--train-num-samples 0"),
-        (["--name", ""], r"--name is empty"),
-        (["--objective", "CE"], r"^Error: argument --objective: invalid choice: 'CE' .*\(see --help\)"),
-        (["--pretrained", "{digits}"], r"is a folder; give a checkpoint in it"),
-        (["--lr", "-1"], r"--lr -1\.0 is out of range"),
-        (["--lr", "nan"], r"--lr nan is out of range"),
-        (["--wd", "-1"], r"--wd -1\.0 is out of range"),
-        (["--warmup", "-3"], r"--warmup -3 is out of range"),
-        (["--beta1", "2"], r"--beta1 2 is out of range"),
-        (["--lr", "fast"], r"^Error: argument --lr: invalid float value: 'fast' \(see --help"),
-        (["--learning-rate", "1"], r"^Error: unrecognized arguments: --learning-rate 1 \(see --help"),
-        (["--report-to", "wandb"], r"needs the package wandb: pip install wandb"),
+        (["--name", ""], r"--name"),
+        (["--objective", "CE"], r"^Error: .*--objective: invalid choice: 'CE'.*--help"),
+        (["--pretrained", "{digits}"], r"(folder|directory).*checkpoint"),
+        (["--lr", "-1"], r"--lr\b.*-1\b"),
+        (["--lr", "nan"], r"--lr\b.*nan"),
+        (["--wd", "-1"], r"--wd\b.*-1\b"),
+        (["--warmup", "-3"], r"--warmup\b.*-3\b"),
+        (["--beta1", "2"], r"--beta1\b.*\b2\b"),
+        (["--lr", "fast"], r"^Error: .*--lr: invalid float value: 'fast'.*--help"),
+        (["--learning-rate", "1"], r"^Error: .*--learning-rate 1.*--help"),
+        (["--report-to", "wandb"], r"pip install wandb"),
         (
             ["--logs", "{bad}/empty.txt/logs"],
-            r"empty\.txt/logs/.* cannot be written to \(Not a dir.*another --logs",
+            r"empty\.txt/logs\b.*Not a dir.*--logs",
         ),
-        (["--pretrained", "{bad}/empty.txt"], r"empty\.txt is (refused|not a whole checkpoint)"),
-        (["--accum-freq", "50", "--batch-size", "100"], r"fewer than --accum-freq 50"),
-        (["--train-data-upsampling-factors", "1"], r"add --dataset-resampled"),
+        (["--pretrained", "{bad}/empty.txt"], r"empty\.txt\b.*(checkpoint|state_dict)"),
+        (["--accum-freq", "50", "--batch-size", "100"], r"--accum-freq 50\b"),
+        (["--train-data-upsampling-factors", "1"], r"--train-data-upsampling-factors.*--dataset-resampled"),
         (["--dataset-type", "csv"], r"`flyp shards write`"),
-        (["--eval-data", "{digits}"], r"is not NAME=SHARDS"),
-        (["--eval-data", "val={digits}/nowhere"], r"there is no file or folder"),
+        (["--eval-data", "{digits}"], r"NAME=SHARDS"),
+        (["--eval-data", "val={digits}/nowhere"], r"/nowhere\b"),
         (["--horovod"], r"--horovod"),
         (["--trace"], r"--trace"),
-        (["--seed", "-1"], r"--seed -1 is out of range; give 0 to 4294967295"),
-        (["--seed", "4294967296"], r"--seed 4294967296 is out of range"),
-        (["--log-every-n-steps", "0"], r"--log-every-n-steps 0 is out of range; give 1 or more"),
-        (["--grad-clip-norm", "0"], r"--grad-clip-norm 0\.0 is out of range; give more than 0"),
-        (["--force-patch-dropout", "1.5"], r"--force-patch-dropout 1\.5 is out of range"),
-        (["--lock-image-unlocked-groups", "1"], r"does nothing without --lock-image; add that"),
-        (["--distill-model", "ViT-B-16"], r"does nothing without --distill-pretrained"),
-        (["--csv-separator", ","], r"--csv-separator is for captions"),
-        (["--use-bnb-linear", "Linear8bitLt"], r"needs the package bitsandbytes"),
-        (["--epochs-cooldown", "1"], r"does nothing without --lr-scheduler const-cooldown"),
+        (["--seed", "-1"], r"--seed\b.*-1\b"),
+        (["--seed", "4294967296"], r"--seed\b.*\b4294967296\b"),
+        (["--log-every-n-steps", "0"], r"--log-every-n-steps\b.*\b0\b"),
+        (["--grad-clip-norm", "0"], r"--grad-clip-norm\b.*\b0\b"),
+        (["--force-patch-dropout", "1.5"], r"--force-patch-dropout\b.*\b1\.5\b"),
+        (["--lock-image-unlocked-groups", "1"], r"--lock-image-unlocked-groups\b.*--lock-image\b(?!-)"),
+        (["--distill-model", "ViT-B-16"], r"--distill-model\b.*--distill-pretrained"),
+        (["--csv-separator", ","], r"--csv-separator"),
+        (["--use-bnb-linear", "Linear8bitLt"], r"--use-bnb-linear\b.*pip install bitsandbytes"),
+        (["--epochs-cooldown", "1"], r"--epochs-cooldown\b.*--lr-scheduler const-cooldown"),
         (
             ["--lr-scheduler", "const-cooldown"],
-            r"open_clip refuses these flags: Please specify the number of",
+            r"Please specify the number of",
         ),
         (["--opt", "nosuch"], r"nosuch"),
         (["--opt", "timm/nosuch"], r"nosuch"),
-        (["--aug-cfg", "scale"], r"open_clip cannot read its flags: not enough values"),
-        (["--precision", "fp16", "--eps", "1e-8"], r"--eps 1e-08 is 0 in --precision fp16.*give 1e-3"),
-        (["--report-to", "tensorbord"], r"tensorbord names something other than tensorboard"),
-        (["--resume", "nosuch://bucket/x.pt"], r"nosuch://bucket/x\.pt cannot be read .*download it"),
-        (["--val-data", "{digits}/test/0.tar"], r"cannot evaluate --val-data .*as --eval-data NAME=SHARDS"),
-        (["--val-data", "{digits}"], r"cannot evaluate --val-data .*as --eval-data NAME=SHARDS"),
-        (["--imagenet-val", "{digits}/nowhere"], r"cannot evaluate --imagenet-val .*as --eval-data NAME"),
+        (["--aug-cfg", "scale"], r"not enough values"),
+        (["--precision", "fp16", "--eps", "1e-8"], r"--eps 1e-08\b.*--precision fp16\b.*1e-3\b"),
+        (["--report-to", "tensorbord"], r"tensorbord\b.*\btensorboard"),
+        (["--resume", "nosuch://bucket/x.pt"], r"--resume\b.*nosuch://bucket/x\.pt"),
+        (["--val-data", "{digits}/test/0.tar"], r"--val-data\b.*--eval-data NAME=SHARDS"),
+        (["--val-data", "{digits}"], r"--val-data\b.*--eval-data NAME=SHARDS"),
+        (["--imagenet-val", "{digits}/nowhere"], r"--imagenet-val\b.*--eval-data NAME=SHARDS"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
@@ -572,7 +573,7 @@ def test_the_seams_are_put_back_and_a_missing_one_is_named(launch, monkeypatch):
              loop.zero_shot_eval, torch.nn.parallel.DistributedDataParallel)  # fmt: skip
     assert before == after
     monkeypatch.delattr(main, "get_data")
-    with pytest.raises(InputError, match=r"has no open_clip_train\.main\.get_data; FLYP is made for"):
+    with pytest.raises(InputError, match=naming("open_clip_train.main.get_data", openclip.SUPPORTED)):
         launch(name="missing")
     assert (main.evaluate, main.parse_args) == (before[1], before[4])
 
@@ -581,7 +582,7 @@ def test_a_missing_train_extra_is_named(launch, monkeypatch):
     monkeypatch.delitem(sys.modules, "open_clip_train.main")
     monkeypatch.setitem(sys.modules, "fsspec", None)
     monkeypatch.delitem(sys.modules, "open_clip_train.file_utils")
-    with pytest.raises(InputError, match=r"the package fsspec: pip install 'flyp-plugin\[train\]'"):
+    with pytest.raises(InputError, match=naming("fsspec", "pip install 'flyp-plugin[train]'")):
         launch()
 
 

@@ -14,6 +14,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.merge import draw_frontier, parse_alphas
 from flyp_plugin.wiseft import average, choose, interpolate
 from tests.helpers_eval import NAMES, checkpoint, flyp, root
+from tests.naming import naming
 
 MODEL = "tiny-digits"
 PRETRAINED, FINETUNED = 15, 80
@@ -101,21 +102,21 @@ def test_interpolate_changes_neither_side():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (weights(2, **{"a.bias": torch.ones(5)}), r"tensor a\.bias has shape \(5,\) and not \(4,\)"),
-        ({"a.weight": torch.ones(4, 3)}, r"tensor a\.bias is missing \(and 1 more\)"),
-        (weights(2, b=torch.ones(1)), "tensor b has no counterpart"),
+        (weights(2, **{"a.bias": torch.ones(5)}), r"(?=.*\ba\.bias\b)(?=.*[(\[]5\b)(?=.*[(\[]4\b)"),
+        ({"a.weight": torch.ones(4, 3)}, naming("a.bias", "missing", "1 more")),
+        (weights(2, b=torch.ones(1)), naming("tensor b")),
     ],
 )
 def test_other_architectures_name_the_first_tensor(other, message):
     with pytest.raises(InputError, match=message):
         interpolate(weights(1), other, 0.5)
-    with pytest.raises(InputError, match="checkpoint 1 of 2"):
+    with pytest.raises(InputError, match=naming("1 of 2")):
         average([weights(1), other])
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.01, float("nan")])
 def test_alpha_outside_0_1(alpha):
-    with pytest.raises(InputError, match=r"outside \[0, 1\]"):
+    with pytest.raises(InputError, match=naming("alpha", f"{alpha}")):
         interpolate(weights(1), weights(2), alpha)
 
 
@@ -136,12 +137,12 @@ def test_parse_alphas():
     for text in ("", "0:1", "0:1:0", "a", "0:1:1e-9", "1:0:0.1", "nan", "0:inf:1", "0:1:nan"):
         with pytest.raises(InputError):
             parse_alphas(text)
-    with pytest.raises(InputError, match="outside"):
+    with pytest.raises(InputError, match=naming("alpha")):
         parse_alphas("0:1.5:0.5")
     for text in ("0:1e9:0.1", "nan:1:0.1", "-1e9:0:0.1"):  # which would take for ever
-        with pytest.raises(InputError, match="outside"):
+        with pytest.raises(InputError, match=naming("alpha")):
             parse_alphas(text)
-    with pytest.raises(InputError, match=r"alpha 0\.125 is finer"):
+    with pytest.raises(InputError, match=naming("0.125", "0.01")):
         parse_alphas("0.125")
 
 
@@ -273,13 +274,13 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(tmp_path, monkeypatch)
     out = tmp_path / "out"
     wide = checkpoint("tiny-digits-wide", 1)
     cases = [
-        (["--alpha", "1.5"], r"alpha 1\.5 is outside"),
-        (["--alphas", "0:1:0.1"], "--eval-data"),
-        ([*sets(), "--eval-data", f"val={root()}/ood"], "the name 'val' twice"),
-        (["--alpha", "0.5", "--finetuned", wide], r"tensor visual\.\S+ has shape \(80.*\) and not \(64"),
-        (["--alpha", "0.5", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
-        (["--alpha", "0.5", "--model-config", "no.json"], "--model-config"),
-        (["--alpha", "0.5", "--model", "tiny-digit"], "did you mean tiny-digits"),
+        (["--alpha", "1.5"], naming("alpha", "1.5")),
+        (["--alphas", "0:1:0.1"], naming("--eval-data", "--alpha")),
+        ([*sets(), "--eval-data", f"val={root()}/ood"], naming("--eval-data", "'val'", f"{root()}/ood")),
+        (["--alpha", "0.5", "--finetuned", wide], r"(?=.*visual\.\w)(?=.*[(\[]80\b)(?=.*[(\[]64\b)"),
+        (["--alpha", "0.5", "--device", "cuda:99"], naming("cuda:99")),
+        (["--alpha", "0.5", "--model-config", "no.json"], naming("no.json", "--model-config")),
+        (["--alpha", "0.5", "--model", "tiny-digit"], naming("tiny-digit", "tiny-digits")),
         ([*sets(), "--label-key", "nothing"], "--label-key"),
     ]
     for more, message in cases:
@@ -300,7 +301,7 @@ def test_an_existing_output_is_kept_without_force_and_whole_when_the_disk_is_ful
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(InputError, match="could not be written"):
+        with pytest.raises(InputError, match=naming(path, "File too large")):
             flyp(*argv(tmp_path, "--alpha", 0.5, "--force"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -308,5 +309,5 @@ def test_an_existing_output_is_kept_without_force_and_whole_when_the_disk_is_ful
     flyp(*argv(tmp_path, "--alpha", 0.5, "--force"))
     assert torch.load(path, weights_only=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be made a folder"):
+    with pytest.raises(InputError, match=naming(tmp_path / "file", "--out")):
         flyp(*argv(tmp_path / "file", "--alpha", 0.5))

@@ -78,7 +78,7 @@ def pickle_as_a_label(folder: Path) -> str:
         "",
         tars.tar(data.many(cls=pickle.dumps(Code()))),
         0,
-        stops="is not an integer",
+        stops="integer",
         check="labels that are missing or wrong",
     )
     _, wrong = data.see(fault, folder / "data", workers=0)

@@ -130,7 +130,7 @@ CASES: list[tuple[str, Answer, float, int | str]] = [
         "never gives one shard of eight",
         dead,
         0,
-        "20 of 160 samples are lost, more than --max-lost 0.01 allows",
+        "20 of 160 samples",
     ),
 ]
 
