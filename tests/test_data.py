@@ -1,12 +1,10 @@
 """ClassPromptDataset and LabelledDataset on real shards: what an epoch is."""
 
 import gc
-import io
 import math
 import multiprocessing
 import random
 import re
-import tarfile
 import threading
 import weakref
 from collections import Counter
@@ -18,7 +16,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -27,6 +24,7 @@ from flyp_plugin.data import LabelledDataset, peek, rebatch
 from flyp_plugin.errors import InputError
 from tests import tars
 from tests.naming import naming, says
+from tests.tars import png
 
 CLASSES, IMAGES, SHARDS = 4, 1000, 8
 PROMPTS = ClassPrompts(
@@ -47,20 +45,6 @@ def tokenizer():
     return open_clip.get_tokenizer("ViT-B-32")
 
 
-def png(number):
-    stream = io.BytesIO()
-    Image.new("RGB", (2, 2), (number % 256, number // 256, 0)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tar(path, samples):
-    with tarfile.open(path, "w") as tar:
-        for name, data in samples:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     """1,000 images that name themselves by a pixel, in 8 shards of different sizes."""
@@ -72,7 +56,7 @@ def shards(tmp_path_factory):
             for i in range(first, last)
             for m in ((f"s{i}.png", png(i)), (f"s{i}.cls", b"%d" % (i % CLASSES)))
         ]
-        write_tar(folder / f"{shard}.tar", members)
+        tars.write(folder / f"{shard}.tar", members)
     return [str(folder / f"{shard}.tar") for shard in range(SHARDS)]
 
 
@@ -93,7 +77,7 @@ def dataset(shards, tokenizer):
 
 def numbers(images):
     pixels = (images[:, :, 0, 0] * 255).round().long()
-    return (pixels[:, 0] + 256 * pixels[:, 1]).tolist()
+    return (256 * pixels[:, 0] + pixels[:, 1]).tolist()
 
 
 def samples(batches):
@@ -215,9 +199,9 @@ def test_resampling_follows_the_weights(dataset, shards):
 def broken(shards, tmp_path):
     """A good shard of 50, one with 3 bad images of 10, one that ends in the middle, and one that is no tar."""
     bad = [m for i in range(10) for m in ((f"b{i}.png", b"no" if i < 3 else png(i)), (f"b{i}.cls", b"1"))]
-    write_tar(tmp_path / "bad.tar", bad)
+    tars.write(tmp_path / "bad.tar", bad)
     whole = [m for i in range(10) for m in ((f"t{i}.png", png(i)), (f"t{i}.cls", b"1"))]
-    write_tar(tmp_path / "cut.tar", whole)
+    tars.write(tmp_path / "cut.tar", whole)
     content = (tmp_path / "cut.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(content[: 512 * 2 * 2 * 5 + 700])
     (tmp_path / "text.tar").write_bytes(b"hello " * 999)
@@ -251,7 +235,7 @@ def test_skipped_images_make_the_last_batch_smaller_but_ranks_stay_equal(dataset
     ],
 )
 def test_a_bad_label_stops_with_a_plain_sentence(dataset, shards, tmp_path, workers, label, named):
-    write_tar(tmp_path / "wrong.tar", [("x.png", png(1)), ("x.cls", label)])
+    tars.write(tmp_path / "wrong.tar", [("x.png", png(1)), ("x.cls", label)])
     with pytest.raises(InputError, match=naming("wrong.tar", "x", *named)) as error:
         list(dataset(shards=[shards[0], str(tmp_path / "wrong.tar")], num_workers=workers))
     assert "Traceback" not in str(error.value)
@@ -259,7 +243,7 @@ def test_a_bad_label_stops_with_a_plain_sentence(dataset, shards, tmp_path, work
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_readable_ends_in_an_error(dataset, broken, tmp_path, workers):
-    write_tar(tmp_path / "none.tar", [(f"{i}.{ext}", b"1") for i in range(5) for ext in ("png", "cls")])
+    tars.write(tmp_path / "none.tar", [(f"{i}.{ext}", b"1") for i in range(5) for ext in ("png", "cls")])
     data = {"shards": [str(tmp_path / "none.tar"), broken[3]], "num_samples": 5, "num_workers": workers}
     with pytest.raises(InputError, match=r"^(?!.*--max-lost).*none\.tar"):
         list(dataset(**data, max_lost=9))
@@ -384,7 +368,9 @@ def test_labelled_images_come_once_at_any_workers_and_ranks(shards, workers, ran
 
 
 def test_labelled_groups_and_skipped_images(broken, tmp_path, caplog):
-    write_tar(tmp_path / "groups.tar", [("a.png", png(1)), ("a.cls", b"1"), ("a.json", b'{"site": "north"}')])
+    tars.write(
+        tmp_path / "groups.tar", [("a.png", png(1)), ("a.cls", b"1"), ("a.json", b'{"site": "north"}')]
+    )
     data = LabelledDataset([str(tmp_path / "groups.tar")], Augment(), 4, num_classes=2, group_key="json:site")
     assert next(iter(data))["groups"] == ["north"]
     data = LabelledDataset(broken, Augment(), 64, num_classes=CLASSES, num_workers=3)

@@ -3,12 +3,10 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
 
@@ -18,6 +16,7 @@ from flyp_plugin.export import replacing_folder
 from flyp_plugin.jobs import LOCK, alone, begin
 from flyp_plugin.train import train
 from tests.faults import kills
+from tests.helpers_eval import no_larger_files
 from tests.naming import naming, says
 
 
@@ -35,16 +34,6 @@ def whole(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs") / "whole"
     assert train(kills.flags(digits, folder)) == 0
     return folder
-
-
-@contextmanager
-def no_larger_files(than):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (than, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_to_the_same_weights(digits, tmp_path):

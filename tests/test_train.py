@@ -23,6 +23,7 @@ from flyp_plugin.errors import InputError, run
 from flyp_plugin.metrics import evaluate
 from flyp_plugin.sources import expand_source
 from flyp_plugin.train import train
+from tests import tars
 from tests.close import ADAM
 from tests.naming import naming, says
 
@@ -423,27 +424,16 @@ def test_more_ranks_than_shards_is_one_sentence_and_no_hang(digits, tmp_path):
     assert re.search(r"\b1 shards?\b.*\b2 ranks", done.stderr)
 
 
-def tar_of(path, members):
-    import io
-
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 @pytest.fixture
 def bad(digits, tmp_path):
     """Data that users have by mistake."""
     with tarfile.open(digits / "train" / "0.tar") as tar:
         png = next(tar.extractfile(m).read() for m in tar if m.name.endswith(".png"))
     (tmp_path / "not-a-tar.tar").write_bytes(b"hello" * 1000)
-    tar_of(tmp_path / "captions.tar", {"a.png": png, "a.txt": b"a digit"})
-    tar_of(tmp_path / "labels.tar", {"a.png": png, "a.cls": b"12"})
-    tar_of(tmp_path / "words.tar", {"a.png": png, "a.cls": b"cat"})
-    tar_of(tmp_path / "images.tar", {f"{i}.{ext}": b"3" for i in range(9) for ext in ("png", "cls")})
+    tars.write(tmp_path / "captions.tar", {"a.png": png, "a.txt": b"a digit"})
+    tars.write(tmp_path / "labels.tar", {"a.png": png, "a.cls": b"12"})
+    tars.write(tmp_path / "words.tar", {"a.png": png, "a.cls": b"cat"})
+    tars.write(tmp_path / "images.tar", {f"{i}.{ext}": b"3" for i in range(9) for ext in ("png", "cls")})
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "alone").mkdir()
     shutil.copy(digits / "train" / "0.tar", tmp_path / "alone" / "0.tar")

@@ -1,6 +1,5 @@
 import json
 import os
-import resource
 import shlex
 import sys
 
@@ -13,7 +12,7 @@ import torch
 from flyp_plugin.errors import InputError
 from flyp_plugin.merge import draw_frontier, parse_alphas
 from flyp_plugin.wiseft import average, choose, interpolate
-from tests.helpers_eval import NAMES, checkpoint, flyp, root
+from tests.helpers_eval import NAMES, checkpoint, flyp, no_larger_files, root
 from tests.naming import naming
 
 MODEL = "tiny-digits"
@@ -298,13 +297,8 @@ def test_an_existing_output_is_kept_without_force_and_whole_when_the_disk_is_ful
     path.write_text("the old one")
     with pytest.raises(InputError, match="--force"):
         flyp(*argv(tmp_path, "--alpha", 0.5))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
-        with pytest.raises(InputError, match=naming(path, "File too large")):
-            flyp(*argv(tmp_path, "--alpha", 0.5, "--force"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with no_larger_files(1_000_000), pytest.raises(InputError, match=naming(path, "File too large")):
+        flyp(*argv(tmp_path, "--alpha", 0.5, "--force"))
     assert path.read_text() == "the old one" and os.listdir(tmp_path) == [path.name]
     flyp(*argv(tmp_path, "--alpha", 0.5, "--force"))
     assert torch.load(path, weights_only=True)
