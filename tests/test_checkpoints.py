@@ -144,7 +144,7 @@ def test_bad_files_are_one_sentence_and_their_code_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_of_another_architecture_name_the_first_tensor_and_both_shapes():
+def test_another_architecture_names_first_tensor_and_shapes():
     root()
     with pytest.raises(InputError, match=r"(?=.*visual\.\w)(?=.*[(\[]80\b)(?=.*[(\[]64\b)") as error:
         load_model(MODEL, str(checkpoint("tiny-digits-wide", 1)))

@@ -90,7 +90,7 @@ def samples(batches):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
-def test_an_epoch_is_each_key_once_in_the_fewest_batches_at_any_number_of_workers(dataset, workers):
+def test_an_epoch_is_each_key_once_at_any_number_of_workers(dataset, workers):
     data = dataset(num_workers=workers)
     for _ in range(2):
         batches = list(data)
@@ -147,7 +147,7 @@ def test_iterating_leaves_the_random_states_as_they_were(dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_more_samples_than_there_are_repeat_the_set_with_other_pairs(dataset, shards, workers):
+def test_more_samples_than_exist_repeat_the_set_with_new_pairs(dataset, shards, workers):
     data = dataset(batch_size=64, shards=shards[:2], num_samples=450, num_workers=workers)
     batches = list(data)
     assert [len(images) for images, _ in batches] == [64] * 7 + [2]
@@ -174,7 +174,7 @@ def test_ranks_make_equal_batches_and_a_small_share_starts_again(dataset):
         assert len(set(order[: len(share)])) == len(share)  # all of it before anything twice
 
 
-def test_fewer_shards_than_workers_start_fewer_and_than_ranks_are_an_error(dataset, shards):
+def test_fewer_shards_than_workers_or_than_ranks(dataset, shards):
     assert dataset(shards=shards[:3], num_workers=4).num_workers == 3
     with pytest.raises(InputError, match=naming("3 shards", "4 ranks")):
         dataset(shards=shards[:3], rank=0, world_size=4)
@@ -209,7 +209,7 @@ def broken(shards, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_and_tars_are_skipped_counted_and_reported(dataset, broken, workers, caplog):
+def test_unreadable_images_and_tars_are_skipped_and_reported(dataset, broken, workers, caplog):
     data = dataset(batch_size=20, shards=broken, num_samples=62, num_workers=workers, max_lost=1)
     assert [len(images) for images, _ in data] in ([20, 20, 20, 2], [20, 20, 20, 1])
     assert "skipped 5" in caplog.text
@@ -218,7 +218,7 @@ def test_unreadable_images_and_tars_are_skipped_counted_and_reported(dataset, br
     assert re.search(r"epoch 0: skipped 3\b.*bad\.tar.*\bb[012]\b", caplog.text)
 
 
-def test_skipped_images_make_the_last_batch_smaller_but_ranks_stay_equal(dataset, broken, shards):
+def test_skipped_images_shrink_the_last_batch_and_ranks_stay_equal(dataset, broken, shards):
     settings = {"batch_size": 20, "shards": broken[:2], "num_samples": 60, "max_lost": 0.1}
     assert [len(images) for images, _ in dataset(**settings)] == [20, 20, 17]
     settings["max_lost"] = 0.5  # the rank that has the small shard reads it several times
@@ -262,7 +262,7 @@ def test_an_epoch_ends_where_more_is_lost_than_may_be(dataset, broken, workers, 
         list(dataset(**settings, max_lost=0.049))
 
 
-def test_classes_without_an_image_are_named_once_by_who_has_seen_all(dataset, shards, caplog):
+def test_classes_without_an_image_are_named_once(dataset, shards, caplog):
     more = ClassPrompts([*PROMPTS.classnames, "unicorn"], PROMPTS.templates)
     whole = dataset(prompts=more, num_workers=1)
     for _ in range(2):
@@ -422,7 +422,7 @@ def order_of(batches):
     return [int(number) for images, _ in batches for number in images[:, 0, 0, 0]]
 
 
-def test_torchvision_crops_are_the_same_bits_at_any_number_of_workers_and_ranks(tmp_path, digits_of):
+def test_crops_are_the_same_bits_at_any_workers_and_ranks(tmp_path, digits_of):
     shards = tars.shards(
         tmp_path, 60, 12
     )  # 5 a shard: equal shares for 1, 2 and 3 ranks, a shard for each of 4 workers
@@ -451,7 +451,7 @@ def test_ranks_share_the_samples_anew_each_epoch(tmp_path, digits_of):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_has_the_announced_batches_however_much_is_skipped(tmp_path, digits_of, workers, world_size):
+def test_an_epoch_has_its_announced_batches_despite_skipped_ones(tmp_path, digits_of, workers, world_size):
     bad = {f"s{i:04d}_png": b"no image" for i in range(0, 32, 2)}
     shards = [
         tars.write(tmp_path / f"{i}.tar", tars.samples(range(8 * i, 8 * i + 8), **bad)) for i in range(4)
@@ -466,7 +466,7 @@ def test_an_epoch_has_the_announced_batches_however_much_is_skipped(tmp_path, di
         assert all(number % 2 for number in order)
 
 
-def test_resampling_needs_no_shard_for_each_rank_and_repeats_itself(tmp_path, digits_of):
+def test_resampling_needs_no_shard_a_rank_and_repeats_itself(tmp_path, digits_of):
     settings = {"shard_weights": [1.0, 2.0], "num_samples": 24, "world_size": 3}
     shards = tars.shards(tmp_path, 8, 2)
     ranks = [digits_of(shards, rank=rank, **settings) for rank in range(3)]
@@ -582,7 +582,7 @@ def test_batches_are_joined_only_where_they_are_small(passes, total, expected):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_stops_at_wrong_labels_and_where_nothing_is_readable(tmp_path, workers):
+def test_evaluation_stops_at_wrong_labels_and_unreadable_sets(tmp_path, workers):
     with pytest.raises(InputError, match=r"(?=.*label [3-9]\b)(?=.*\b3 class)(?=.*--classnames)"):
         list(LabelledDataset(tars.shards(tmp_path, 20, 2), CROPS, 4, num_classes=3, num_workers=workers))
     bad = tars.write(tmp_path / "bad.tar", b"no tar" * 100)
