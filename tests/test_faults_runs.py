@@ -156,7 +156,7 @@ def other_process(tmp_path):
         process.kill()
 
 
-def test_a_second_run_of_a_name_waits_for_the_end_of_the_first(digits, tmp_path, other_process):
+def test_a_second_run_of_a_name_is_refused_meanwhile(digits, tmp_path, other_process):
     folder = tmp_path / "run"
     for more in ([], ["--resume", "latest"]):
         with pytest.raises(InputError, match=naming("process", folder)):

@@ -76,8 +76,8 @@ def launch(digits, tmp_path_factory):
 def start(launch):
     """Weights that know a little of digits."""
     return (
-        launch("--epochs", 8, "--train-num-samples", 1000, "--warmup", 8, "--lr", "3e-3", name="start")
-        / "checkpoints/epoch_8.pt"
+        launch("--epochs", 4, "--train-num-samples", 1000, "--warmup", 8, "--lr", "3e-3", name="start")
+        / "checkpoints/epoch_4.pt"
     )
 
 

@@ -322,7 +322,7 @@ def test_several_folders_are_counted_each(tmp_path):
     assert json.loads((tmp_path / "b" / "sizes.json").read_text()) == {"0.tar": 5}
 
 
-def test_a_broken_tar_counts_up_to_its_break_but_only_once(tmp_path, caplog):
+def test_a_broken_tars_count_is_not_remembered(tmp_path, caplog):
     whole = tars.tar(tars.samples(range(4)))
     good = tars.write(tmp_path / "0.tar", whole)
     # a sample is two blocks of 512 bytes, twice: header and image, header and label
