@@ -281,11 +281,6 @@ def test_locked_text_stays_as_it_was(launch, start):
     assert not torch.equal(before["visual.proj"], after["visual.proj"])
 
 
-def test_text_cannot_be_locked_without_its_layer_norms(launch):
-    with pytest.raises(InputError, match=naming("--lock-text-freeze-layer-norm", "--lock-text")):
-        launch("--lock-text")
-
-
 # torch.compile's, for a CPU
 COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
@@ -522,7 +517,6 @@ def bad(digits, tmp_path):
         (["--report-to", "tensorbord"], r"tensorbord\b.*\btensorboard"),
         (["--resume", "nosuch://bucket/x.pt"], r"--resume\b.*nosuch://bucket/x\.pt"),
         (["--val-data", "{digits}/test/0.tar"], r"--val-data\b.*--eval-data NAME=SHARDS"),
-        (["--val-data", "{digits}"], r"--val-data\b.*--eval-data NAME=SHARDS"),
         (["--imagenet-val", "{digits}/nowhere"], r"--imagenet-val\b.*--eval-data NAME=SHARDS"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
