@@ -75,9 +75,9 @@ def assert_equal(a, b):
 
 
 def test_digits_are_learned_by_open_clips_own_classifier(launch, digits):
-    folder = launch("--epochs", 12, "--warmup", 10, "--lr", "2e-3", "--save-frequency", 12)
+    folder = launch("--epochs", 20, "--warmup", 20, "--save-frequency", 20)
     model, _, preprocess = open_clip.create_model_and_transforms(
-        MODEL, pretrained=str(folder / "checkpoints" / "epoch_12.pt")
+        MODEL, pretrained=str(folder / "checkpoints" / "epoch_20.pt")
     )
     prompts = ClassPrompts.from_files(
         f"{digits}/classnames.txt", f"{digits}/zeroshot_classification_templates.txt"
