@@ -43,7 +43,7 @@ from flyp_plugin.checkpoints import use_reader
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import NO_ROOM, InputError
 from flyp_plugin.model_spec import ModelSpec, is_place
-from flyp_plugin.record import Record, newest_checkpoint
+from flyp_plugin.record import Record
 from flyp_plugin.samples import sample_seed
 
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
@@ -211,13 +211,15 @@ class _Seams:
         main = import_module("open_clip_train.main")
         patches.install(self.stack, main, self.args.device.startswith("cpu") or not torch.cuda.is_available())
         for name, (module, *alternatives) in SEAMS.items():
-            signature = inspect.signature(original := _find(module, name))
+            original = _find(module, name)
+            signature = inspect.signature(original)
             if not any(signature.parameters.keys() >= set(names.split()) for names in alternatives):
                 needed = " or ".join(alternatives)
                 raise _changed(f"open_clip_train.{module}.{name} lacks one of the parameters {needed}")
             place = sys.modules[f"open_clip_train.{module}"]
             patches.replace(self.stack, place, name, partial(self.call, name, original, signature))
-            self.takes_dicts |= "naflex_data_config" in signature.parameters
+            if name == "get_data":
+                self.takes_dicts = "naflex_data_config" in signature.parameters
         if self.flyp.changes:
             if not hasattr(main, "create_loss"):  # open_clip 4 has tasks
                 raise InputError(
@@ -246,12 +248,8 @@ class _Seams:
         self.stack.enter_context(run_folder.folder_lock(self.folder, inherited=False))
         if not self.named or not run_folder.contains_run(self.folder):
             self.stack.callback(self.remove_unless_started)
-        if self.named:  # else main() has just made the folder
-            run_folder.check_free(self.args)
-            run_folder.set_aside_incomplete(self.folder)
-            if self.resumes_latest:
-                run_folder.check_checkpoints(self.folder)
-                self.newest = newest_checkpoint(self.folder)
+        if self.named and self.resumes_latest:
+            self.newest = run_folder.find_newest(self.folder)
 
     def remove_unless_started(self) -> None:
         if not self.started:
