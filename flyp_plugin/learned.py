@@ -114,15 +114,10 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Te
         features: float (N, D), normalised.
         labels: int64 (N,), in 0..num_classes-1.
         c: inverse strength of the regularisation.
-
-    Raises:
-        InputError: no rank has an image.
     """
     weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
     weight.requires_grad_()
     number = _sum_over_ranks(torch.tensor(float(len(features)), device=features.device))
-    if not number:
-        raise InputError("there is no image to fit the head to; check the shards and --image-key.")
     optimizer = torch.optim.LBFGS(
         [weight], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-13, line_search_fn="strong_wolfe"
     )
