@@ -155,8 +155,10 @@ def run(flyp: TrainingRun) -> int:
             if main([]) == -1:  # it has printed why
                 return 1
             seams.check_called("get_data")
-            if seams.started:  # else the resumed run was finished
+            if seams.started:
                 seams.check_evaluated(args.epochs)
+            elif rank == 0:
+                _log.info(f"The run in {Path(args.logs, args.name)} is finished: --epochs is {args.epochs}.")
         except (OSError, RuntimeError) as error:
             _log.debug(error, exc_info=True)  # shown with --debug
             if known := _explain(error, args):
@@ -171,9 +173,9 @@ def _explain(error: Exception, args: Namespace) -> InputError | None:
     again = f"continue with --name {args.name} --resume latest" if args.name else "run the same command again"
     if isinstance(error, OSError):
         if error.errno in NO_ROOM or str(error.filename).startswith(str(Path(args.logs))):
+            folder = Path(args.logs, args.name or "")
             return InputError(
-                f"{Path(args.logs, args.name or '')} cannot be written to ({error.strerror}); make room and {again}, or "
-                "choose another --logs."
+                f"{folder} cannot be written to ({error.strerror}); make room and {again}, or choose another --logs."
             )
     # gloo's errors have no type of their own
     elif isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error):
@@ -296,8 +298,6 @@ class _Seams:
             if epoch < args.epochs:  # else nothing is trained
                 run_folder.write_record(self.flyp.record(epoch), self.flyp.resumed, self.folder)
             run_folder.drop_results_after(epoch, self.folder)
-            if self.resumes_latest:
-                run_folder.log_start(epoch, args)
         preprocess_train, self.preprocess_val = arguments["preprocess_fns"]
         self.tokenizer = self.flyp.spec.tokenizer()
         arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})

@@ -130,15 +130,6 @@ def drop_results_after(epoch: int, folder: Path) -> None:
         )
 
 
-def log_start(epoch: int, args: Namespace) -> None:
-    """Say so if --resume latest has found no checkpoint (epoch 0), or the one of a finished run."""
-    folder = Path(args.logs, args.name)
-    if epoch == 0:
-        _log.warning(f"There is no checkpoint in {folder} to resume from: this run starts at the beginning.")
-    elif epoch >= args.epochs:
-        _log.info(f"The run in {folder} is finished: it has {epoch} epochs, and --epochs is {args.epochs}.")
-
-
 def remove_unstarted(folder: Path) -> None:
     """Delete what open_clip has written for a run that never started to train, so that its name stays free."""
     if not any(folder.glob("checkpoints/*.*")):

@@ -139,7 +139,6 @@ class FlypRun:
             self.defaults.pop("warmup", None)
         self.settings = record.training_settings(vars(args), samples=self.num_samples, ranks=world_size)
         self.monitor: Monitor | None = None
-        self.image_size = 0
 
     def on_model(self, model: Any) -> None:
         """Check the model that open_clip built, shorten its text tower and install the objective."""
