@@ -91,9 +91,9 @@ class PairLoss(open_clip.ClipLoss):
         labels = [torch.empty_like(local[2]) for _ in range(self.world_size)]
         dist.all_gather(labels, local[2].contiguous())
         everything = (images, texts, torch.cat(labels))
-        if self.local_loss:
-            return local, everything, self.rank * len(local[2])
-        return everything, everything, 0
+        return (
+            (local, everything, self.rank * len(local[2])) if self.local_loss else (everything, everything, 0)
+        )
 
 
 def batch_head(text_features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,9 +136,7 @@ class Objective:
     """How a model is trained."""
 
     outputs: Callable[..., Outputs]  # what the model returns in training
-    loss: Callable[[Namespace], nn.Module] = lambda args: (
-        ClassLoss()
-    )  # the loss that takes it, from the flags
+    loss: Callable[[Namespace], nn.Module] = lambda args: ClassLoss()  # takes `outputs`; made from all flags
     trains: str = ""  # regular expression for the start of the names of the parameters that learn
     learned_head: bool = False  # the model has a ClassHead, `class_head`; else the text tower gives the head
     class_tokens: bool = False  # the model has the tokens of all class prompts, `class_tokens`

@@ -311,8 +311,9 @@ class _Seams:
         return data
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by open_clip at the start of each epoch. Seeds everything random, so that a resumed run equals one that
-        was not interrupted: open_clip does not restore random states."""
+        """Called by open_clip at the start of each epoch. Seeds everything random, so that a resumed run equals an
+        uninterrupted one: open_clip does not restore random states.
+        """
         self.check_called("train_one_epoch")
         self.called.add("set_epoch")
         self.train.dataloader.set_epoch(epoch)
