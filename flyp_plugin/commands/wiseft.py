@@ -100,7 +100,7 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
             have changed.
     """
     from flyp_plugin import record
-    from flyp_plugin.targets import choose_weights, fill_in, spec_from_args
+    from flyp_plugin.targets import choose_weights, spec_from_args
 
     given = args.average or [path for path in (args.run_folder, args.finetuned) if path]
     if not given or (args.run_folder and (args.average or args.finetuned)):
@@ -122,7 +122,6 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
         before = record.find(pretrained)
         if known and before:
             record.check_same_model([before, known])
-    fill_in(args, known)
     return EndPoints(finetuned, pretrained, spec_from_args(args, pretrained, known), known)
 
 
