@@ -1,7 +1,7 @@
 """flyp.json, the record of a run: what its checkpoints mean, so that no later command can get it wrong.
 
 Training writes logs/NAME/flyp.json before its first step; `flyp wiseft` copies it beside merged weights and `flyp
-export` into its folder. It is JSON with sorted keys, and all values are as resolved, not as typed:
+export` into its folder. All values are as resolved, not as typed:
 
     format           1; a command refuses a format that it does not know
     model            open_clip's name of the model, or hf-hub: / local-dir: and a place
@@ -13,8 +13,7 @@ export` into its folder. It is JSON with sorted keys, and all values are as reso
     pretrained       {"given": tag or path, "sha256": of the file, null for a tag}: what training started from
     precision        open_clip's --precision, under which the run was evaluated
     objective        what was trained: flyp, ce, lp, lp-ft or flyp-ce
-    classnames, templates
-                     of the training set, in the order of the class indices
+    classnames, templates  of the training set, in the order of the class indices
     classes_given    which of the two were given by flags: evaluation sets without files of their own use those too
     eval_data        ["NAME=SHARDS", ...] as given; the first is the ID validation set
     keys             members of a sample: {"image_key", "label_key", "group_key"}
@@ -32,6 +31,7 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -91,15 +91,9 @@ class Record:
 
 def describe_model(spec: ModelSpec) -> dict[str, Any]:
     """The part of a record that says what weights mean."""
-    modules = (flyp_plugin, open_clip, timm, torch)
-    return {
-        "format": FORMAT,
-        "model": spec.name,
-        "model_cfg": spec.model_cfg,
-        "preprocess_cfg": spec.preprocess_cfg,
-        "forced": spec.forced,
-        "versions": {module.__name__: module.__version__ for module in modules},
-    }
+    versions = {module.__name__: module.__version__ for module in (flyp_plugin, open_clip, timm, torch)}
+    model = {name: getattr(spec, name) for name in ("model_cfg", "preprocess_cfg", "forced")}
+    return {"format": FORMAT, "model": spec.name, **model, "versions": versions}
 
 
 def describe_weights(pretrained: str) -> dict[str, str | None]:
@@ -109,11 +103,8 @@ def describe_weights(pretrained: str) -> dict[str, str | None]:
 
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with open(path, "rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def training_settings(args: Mapping[str, Any], **more: Any) -> dict[str, Any]:
