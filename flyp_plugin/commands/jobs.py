@@ -60,8 +60,9 @@ class Jobs:
 
     def _run(self, command: Sequence[str], log: Path, what: str) -> None:
         with log.open("w") as output:
-            files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-            process = subprocess.Popen(command, pass_fds=[self.lock], **files)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[self.lock]
+            )
             try:
                 status = process.wait()
             except BaseException:
@@ -85,8 +86,11 @@ def run_jobs(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
     """Jobs with a progress bar, in a locked folder. Raises InputError if another process has the lock."""
     from flyp_plugin.run_folder import folder_lock
 
-    bar = tqdm(total=sum(left.values()), disable=None, unit="run")
-    with folder_lock(folder) as lock, logging_redirect_tqdm(), bar:
+    with (
+        folder_lock(folder) as lock,
+        logging_redirect_tqdm(),
+        tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
+    ):
         yield Jobs(left, lock, bar)
 
 

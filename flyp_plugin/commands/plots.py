@@ -204,5 +204,5 @@ def curve(sweeps: Sequence[Record], id_sets: Sequence[str], up: str = _OOD) -> C
             return fmean(map(float, chosen)), across
         return across, 100 * fmean(row[up] for row in seeds)
 
-    points = zip(*(point([alpha] * len(sweeps)) for alpha in sweeps[0]["alphas"]))
-    return Curve(*points, point([f"{sweep['chosen_alpha']:.2f}" for sweep in sweeps]))
+    across, ups = zip(*(point([alpha] * len(sweeps)) for alpha in sweeps[0]["alphas"]))
+    return Curve(across, ups, point([f"{sweep['chosen_alpha']:.2f}" for sweep in sweeps]))

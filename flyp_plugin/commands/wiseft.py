@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from flyp_plugin.model_spec import ModelSpec
     from flyp_plugin.record import Record
 
-Results = Mapping[
-    float, Mapping[str, Mapping[str, Any]]
-]  # metrics of each alpha on each set, the ID set first
+# metrics of each alpha on each set, the ID set first
+Results = Mapping[float, Mapping[str, Mapping[str, Any]]]
 EXAMPLE = """  flyp wiseft logs/birds
   flyp wiseft --model ViT-B-16 --pretrained openai --finetuned epoch_10.pt --eval-data val=data/val --out merged"""
 _log = logging.getLogger(__name__)
@@ -69,10 +68,13 @@ class EndPoints:
 
 def run(args: argparse.Namespace) -> None:
     """Merge; the table or the JSON goes to stdout. Every mistake but a full disk is found before anything is written."""
-    from flyp_plugin.evalsets import eval_sets_from_args
+    from flyp_plugin.checkpoints import save
+    from flyp_plugin.evalsets import eval_sets_from_args, loader_from_args
+    from flyp_plugin.heads import val_preprocess
     from flyp_plugin.precision import match_open_clip_precision
     from flyp_plugin.run_folder import folder_lock
-    from flyp_plugin.wiseft import choose_alpha
+    from flyp_plugin.targets import merged_name
+    from flyp_plugin.wiseft import choose_alpha, interpolate, sweep
 
     match_open_clip_precision()
     alphas = parse_alphas(args.alphas if args.alpha is None else str(args.alpha))
@@ -86,26 +88,28 @@ def run(args: argparse.Namespace) -> None:
         results: Results = {alpha: {} for alpha in alphas}
         chosen = alphas[0]
         if sets:
-            results = _score_alphas(args, ends, sets, alphas, model, pretrained, finetuned)
+            loader, tokenizer = (
+                partial(loader_from_args, preprocess=val_preprocess(model), args=args),
+                ends.spec.tokenizer(),
+            )
+            results = sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
             chosen = choose_alpha(results, sets[0].name)
         saved = alphas if args.save_all else [chosen]
-        _write(args, ends, sets, results, chosen, out, pretrained, finetuned, saved)
+        for alpha in saved:
+            merged = interpolate(pretrained, finetuned, alpha)
+            save({key: tensor.cpu().contiguous() for key, tensor in merged.items()}, out / merged_name(alpha))
+        _report(args, ends, sets, results, chosen, out, [*map(merged_name, saved)])
 
 
 def _find_end_points(args: argparse.Namespace) -> EndPoints:
-    """The end points from RUN, --finetuned or --average, and --pretrained; flags not given come from the run.
-
-    Raises:
-        InputError: none or too many of them are given, they do not belong together, or the pretrained weights are gone or
-            have changed.
-    """
+    """The end points from RUN, --finetuned or --average, and --pretrained, checked to belong together."""
     from flyp_plugin import record
     from flyp_plugin.targets import choose_weights, spec_from_args
 
     given = args.average or [path for path in (args.run_folder, args.finetuned) if path]
     if not given or (args.run_folder and (args.average or args.finetuned)):
         raise InputError(
-            "pass what to merge as one of RUN (logs/birds), --finetuned PATH or --average PATH PATH ...; see --help."
+            "pass one of RUN (logs/birds), --finetuned PATH or --average PATH PATH ... (see --help)."
         )
     found = [(path, record.find(path)) for path in given]
     finetuned = [
@@ -135,22 +139,15 @@ def _starting_weights(known: "Record | None", given: str) -> str:
     start, digest = known.pretrained, known.get("pretrained", {}).get("sha256")
     if not start and not is_place(known.spec.name):
         raise InputError(
-            f"{known.folder} was trained from random weights; there is nothing to merge it with."
+            f"{known.folder} was trained from random weights: there is nothing to merge it with."
         )
     if digest and not os.path.isfile(start):
-        raise InputError(
-            f"{start}, which {known.folder} was trained from, does not exist; pass --pretrained."
-        )
+        raise InputError(f"{start}, the start of {known.folder}, does not exist; pass --pretrained.")
     if digest and sha256(start) != digest:
         raise InputError(
-            f"{start} has changed since {known.folder} was trained from it (SHA-256); pass --pretrained."
+            f"{start} has changed since {known.folder} started from it (SHA-256); pass --pretrained."
         )
     return start
-
-
-def _default_out(known: "Record") -> Path:
-    assert known.folder is not None  # noqa: S101 - a record that was found has one
-    return known.folder / "wiseft"
 
 
 def _output_folder(args: argparse.Namespace, known: "Record | None") -> Path:
@@ -158,7 +155,7 @@ def _output_folder(args: argparse.Namespace, known: "Record | None") -> Path:
         return Path(args.out)
     if args.average or known is None or not (known.folder and (known.folder / "checkpoints").is_dir()):
         raise InputError("--out is required here; pass a folder for the merged weights.")
-    return _default_out(known)
+    return known.folder / "wiseft"
 
 
 def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) -> None:
@@ -170,8 +167,6 @@ def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) ->
         raise InputError("choosing alpha needs data; pass --eval-data NAME=SHARDS, or a single --alpha.")
     if draw and find_spec("matplotlib") is None:
         raise InputError("frontier.png needs matplotlib: pip install 'flyp-plugin[plot]'.")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, not a folder; choose another --out.")
     if any(out.glob("epoch_*.pt")):  # a merged file there would be resumed as the newest checkpoint
         raise InputError(f"{out} holds a run's checkpoints; choose another --out.")
     for name in [*map(merged_name, alphas), "wiseft.json", *(["frontier.png"] if draw else [])]:
@@ -203,9 +198,8 @@ def _load_end_points(
             setattr(model, HEAD, getattr(source, HEAD))
     _check_learned_classes([*states, pretrained], [*ends.finetuned, ends.pretrained])
     finetuned = average(states) if args.average else states[0]
-    check_same_architecture(
-        pretrained, finetuned, " + ".join(ends.finetuned), ends.pretrained or ends.spec.name
-    )
+    names = " + ".join(ends.finetuned), ends.pretrained or ends.spec.name
+    check_same_architecture(pretrained, finetuned, *names)
     device = model.logit_scale.device
     return model, pretrained, {key: tensor.to(device) for key, tensor in finetuned.items()}
 
@@ -219,52 +213,25 @@ def _check_learned_classes(states: "Sequence[StateDict]", paths: Sequence[str]) 
     names = [head.class_prompts.classnames if head else [] for head in heads]
     for path, other in zip(paths, names):
         if not same_names(other, names[0]):
-            raise InputError(
-                f"the learned heads of {path} and {paths[0]} have different classes; merge runs with the same classnames."
-            )
+            what = f"the learned heads of {path} and {paths[0]} have different classes"
+            raise InputError(f"{what}; merge runs with the same classnames.")
 
 
-def _score_alphas(
-    args: argparse.Namespace,
-    ends: EndPoints,
-    sets: "Sequence[EvalSet]",
-    alphas: Sequence[float],
-    model: "Model",
-    pretrained: "StateDict",
-    finetuned: "StateDict",
-) -> Results:
-    from flyp_plugin.evalsets import loader_from_args
-    from flyp_plugin.heads import val_preprocess
-    from flyp_plugin.wiseft import sweep
-
-    loader = partial(loader_from_args, preprocess=val_preprocess(model), args=args)
-    tokenizer = ends.spec.tokenizer()
-    return sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
-
-
-def _write(
+def _report(
     args: argparse.Namespace,
     ends: EndPoints,
     sets: "Sequence[EvalSet]",
     results: Results,
     chosen: float,
     out: Path,
-    pretrained: "StateDict",
-    finetuned: "StateDict",
-    saved: Sequence[float],
+    weights: Sequence[str],
 ) -> None:
-    """Write the merged weights of the alphas in `saved`, flyp.json, wiseft.json and frontier.png, and say what is where."""
-    from flyp_plugin.checkpoints import atomic_write, save
+    """Write flyp.json, wiseft.json and frontier.png beside the merged `weights`, and say what is where."""
+    from flyp_plugin.checkpoints import atomic_write
     from flyp_plugin.metrics import table
     from flyp_plugin.record import FILE
-    from flyp_plugin.targets import merged_name
-    from flyp_plugin.wiseft import interpolate
 
-    names = [FILE, "wiseft.json"]
-    for alpha in saved:
-        names.append(merged_name(alpha))
-        merged = interpolate(pretrained, finetuned, alpha)
-        save({key: tensor.cpu().contiguous() for key, tensor in merged.items()}, out / names[-1])
+    names = [*weights, FILE, "wiseft.json"]
     merged_record = _record_of_merged(args, ends, sets)
     merged_record.write(out)
     text = json.dumps(_summary(ends, results, chosen, sets[0].name if sets else None), indent=1)
@@ -282,9 +249,9 @@ def _write(
     others = sorted(path.name for path in out.glob("wise_ft_alpha=*.pt") if path.name not in names)
     if others:
         _log.warning(f"{out}/ still holds weights of an earlier merge: {', '.join(others)}.")
-    merged_run = out.parent if ends.record and out == _default_out(ends.record) else out
+    folder = out if args.out else out.parent  # the run
     data = "" if merged_record.prompts else " --data DIR"
-    _log.info(f"Next: flyp export {shlex.quote(str(merged_run))}{data} --format timm --out classifier")
+    _log.info(f"Next: flyp export {shlex.quote(str(folder))}{data} --format timm --out classifier")
 
 
 def _record_of_merged(args: argparse.Namespace, ends: EndPoints, sets: "Sequence[EvalSet]") -> "Record":
@@ -308,10 +275,8 @@ def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | Non
     from flyp_plugin import record
     from flyp_plugin.checkpoints import locate_weights
 
-    def describe(given: str, path: str) -> dict[str, Any]:
-        return {"given": given, "sha256": record.sha256(path)}
-
     folder = ends.record.folder if ends.record else None
+    digest = record.sha256(locate_weights(ends.spec, ends.pretrained))
     return {
         "model": ends.spec.name,
         "chosen_alpha": chosen,
@@ -319,8 +284,8 @@ def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | Non
         "last_epoch": max(record.epochs(folder), default=None) if folder else None,
         "alphas": {f"{alpha:.2f}": metrics for alpha, metrics in results.items()},
         "inputs": {
-            "finetuned": [describe(path, path) for path in ends.finetuned],
-            "pretrained": describe(ends.pretrained, locate_weights(ends.spec, ends.pretrained)),
+            "finetuned": [record.describe_weights(path) for path in ends.finetuned],
+            "pretrained": {"given": ends.pretrained, "sha256": digest},
         },
         "versions": {module.__name__: module.__version__ for module in (flyp_plugin, open_clip, torch)},
     }
@@ -357,8 +322,6 @@ def parse_alphas(text: str) -> list[float]:
     rounded = {abs(round(alpha, 2)) for alpha in alphas if math.isfinite(alpha)}
     exact = all(-1e-9 <= alpha <= 1 + 1e-9 and abs(alpha - round(alpha, 2)) <= 1e-9 for alpha in alphas)
     if not alphas or not exact:
-        raise InputError(
-            f"--alphas {text} must be A:B:STEP or numbers joined by commas, in [0, 1] (0: pretrained, 1: fine-tuned) "
-            "and multiples of 0.01."
-        )
+        what = "A:B:STEP or numbers joined by commas, in [0, 1] and multiples of 0.01"
+        raise InputError(f"--alphas {text} must be {what} (0: pretrained, 1: fine-tuned).")
     return sorted(rounded)
