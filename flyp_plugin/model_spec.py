@@ -34,18 +34,14 @@ FLAGS = (*FORCED, *(f"image_{name}" for name in PREPROCESSING))
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model as open_clip builds it; the two dicts have the form of open_clip's open_clip_config.json.
+    """A model as open_clip builds it; the two configurations are those of open_clip's open_clip_config.json."""
 
-    Attributes:
-        name: open_clip's name of the architecture, or `hf-hub:` or `local-dir:` and a place.
-        model_cfg: its configuration, with the activation and the sizes that are used.
-        preprocess_cfg: mean, std, interpolation, resize_mode and size (pixels) in evaluation, and open_clip's others.
-        forced: the flags that made it another model than its name says, such as {"force_image_size": 336}.
-    """
-
-    name: str
-    model_cfg: Mapping[str, Any]
-    preprocess_cfg: Mapping[str, Any]
+    name: str  # of the architecture, or `hf-hub:` or `local-dir:` and a place
+    model_cfg: Mapping[str, Any]  # with the activation and the sizes that are used
+    preprocess_cfg: Mapping[
+        str, Any
+    ]  # of images in evaluation: mean, std, interpolation, resize_mode, size, ...
+    # the flags that made it another model than its name says, such as {"force_image_size": 336}
     forced: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -64,8 +60,9 @@ class ModelSpec:
                 near = ", ".join(get_close_matches(key, open_clip.list_models(), 1)) or "--model-config FILE"
                 raise InputError(f"open_clip has no model {name}; did you mean {near}?")
             # before 2.30 open_clip lists the tag under NAME-quickgelu instead of marking it; OpenAI's, not even that
-            listed = open_clip.is_pretrained_cfg(f"{key}-quickgelu", pretrained)
-            unmarked = listed or pretrained.lower() == "openai"
+            unmarked = (
+                open_clip.is_pretrained_cfg(f"{key}-quickgelu", pretrained) or pretrained.lower() == "openai"
+            )
             if preprocess_cfg and (preprocess_cfg.get("quick_gelu") or unmarked):
                 model_cfg["quick_gelu"] = True
         if "vision_cfg" not in model_cfg:
@@ -91,12 +88,12 @@ class ModelSpec:
         model_cfg = deepcopy(dict(self.model_cfg))
         if forced.get("force_quick_gelu"):
             model_cfg["quick_gelu"] = True
+        if forced.get("force_custom_text"):
+            model_cfg["custom_text"] = True
         if size := forced.get("force_image_size"):
             model_cfg["vision_cfg"]["image_size"] = square_as_int(size)
         if length := forced.get("force_context_length"):
             model_cfg["text_cfg"]["context_length"] = length
-        if forced.get("force_custom_text"):
-            model_cfg["custom_text"] = True
         images = {name: flags.get(f"image_{name}") for name in PREPROCESSING}
         preprocess_cfg = _complete(merge_preprocess_dict(dict(self.preprocess_cfg), images), model_cfg)
         return ModelSpec(self.name, model_cfg, preprocess_cfg, {**self.forced, **forced})
@@ -112,9 +109,10 @@ class ModelSpec:
         return [f"{key} {_format(after.get(key))}, not {_format(before.get(key))}" for key in keys]
 
     def __str__(self) -> str:
-        images = ", ".join(f"{name} {_format(value)}" for name, value in self.images.items())
-        size = _format(self.preprocess_cfg["size"])
-        return f"{self.name} with {self.activation}, images of {size} pixels with {images}"
+        images = ", ".join(
+            f"{name} {_format(self.preprocess_cfg[name])}" for name in ("size", *PREPROCESSING)
+        )
+        return f"{self.name} with {self.activation}, images with {images}"
 
     def registered_name(self) -> str:
         """A name under which open_clip builds this model: its own, or a new one if that is another model there."""
@@ -148,8 +146,7 @@ def registry_name(name: str) -> str:
 
 
 def _read_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    kind, _, place = name.partition(":")
-    file = "open_clip_config.json"
+    (kind, _, place), file = name.partition(":"), "open_clip_config.json"
     try:
         path = download_pretrained_from_hf(place, filename=file) if kind == "hf-hub" else Path(place, file)
         config = json.loads(Path(path).read_text(encoding="utf-8"))

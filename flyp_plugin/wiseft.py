@@ -113,9 +113,10 @@ def sweep(
     classifiers: dict[tuple[float, str], ImageClassifier] = {}  # of the one model, each with its own head
     for alpha in tqdm(alphas, desc="heads", unit="alpha", disable=None):
         load(alpha, weights)
-        for eval_set in sets:
-            classifier = ImageClassifier.from_model(model, tokenizer, eval_set.prompts, precision)
-            classifiers[alpha, eval_set.name] = classifier
+        for each in sets:
+            classifiers[alpha, each.name] = ImageClassifier.from_model(
+                model, tokenizer, each.prompts, precision
+            )
     results: dict[float, dict[str, Metrics]] = {alpha: {} for alpha in alphas}
     for eval_set in sets:
         tallies = {alpha: Tally(len(eval_set.prompts.classnames)) for alpha in alphas}

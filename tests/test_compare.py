@@ -272,7 +272,6 @@ def test_kill_ends_the_run_that_is_on_with_one_line_and_status_143(argv, tmp_pat
         (["--methods", "flyp,lora"], ["--methods", "flyp,lora", "lp-ft", "flyp-ce"]),
         (["--methods", "flyp,flyp"], ["--methods", "flyp,flyp"]),
         (["--seeds", "3:1"], ["--seeds", "3:1"]),
-        (["--seeds", "0:10000000000"], ["--seeds", "0:10000000000", "1000"]),
         (["--lr", "0"], ["--lr", "0"]),
         (["--methods", "flyp,lp", "--lp-c", "1"], ["--lr", "2", "--lp-c", "1"]),
         (["--id-test", "val"], ["--id-test", "val", "--eval-data", "odd"]),
@@ -440,7 +439,7 @@ def test_document_shows_rates_at_the_end_of_the_list_and_signs_of_differences():
         "| ce + WiSE-FT | 60.0 ± 127.1 | 45.0 ± 63.5 | 45.0 ± 63.5 | lr 0.0001 (most tried) | 0.25 |" in lines
     )
     assert any(line.startswith("| ce | -15.0 ± 63.5 | +10.0 ± 0.0 |") for line in lines)
-    assert any("so its own figures are a little too good (--id-test" in line for line in lines)
+    assert any(says(line, "`id`", "--id-test") for line in lines)
 
 
 def test_the_curve_is_the_mean_over_seeds_and_the_star_that_of_the_points_chosen():

@@ -1,10 +1,7 @@
 """`flyp compare`: the paper's comparison of fine-tuning methods on the user's own data.
 
 It runs `flyp train` and `flyp wiseft` for each method and seed, each in a process and a folder of its own (jobs.py), and
-turns their results into tables and a picture (plots.py). The comparison is fair by construction: every method gets the
-same data, epochs and number of values of its one tuned setting (the learning rate, or a linear probe's C). The first
-evaluation set chooses the value, by top-1 after the last epoch on the first seed (the other seeds train with it), and
-alpha. No other set chooses anything.
+turns their results into tables and a picture (plots.py). What makes the comparison fair is said in its --help, below.
 """
 
 import argparse
@@ -150,20 +147,11 @@ class Comparison:
         flags += ["--eval-frequency", "0"]  # only before training and after the last epoch
         return flags + args.train_flags
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of trainings and of sweeps."""
-        tables, values, seeds = len(self.train_args), len(self.values[self.methods[0]]), len(self.seeds)
-        return {"training": tables * (values + seeds - 1), "sweep": tables * seeds}
-
     def folder(self, run: Run) -> Path:
         return self.out / "runs" / run.name
 
     def epochs(self, run: Run) -> int:
         return self.train_args[run.block, run.method].epochs
-
-    def checkpoint(self, run: Run) -> Path:
-        return self.folder(run) / "checkpoints" / f"epoch_{self.epochs(run)}.pt"
 
     def metrics(self, run: Run, epoch: int) -> dict[str, dict[str, Any]]:
         """The metrics of a run on each set; epoch 0 is zero-shot."""
@@ -261,14 +249,16 @@ def run(args: argparse.Namespace) -> None:
         InputError: a mistake in the flags; or a method failed, in which case the tables have the others.
     """
     comparison = Comparison(args)
-    out, counts, tried = comparison.out, comparison.counts, len(comparison.values[comparison.methods[0]])
+    out, first, others = comparison.out, comparison.seeds[0], len(comparison.seeds) - 1
+    tables, tried = len(comparison.train_args), len(comparison.values[comparison.methods[0]])
+    counts = {"training": tables * (tried + others), "sweep": tables * (1 + others)}
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
     # only the first seed chooses: others may be added and left out
-    claim_folder(out, {**settings, "seeds": comparison.seeds[0]})
+    claim_folder(out, {**settings, "seeds": first})
+    finished = len(list(out.glob(f"runs/**/{DONE}")))
     _log.info(
-        f"Plan: {counts['training']} trainings and {counts['sweep']} sweeps over alpha, "
-        f"{len(list(out.glob(f'runs/**/{DONE}')))} of them finished. In each table each method is trained with {tried} values "
-        f"on seed {comparison.seeds[0]}, and with the best of them on {len(comparison.seeds) - 1} more seeds."
+        f"Plan: {counts['training']} trainings and {counts['sweep']} sweeps over alpha, {finished} of them finished. In each "
+        f"table each method is trained with {tried} values on seed {first}, and with the best on {others} more seeds."
     )
     results: dict[Block, dict[str, Any]] = {block: {} for block in comparison.blocks}
     failed = 0
@@ -281,7 +271,7 @@ def run(args: argparse.Namespace) -> None:
                 failed += 1
     _write(comparison, settings, results)
     if failed:
-        what = f"{failed} of {len(comparison.train_args)} methods and settings failed (see above)"
+        what = f"{failed} of {tables} methods and settings failed (see above)"
         raise InputError(f"{what} and are missing in {out}/compare.md; the same command tries them again.")
 
 
@@ -297,7 +287,8 @@ def _run_method(comparison: Comparison, block: Block, method: str, jobs: Jobs) -
     chosen = best(top1)
     for value, run in tuning.items():
         if value != chosen:  # its log and figures stay
-            comparison.checkpoint(run).unlink(missing_ok=True)
+            checkpoint = f"checkpoints/epoch_{comparison.epochs(run)}.pt"
+            (comparison.folder(run) / checkpoint).unlink(missing_ok=True)
     seeds = {first: _sweep(comparison, tuning[chosen], jobs)}
     for seed in others:
         run = Run(block, method, chosen, seed)
@@ -346,10 +337,8 @@ def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Bl
     out, text = comparison.out, plots.document(record)
     write_atomically(out / "compare.json", json.dumps(record, indent=1) + "\n")
     write_atomically(out / "compare.md", text)
-    picture = ""
     if any(results.values()):
-        picture = ", compare.png"
         with atomic_write(out / "compare.png") as part:
             plots.draw(record, part)
     sys.stdout.write(text)
-    _log.info(f"Wrote {out}/compare.md, compare.json{picture}; the runs are in {out}/runs.")
+    _log.info(f"Wrote compare.md, compare.json and a picture to {out}; the runs are in {out}/runs.")

@@ -27,10 +27,8 @@ class JobFailed(InputError):
 class Jobs:
     """Runs commands, each with a folder that keeps its command line, its output and whether it finished.
 
-    Args:
-        left: the number of commands of each kind.
-        lock: a file descriptor that the commands inherit; see `folder_lock`.
-        bar: a progress bar that counts them.
+    `left` is the number of commands of each kind, `bar` counts them, and they inherit the file descriptor `lock` (see
+    `folder_lock`).
     """
 
     def __init__(self, left: Mapping[str, int], lock: int, bar: tqdm):

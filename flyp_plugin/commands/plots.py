@@ -1,6 +1,6 @@
 """Tables and pictures of `flyp wiseft` and `flyp compare`: figures by seed, intervals, Markdown, frontiers.
 
-Pure functions: the `Record` that those of `flyp compare` take is the content of compare.json, described in compare.py.
+Pure functions: the `Record` that those of `flyp compare` take is the content of compare.json, as compare.py writes it.
 """
 
 from collections.abc import Mapping, Sequence

@@ -23,7 +23,7 @@ from flyp_plugin.commands.plots import draw_frontier, mean_ood
 from flyp_plugin.errors import InputError
 
 if TYPE_CHECKING:
-    from flyp_plugin.checkpoints import Model, StateDict
+    from flyp_plugin.checkpoints import Model
     from flyp_plugin.evalsets import EvalSet
     from flyp_plugin.model_spec import ModelSpec
     from flyp_plugin.record import Record
@@ -82,16 +82,14 @@ def run(args: argparse.Namespace) -> None:
     sets = eval_sets_from_args(args, ends.record)
     out = _output_folder(args, ends.record)
     _check_outputs(out, alphas, bool(sets), args.force)
-    model, pretrained, finetuned = _load_end_points(args, ends)
+    model, pretrained, finetuned = _load(args, ends)
     with folder_lock(out):
         _check_outputs(out, alphas, bool(sets), args.force)  # another sweep may just have finished
         results: Results = {alpha: {} for alpha in alphas}
         chosen = alphas[0]
         if sets:
-            loader, tokenizer = (
-                partial(loader_from_args, preprocess=val_preprocess(model), args=args),
-                ends.spec.tokenizer(),
-            )
+            loader = partial(loader_from_args, preprocess=val_preprocess(model), args=args)
+            tokenizer = ends.spec.tokenizer()
             results = sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
             chosen = choose_alpha(results, sets[0].name)
         saved = alphas if args.save_all else [chosen]
@@ -108,24 +106,20 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
 
     given = args.average or [path for path in (args.run_folder, args.finetuned) if path]
     if not given or (args.run_folder and (args.average or args.finetuned)):
-        raise InputError(
-            "pass one of RUN (logs/birds), --finetuned PATH or --average PATH PATH ... (see --help)."
-        )
-    found = [(path, record.find(path)) for path in given]
+        raise InputError("pass one of RUN, --finetuned PATH and --average PATH PATH ... (see --help).")
+    found, epoch = [record.find(path) for path in given], args.epoch or "last"
     finetuned = [
-        str(choose_weights(known, args.epoch or "last")) if known and os.path.isdir(path) else path
-        for path, known in found
+        str(choose_weights(known, epoch)) if known and os.path.isdir(path) else path
+        for path, known in zip(given, found)
     ]
-    records = [known for _, known in found if known]
-    record.check_same_model(records)
+    records = [known for known in found if known]
     known = records[0] if records else None
-    if args.pretrained is None:
+    pretrained = args.pretrained
+    if pretrained is None:
         pretrained = _starting_weights(known, given[0])
-    else:
-        pretrained = args.pretrained
-        before = record.find(pretrained)
-        if known and before:
-            record.check_same_model([before, known])
+    elif before := record.find(pretrained):
+        records.append(before)
+    record.check_same_model(records)
     return EndPoints(finetuned, pretrained, spec_from_args(args, pretrained, known), known)
 
 
@@ -138,15 +132,11 @@ def _starting_weights(known: "Record | None", given: str) -> str:
         raise InputError(f"{given} has no {FILE} that names the weights it started from; pass --pretrained.")
     start, digest = known.pretrained, known.get("pretrained", {}).get("sha256")
     if not start and not is_place(known.spec.name):
-        raise InputError(
-            f"{known.folder} was trained from random weights: there is nothing to merge it with."
-        )
+        raise InputError(f"{known.folder} started from random weights: there is nothing to merge it with.")
     if digest and not os.path.isfile(start):
         raise InputError(f"{start}, the start of {known.folder}, does not exist; pass --pretrained.")
     if digest and sha256(start) != digest:
-        raise InputError(
-            f"{start} has changed since {known.folder} started from it (SHA-256); pass --pretrained."
-        )
+        raise InputError(f"{start} (SHA-256) has changed since {known.folder} started; pass --pretrained.")
     return start
 
 
@@ -173,9 +163,7 @@ def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) ->
         refuse_existing(out / name, force)
 
 
-def _load_end_points(
-    args: argparse.Namespace, ends: EndPoints
-) -> "tuple[Model, dict[str, Any], dict[str, Any]]":
+def _load(args: argparse.Namespace, ends: EndPoints) -> "tuple[Model, dict[str, Any], dict[str, Any]]":
     """(a working model in --precision, pretrained weights in float32, fine-tuned weights), on --device.
 
     Against a learned head, the pretrained side's is the zero-shot head of the same classes and templates.
@@ -183,6 +171,7 @@ def _load_end_points(
     from flyp_plugin.checkpoints import build_model, read_state_dict
     from flyp_plugin.heads import zeroshot_as_learned
     from flyp_plugin.learned import HEAD, load_head
+    from flyp_plugin.names import same_names
     from flyp_plugin.wiseft import average, check_same_architecture
 
     states = [read_state_dict(path) for path in ends.finetuned]
@@ -196,25 +185,19 @@ def _load_end_points(
         model = build_model(ends.spec, ends.pretrained, args.precision, args.device)
         if hasattr(source, HEAD):
             setattr(model, HEAD, getattr(source, HEAD))
-    _check_learned_classes([*states, pretrained], [*ends.finetuned, ends.pretrained])
+    heads = [load_head(state) for state in [*states, pretrained]]
+    classes = [head.class_prompts.classnames if head else [] for head in heads]
+    for path, names in zip([*ends.finetuned, ends.pretrained], classes):
+        if not same_names(names, classes[0]):
+            both = f"{path} and {ends.finetuned[0]}"
+            raise InputError(
+                f"the learned heads of {both} have different classes; merge runs with the same ones."
+            )
     finetuned = average(states) if args.average else states[0]
-    names = " + ".join(ends.finetuned), ends.pretrained or ends.spec.name
-    check_same_architecture(pretrained, finetuned, *names)
+    end_names = " + ".join(ends.finetuned), ends.pretrained or ends.spec.name
+    check_same_architecture(pretrained, finetuned, *end_names)
     device = model.logit_scale.device
     return model, pretrained, {key: tensor.to(device) for key, tensor in finetuned.items()}
-
-
-def _check_learned_classes(states: "Sequence[StateDict]", paths: Sequence[str]) -> None:
-    """InputError if the learned heads to be merged have different classes."""
-    from flyp_plugin.learned import load_head
-    from flyp_plugin.names import same_names
-
-    heads = [load_head(state) for state in states]
-    names = [head.class_prompts.classnames if head else [] for head in heads]
-    for path, other in zip(paths, names):
-        if not same_names(other, names[0]):
-            what = f"the learned heads of {path} and {paths[0]} have different classes"
-            raise InputError(f"{what}; merge runs with the same classnames.")
 
 
 def _report(
@@ -268,10 +251,6 @@ def _record_of_merged(args: argparse.Namespace, ends: EndPoints, sets: "Sequence
 
 def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | None) -> dict[str, Any]:
     """The content of wiseft.json."""
-    import open_clip
-    import torch
-
-    import flyp_plugin
     from flyp_plugin import record
     from flyp_plugin.checkpoints import locate_weights
 
@@ -287,7 +266,7 @@ def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | Non
             "finetuned": [record.describe_weights(path) for path in ends.finetuned],
             "pretrained": {"given": ends.pretrained, "sha256": digest},
         },
-        "versions": {module.__name__: module.__version__ for module in (flyp_plugin, open_clip, torch)},
+        "versions": record.describe_model(ends.spec)["versions"],
     }
 
 
