@@ -145,9 +145,7 @@ def use_reader(read: Callable[[str], StateDict] = read_state_dict) -> Iterator[N
         open_clip.factory.load_state_dict = original
 
 
-def build_model(
-    spec: ModelSpec, pretrained: str, precision: str = "fp32", device: str | torch.device = "cpu"
-) -> Model:
+def build_model(spec: ModelSpec, pretrained: str, precision: str = "fp32", device: Any = "cpu") -> Model:
     """The model of `spec` with the weights of a tag or a file ('' for those of its place), in eval mode.
 
     A learned head in the file becomes the model's `class_head`.
@@ -237,13 +235,10 @@ def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
         cause: BaseException | None = error
         while isinstance(cause, RuntimeError):  # torch.save raises one on top of the stream's OSError
             cause = cause.__context__
-        number = getattr(cause, "errno", None)
-        if isinstance(cause, SafetensorError):  # "... (os error 28)" or, older, "... code: 28, ..."
-            found = re.search(r"\b(?:code:|os error) (\d+)", str(cause))
-            number = int(found[1]) if found else None
-        if number not in _WRITE_ERRORS:
+        found = re.search(r"(?:\[Errno |code: |os error )(\d+)", str(cause))  # OSError's and safetensors'
+        if not found or int(found[1]) not in _WRITE_ERRORS:
             raise
-        reason = os.strerror(number)
+        reason = os.strerror(int(found[1]))
         raise InputError(f"{path} could not be written ({reason}); any earlier file is unchanged.") from error
 
 

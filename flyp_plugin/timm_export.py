@@ -103,10 +103,10 @@ def resized_to(visual: Any) -> list[int] | None:
 
 def _split_timm_tower(visual: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
     """The weights of the trunk without its classifier, and the projection (D, W) with its bias (D,) that follows it."""
-    weights = dict(visual.trunk.state_dict())
-    if "proj" in visual.head._modules and set(visual.head._modules) <= {"drop", "proj"}:
-        return weights, visual.head.proj.weight, visual.head.proj.bias
-    if len(visual.head):
+    weights, head = dict(visual.trunk.state_dict()), visual.head
+    if "proj" in head._modules and set(head._modules) <= {"drop", "proj"}:
+        return weights, head.proj.weight, head.proj.bias
+    if len(head):
         raise _unsupported("a timm tower with a head of open_clip's own")
     classifier = visual.trunk.get_classifier()
     if isinstance(classifier, nn.Linear):

@@ -79,28 +79,19 @@ def _interpolate_tensor(pretrained: torch.Tensor, finetuned: torch.Tensor, alpha
 
 @torch.no_grad()
 def sweep(
-    model: Model,
-    pretrained: StateDict,
+    model: Model,  # receives the weights of each alpha in turn, and is left with arbitrary ones
+    pretrained: StateDict,  # the end points, of one architecture, preferably on the model's device
     finetuned: StateDict,
     alphas: Sequence[float],
     sets: Sequence[EvalSet],
     tokenizer: Callable,
-    loader: Callable[[EvalSet], Iterable[dict[str, Any]]],
-    precision: str = "fp32",
+    loader: Callable[[EvalSet], Iterable[dict[str, Any]]],  # the batches of a set
+    precision: str = "fp32",  # open_clip's --precision that the model was built with
 ) -> dict[float, dict[str, Metrics]]:
     """The metrics of each alpha on each set, decoding every image once whatever the number of alphas.
 
-    Memory: the two end points, `model`, a block of images, and one head (D, C) for each alpha and set.
-
-    Args:
-        model: receives the weights of each alpha in turn, and is left with arbitrary ones.
-        pretrained, finetuned: the end points, of one architecture, preferably on the model's device. A learned head
-            that both have is interpolated like the towers, and serves each set by its class names.
-        loader: returns the batches of a set.
-        precision: open_clip's --precision that the model was built with.
-
-    Raises:
-        InputError: class names that a learned head does not have.
+    Memory: the two end points, `model`, a block of images, and one head (D, C) for each alpha and set. A learned head
+    that both end points have is interpolated like the towers; InputError if it lacks a set's class.
     """
     weights = model.state_dict()
     # the heads are built first, so that later only the image side has to move
@@ -114,9 +105,8 @@ def sweep(
     for alpha in tqdm(alphas, desc="heads", unit="alpha", disable=None):
         load(alpha, weights)
         for each in sets:
-            classifiers[alpha, each.name] = ImageClassifier.from_model(
-                model, tokenizer, each.prompts, precision
-            )
+            classifier = ImageClassifier.from_model(model, tokenizer, each.prompts, precision)
+            classifiers[alpha, each.name] = classifier
     results: dict[float, dict[str, Metrics]] = {alpha: {} for alpha in alphas}
     for eval_set in sets:
         tallies = {alpha: Tally(len(eval_set.prompts.classnames)) for alpha in alphas}

@@ -302,5 +302,5 @@ def parse_alphas(text: str) -> list[float]:
     exact = all(-1e-9 <= alpha <= 1 + 1e-9 and abs(alpha - round(alpha, 2)) <= 1e-9 for alpha in alphas)
     if not alphas or not exact:
         what = "A:B:STEP or numbers joined by commas, in [0, 1] and multiples of 0.01"
-        raise InputError(f"--alphas {text} must be {what} (0: pretrained, 1: fine-tuned).")
+        raise InputError(f"--alphas (or --alpha) {text} must be {what} (0: pretrained, 1: fine-tuned).")
     return sorted(rounded)
