@@ -27,8 +27,12 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from flyp_plugin.errors import InputError
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of images; the flags are --image-...
-# open_clip's flags that change what a model is
-FORCED = ("force_quick_gelu", "force_image_size", "force_context_length", "force_custom_text")
+FORCED = {  # open_clip's flags that change what a model is: the place in its configuration
+    "force_quick_gelu": ("", "quick_gelu"),
+    "force_image_size": ("vision_cfg", "image_size"),
+    "force_context_length": ("text_cfg", "context_length"),
+    "force_custom_text": ("", "custom_text"),
+}
 FLAGS = (*FORCED, *(f"image_{name}" for name in PREPROCESSING))
 
 
@@ -38,9 +42,7 @@ class ModelSpec:
 
     name: str  # of the architecture, or `hf-hub:` or `local-dir:` and a place
     model_cfg: Mapping[str, Any]  # with the activation and the sizes that are used
-    preprocess_cfg: Mapping[
-        str, Any
-    ]  # of images in evaluation: mean, std, interpolation, resize_mode, size, ...
+    preprocess_cfg: Mapping[str, Any]  # in evaluation: mean, std, interpolation, resize_mode, size, ...
     # the flags that made it another model than its name says, such as {"force_image_size": 336}
     forced: Mapping[str, Any] = field(default_factory=dict)
 
@@ -48,8 +50,7 @@ class ModelSpec:
     def of(cls, name: str, pretrained: str = "") -> "ModelSpec":
         """The spec of a name and one of its pretrained tags; a `pretrained` that is not a tag adds nothing.
 
-        Raises:
-            InputError: an unknown name, a place without a configuration, or a model without an image tower (CLAP).
+        InputError for an unknown name, a place without a configuration, or a model without an image tower (CLAP).
         """
         if is_place(name):
             model_cfg, preprocess_cfg = _read_config(name)
@@ -60,10 +61,8 @@ class ModelSpec:
                 near = ", ".join(get_close_matches(key, open_clip.list_models(), 1)) or "--model-config FILE"
                 raise InputError(f"open_clip has no model {name}; did you mean {near}?")
             # before 2.30 open_clip lists the tag under NAME-quickgelu instead of marking it; OpenAI's, not even that
-            unmarked = (
-                open_clip.is_pretrained_cfg(f"{key}-quickgelu", pretrained) or pretrained.lower() == "openai"
-            )
-            if preprocess_cfg and (preprocess_cfg.get("quick_gelu") or unmarked):
+            marked = preprocess_cfg.get("quick_gelu") or pretrained.lower() == "openai"
+            if preprocess_cfg and (marked or open_clip.is_pretrained_cfg(f"{key}-quickgelu", pretrained)):
                 model_cfg["quick_gelu"] = True
         if "vision_cfg" not in model_cfg:
             raise InputError(f"{name} is not an image-text model; choose another --model.")
@@ -86,23 +85,17 @@ class ModelSpec:
         """This model as open_clip's flags (FLAGS) change it; those that are None or False change nothing."""
         forced = {name: flags[name] for name in FORCED if flags.get(name)}
         model_cfg = deepcopy(dict(self.model_cfg))
-        if forced.get("force_quick_gelu"):
-            model_cfg["quick_gelu"] = True
-        if forced.get("force_custom_text"):
-            model_cfg["custom_text"] = True
-        if size := forced.get("force_image_size"):
-            model_cfg["vision_cfg"]["image_size"] = square_as_int(size)
-        if length := forced.get("force_context_length"):
-            model_cfg["text_cfg"]["context_length"] = length
+        for flag, value in forced.items():
+            part, key = FORCED[flag]
+            (model_cfg[part] if part else model_cfg)[key] = square_as_int(value)
         images = {name: flags.get(f"image_{name}") for name in PREPROCESSING}
         preprocess_cfg = _complete(merge_preprocess_dict(dict(self.preprocess_cfg), images), model_cfg)
         return ModelSpec(self.name, model_cfg, preprocess_cfg, {**self.forced, **forced})
 
     def differences(self, other: "ModelSpec") -> list[str]:
         """How `other` differs from this model, in words such as 'mean 0.5 0.5 0.5, not 0 0 0'."""
-        before, after = (
-            {**_flatten(spec.model_cfg), "activation": spec.activation} for spec in (self, other)
-        )
+        specs = (self, other)
+        before, after = ({**_flatten(spec.model_cfg), "activation": spec.activation} for spec in specs)
         for key in self.preprocess_cfg.keys() - {"size"}:  # the model's image_size
             before[key], after[key] = self.preprocess_cfg[key], other.preprocess_cfg.get(key)
         keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]

@@ -12,7 +12,7 @@ export` into its folder. All values are as resolved, not as typed:
     model_config     path of the user's own configuration (--model-config), or null
     pretrained       {"given": tag or path, "sha256": of the file, null for a tag}: what training started from
     precision        open_clip's --precision, under which the run was evaluated
-    objective        what was trained: flyp, ce, lp, lp-ft or flyp-ce
+    objective        flyp, ce, lp, lp-ft or flyp-ce
     classnames, templates  of the training set, in the order of the class indices
     classes_given    which of the two were given by flags: evaluation sets without files of their own use those too
     eval_data        ["NAME=SHARDS", ...] as given; the first is the ID validation set
@@ -73,9 +73,8 @@ class Record:
     @property
     def prompts(self) -> ClassPrompts | None:
         """The training set's class names and templates; None in a record of the model alone."""
-        if "classnames" not in self.content:
-            return None
-        return ClassPrompts(self.content["classnames"], self.content["templates"])
+        names = self.get("classnames")
+        return ClassPrompts(names, self.content["templates"]) if names else None
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.content.get(key, default)
@@ -114,11 +113,7 @@ def training_settings(args: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def read(folder: str | Path) -> Record | None:
-    """The record in a folder, or None.
-
-    Raises:
-        InputError: the file is not a record, or is of a later format.
-    """
+    """The record in a folder, or None; InputError if the file is not a record, or is of a later format."""
     path = Path(folder, FILE)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -173,10 +168,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of a run after the most epochs, by the number in the file, from which it is resumed, or None.
 
     open_clip goes by names: it prefers epoch_latest.pt, which is older than the others if the run was continued
-    without --save-most-recent, and with that flag it looks for no other file.
-
-    Raises:
-        InputError: a file among them is not a checkpoint of a training.
+    without --save-most-recent, and with that flag it looks for no other file. InputError if a file is no checkpoint.
     """
     found = {path: _read_epoch(path) for path in folder.glob("checkpoints/epoch_*.pt")}
     for path in folder.glob(

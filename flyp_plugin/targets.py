@@ -48,11 +48,7 @@ class Target:
 
 
 def target_from_args(args: argparse.Namespace, given: str) -> Target:
-    """The weights that `given` and --epoch stand for; the record fills in the flags that are not given.
-
-    Raises:
-        InputError: a folder that is not a run, a checkpoint that was deleted, or weights of an unknown model.
-    """
+    """The weights that `given` and --epoch stand for; the record fills in the flags that are not given."""
     known, weights = record.find(given), given
     if known and os.path.isdir(given):
         weights = str(choose_weights(known, args.epoch))
@@ -78,13 +74,11 @@ def choose_weights(run: Record, epoch: str | None) -> Path:
     if epoch in (None, "last"):
         path = (None if epoch else _merged_weights(folder, saved)) or record.newest_checkpoint(folder)
     else:
-        what = f"epoch {epoch}" if epoch != "best" else _best_epoch(run, folder)
-        path = {f"epoch {number}": path for number, path in saved.items()}.get(what.partition(",")[0])
+        number, why = _best_epoch(run, folder) if epoch == "best" else (epoch, "")
+        path, what = {str(one): path for one, path in saved.items()}.get(str(number)), f"epoch {number}{why}"
     if path is None:
         those = ", ".join(map(str, saved)) or "none"
-        raise InputError(
-            f"{folder} has no {what}; pass --epoch best, last or one of its own ({those}), or a path."
-        )
+        raise InputError(f"{folder} has no {what}; pass --epoch best, last or one of its own ({those}).")
     _log.info(f"Using the weights {path}.")
     return path
 
@@ -98,9 +92,7 @@ def _merged_weights(folder: Path, saved: Mapping[int, Path]) -> Path | None:
             weights = place / merged_name(merge["chosen_alpha"])
             if saved and max(saved) > (merge.get("last_epoch") or max(saved)):
                 said = f"{weights} was merged before {folder} was trained further"
-                _log.warning(
-                    f"{said}; run `flyp wiseft {folder} --force`, or pass --epoch last to skip merging."
-                )
+                _log.warning(f"{said}; run `flyp wiseft {folder} --force`, or pass --epoch last.")
             return weights if weights.exists() else None
     export = folder / "open_clip_model.safetensors"
     return export if export.exists() else None
@@ -110,14 +102,14 @@ def merged_name(alpha: float) -> str:
     return f"wise_ft_alpha={alpha:.2f}.pt"
 
 
-def _best_epoch(run: Record, folder: Path) -> str:
-    """'epoch N, the best on NAME': the one with the best top-1 on the first evaluation set."""
+def _best_epoch(run: Record, folder: Path) -> tuple[int, str]:
+    """The epoch with the best top-1 on the first evaluation set, and words that say so."""
     name, path = (run.get("eval_data") or [""])[0].partition("=")[0], folder / RESULTS
     rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     scores = {row["epoch"]: row[f"{name}/top1"] for row in rows if row["epoch"] and f"{name}/top1" in row}
     if not scores:
         raise InputError(f"{path} has no scores to choose the best epoch by; pass --epoch last or a number.")
-    return f"epoch {best(scores)}, the best on {name}"
+    return best(scores), f" (the best on {name})"
 
 
 def spec_from_args(args: argparse.Namespace, weights: str, known: Record | None) -> ModelSpec:
