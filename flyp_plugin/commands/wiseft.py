@@ -7,7 +7,6 @@ itself is in flyp_plugin/wiseft.py.
 import argparse
 import json
 import logging
-import math
 import os
 import shlex
 import sys
@@ -286,21 +285,16 @@ def parse_alphas(text: str) -> list[float]:
     Raises:
         InputError: neither, outside [0, 1], or finer than 0.01, which file names cannot hold.
     """
-    parts = text.split(":")
     try:
-        if len(parts) == 3:
-            start, stop, step = map(float, parts)
-            if abs(step) < 0.0099 or not all(0 <= end <= 1 for end in (start, stop)):
-                raise ValueError
-            # the margin is for steps such as 0.1, which are not exact in binary
-            alphas = [start + i * step for i in range(math.floor((stop - start) / step + 1e-6) + 1)]
-        else:
-            alphas = [float(part) for part in text.split(",")]
-    except ValueError:
-        alphas = []
-    rounded = {abs(round(alpha, 2)) for alpha in alphas if math.isfinite(alpha)}
-    exact = all(-1e-9 <= alpha <= 1 + 1e-9 and abs(alpha - round(alpha, 2)) <= 1e-9 for alpha in alphas)
-    if not alphas or not exact:
+        exact = [100 * float(part) for part in text.split(":" if ":" in text else ",")]
+        percents: Sequence[int] = [round(part) for part in exact]
+        valid = all(0 <= n <= 100 and abs(part - n) < 1e-7 for part, n in zip(exact, percents))
+        if ":" in text:
+            start, stop, step = percents
+            percents = range(start, stop + 1, step)
+    except (ValueError, OverflowError):  # not a number, not three of them, a step of 0, infinity
+        valid = False
+    if not valid or not percents:
         what = "A:B:STEP or numbers joined by commas, in [0, 1] and multiples of 0.01"
         raise InputError(f"--alphas (or --alpha) {text} must be {what} (0: pretrained, 1: fine-tuned).")
-    return sorted(rounded)
+    return sorted({n / 100 for n in percents})
