@@ -1,5 +1,7 @@
 """What all tests share: digits as shards."""
 
+import logging
+from contextlib import suppress
 from multiprocessing import active_children
 
 import open_clip
@@ -43,3 +45,21 @@ def _no_workers_left():
     yield
     for worker in set(active_children()) - before:
         worker.terminate()
+
+
+@pytest.fixture(autouse=True)
+def _logging_restored():
+    """open_clip's main() adds handlers to the root logger and sets the level of every logger there is, torch's too."""
+    root, known = logging.getLogger(), logging.getLogger().manager.loggerDict
+
+    def loggers():
+        return [root, *(logger for logger in known.values() if isinstance(logger, logging.Logger))]
+
+    handlers, levels = list(root.handlers), {logger: logger.level for logger in loggers()}
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+        with suppress(OSError):  # no room for what it still holds
+            handler.close()
+    for logger in loggers():
+        logger.setLevel(levels.get(logger, logging.NOTSET))

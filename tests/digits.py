@@ -16,8 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from flyp_plugin import shards
+from tests.tars import NAMES
 
-NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ["a photo of the number {c}.", "the digit {c}.", "a handwritten {c}."]
 MODEL = {
     "embed_dim": 64,

@@ -1,11 +1,13 @@
-"""Digits as CLIP_benchmark shards, and small CLIPs trained on them for a while."""
+"""Digits as CLIP_benchmark shards, small CLIPs trained on them for a while, and a disk that is full."""
 
 import atexit
 import io
 import json
+import resource
 import shutil
-import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from flyp_plugin.commands import call
+from tests import tars
+from tests.tars import NAMES
 
-NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ["a photo of the number {c}.", "{c}"]
 VISION = {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8, "head_width": 16}
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
@@ -76,16 +79,15 @@ def write_set(
     (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates) + "\n")
     (folder / "test" / "nshards.txt").write_text(f"{shards}\n")
     for shard in range(shards):
-        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
-            for i in range(shard, len(images), shards):
-                buffer = io.BytesIO()
-                images[i].save(buffer, format={"jpg": "jpeg"}.get(ending, ending))
-                group = ["left", "right", "seldom"][0 if i % 2 else 2 if i % 50 == 0 else 1]
-                members = {ending: buffer.getvalue(), "cls": str(labels[i]).encode(), "hand": group.encode()}
-                for member, content in members.items():
-                    info = tarfile.TarInfo(f"{i:06d}.{member}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        members = {}
+        for i in range(shard, len(images), shards):
+            buffer = io.BytesIO()
+            images[i].save(buffer, format={"jpg": "jpeg"}.get(ending, ending))
+            group = ["left", "right", "seldom"][0 if i % 2 else 2 if i % 50 == 0 else 1]
+            members[f"{i:06d}.{ending}"] = buffer.getvalue()
+            members[f"{i:06d}.cls"] = str(labels[i]).encode()
+            members[f"{i:06d}.hand"] = group.encode()
+        tars.write(folder / "test" / f"{shard}.tar", members)
 
 
 @cache
@@ -119,3 +121,14 @@ def flyp(*argv: object) -> None:
     """`flyp ...` in this process; mistakes are InputError."""
     root()
     call([str(arg) for arg in argv])
+
+
+@contextmanager
+def no_larger_files(size: int) -> Iterator[None]:
+    """Writing past `size` bytes of a file fails, as on a full disk: "File too large"."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -25,12 +25,12 @@ def label(number: int) -> int:
 
 
 @cache
-def png(number: int) -> bytes:
-    """A digit as an RGB PNG whose first pixel says its number, for the tests to know it again."""
+def png(number: int, form: str = "PNG") -> bytes:
+    """A digit as an RGB image whose first pixel gives its number (but for a JPEG's losses)."""
     image = Image.fromarray((_digits().images[number] * 15.9).astype("uint8")).convert("RGB")
     image.putpixel((0, 0), (number // 256, number % 256, 0))
     raw = io.BytesIO()
-    image.save(raw, "png")
+    image.save(raw, form)
     return raw.getvalue()
 
 
@@ -63,9 +63,9 @@ def samples(numbers, **changed: bytes) -> dict[str, bytes]:
     return members
 
 
-def write(path: Path, content: bytes | Mapping[str, bytes]) -> str:
+def write(path: Path, content: bytes | Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else tar(content))
+    path.write_bytes(content if isinstance(content, bytes) else tar(dict(content)))
     return str(path)
 
 

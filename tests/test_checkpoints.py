@@ -1,6 +1,5 @@
 import os
 import pickle
-import resource
 from pathlib import Path
 
 import open_clip
@@ -19,7 +18,7 @@ from flyp_plugin.checkpoints import (
 )
 from flyp_plugin.errors import InputError
 from flyp_plugin.targets import resolve_spec
-from tests.helpers_eval import checkpoint, root
+from tests.helpers_eval import checkpoint, no_larger_files, root
 from tests.naming import naming, says
 
 MODEL = "tiny-digits"
@@ -150,7 +149,7 @@ def test_bad_files_are_one_sentence_and_their_code_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_of_another_architecture_name_the_first_tensor_and_both_shapes():
+def test_another_architecture_names_first_tensor_and_shapes():
     root()
     with pytest.raises(InputError, match=r"(?=.*visual\.\w)(?=.*[(\[]80\b)(?=.*[(\[]64\b)") as error:
         load_model(MODEL, str(checkpoint("tiny-digits-wide", 1)))
@@ -187,9 +186,7 @@ def test_unknown_models_tags_and_a_hub_that_does_not_answer(monkeypatch):
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "weights.pt"
     path.write_text("the old one")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
+    with no_larger_files(100_000):
         for write in (lambda part: save_file({"a": torch.zeros(10**6)}, part),
                       lambda part: part.write_bytes(bytes(10**6))):  # fmt: skip
             with pytest.raises(InputError, match="File too large") as error, atomic_write(path) as part:
@@ -197,8 +194,6 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
             assert "\n" not in str(error.value)
         with pytest.raises(InputError, match=naming(path, "File too large")):
             save({"a": torch.zeros(10**6)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "the old one" and os.listdir(tmp_path) == ["weights.pt"]
 
 

@@ -192,7 +192,7 @@ def test_table_and_picture(finished):
     assert PIL.Image.open(finished / "compare.png").size == (900, 675)
 
 
-def test_each_run_keeps_its_command_and_what_was_not_chosen_only_its_figures(finished):
+def test_runs_keep_commands_and_only_chosen_ones_weights(finished):
     lr = read(finished / "compare.json")["blocks"][0]["methods"]["flyp"]["value"]
     for run in sorted(finished.glob("runs/flyp_*")):
         command = shlex.split((run / "command.txt").read_text())
@@ -242,7 +242,7 @@ def test_other_settings_are_refused_where_a_comparison_is(finished, argv, monkey
     monkeypatch.chdir(finished.parent)
     (Path("full") / "something").mkdir(parents=True)
     for more, message in [
-        (["--seeds", "1:3"], naming("out", "0", "1", "--out")),
+        (["--seeds", "1:3"], naming("out", "'flyp,bad'", "'flyp'", "--out")),
         (["--out", "full"], naming("full", "--out")),
     ]:
         with pytest.raises(InputError, match=message):
@@ -252,7 +252,7 @@ def test_other_settings_are_refused_where_a_comparison_is(finished, argv, monkey
         pass
 
 
-def test_kill_ends_the_run_that_is_on_with_one_line_and_status_143(argv, tmp_path):
+def test_kill_ends_the_current_run_with_one_line_and_status_143(argv, tmp_path):
     command = [sys.executable, "-m", "flyp_plugin", *argv()]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         log = tmp_path / "out/runs/flyp_lr0.0001_seed0/console.log"
@@ -290,7 +290,7 @@ def test_mistakes_are_one_sentence_before_anything_is_written(argv, tmp_path, mo
     assert "\n" not in str(error.value) and not os.listdir(tmp_path)
 
 
-def test_flags_are_taken_whole_and_unknown_ones_go_to_training_alone():
+def test_flags_are_not_abbreviated_and_unknown_ones_go_to_training():
     parser = commands._parser("compare")
     args, rest = parser.parse_known_args(
         [*NEEDED, "--pre", "x", "--lr", "1", "--beta1", "-1", "--image-mean", "0", "1"]
@@ -312,7 +312,7 @@ def test_help_opens_with_an_example_and_needs_no_torch():
 # Pure functions
 
 
-def test_every_method_is_tuned_over_as_many_values_of_its_own_setting():
+def test_every_method_is_tuned_over_equally_many_values():
     texts = {"lr": "1e-5,1e-4", "lp-c": "1,10"}
     assert parse_values(["flyp", "lp", "ce"], texts) == {
         "flyp": [1e-5, 1e-4],
@@ -370,11 +370,11 @@ def test_the_plan_counts_runs_and_each_run_has_its_own_flags(argv, monkeypatch, 
     )  # the user's comes last and wins
 
 
-def test_the_value_chosen_is_the_best_and_of_equal_ones_the_smallest():
+def test_the_best_value_is_chosen_and_ties_go_to_the_smallest():
     assert best({1e-4: 0.7, 1e-5: 0.9, 1e-3: 0.9, 1e-6: 0.1}) == 1e-5
 
 
-def test_seconds_left_takes_a_kind_not_run_yet_to_be_like_the_others():
+def test_seconds_left_assumes_a_kind_not_run_yet_is_like_others():
     assert seconds_left({"training": [10, 20], "sweep": []}, {"training": 2, "sweep": 1}) == 45
     assert seconds_left({"training": [10, 20], "sweep": [1]}, {"training": 0, "sweep": 3}) == 3
 
@@ -421,7 +421,7 @@ def record(methods, **blocks):
             "id_sets": ["id"], "blocks": [block]}  # fmt: skip
 
 
-def test_differences_are_paired_by_seed_and_wiseft_is_compared_with_wiseft():
+def test_differences_are_paired_by_seed_and_by_wiseft():
     less = record(METHODS)["blocks"][0]["differences"]
     assert list(less) == ["ce", "ce + WiSE-FT"]
     assert less["ce"]["id"]["by_seed"] == pytest.approx([-0.1, -0.2])
@@ -432,7 +432,7 @@ def test_differences_are_paired_by_seed_and_wiseft_is_compared_with_wiseft():
     assert less["ce + WiSE-FT"]["id"]["by_seed"] == pytest.approx([0.7 - 0.8, 0.5 - 0.9])
 
 
-def test_document_shows_rates_at_the_end_of_the_list_and_signs_of_differences():
+def test_document_shows_rates_at_list_ends_and_signs():
     lines = plots.document(record(METHODS)).splitlines()
     assert "| flyp | 80.0 ± 127.1 | 40.0 ± 127.1 | 40.0 ± 127.1 | lr 1e-05 (least tried) | 1 |" in lines
     assert (
@@ -442,7 +442,7 @@ def test_document_shows_rates_at_the_end_of_the_list_and_signs_of_differences():
     assert any(says(line, "`id`", "--id-test") for line in lines)
 
 
-def test_the_curve_is_the_mean_over_seeds_and_the_star_that_of_the_points_chosen():
+def test_curve_and_star_are_means_over_seeds():
     curve = plots.curve(list(METHODS["flyp"]["seeds"].values()), ["id"])
     assert curve.across == pytest.approx([50, 70, 80]) and curve.up == pytest.approx([40, 40, 40])
     assert curve.star == pytest.approx((100 * (0.8 + 0.9) / 2, 100 * (0.5 + 0.5) / 2))

@@ -30,7 +30,7 @@ def export(name, out, form, *more):
     reason="this timm reads safetensors of a folder only if torch.load does",
 )
 @pytest.mark.parametrize("name", list(STEPS))
-def test_timm_reads_a_classifier_with_our_predictions_labels_and_pixels(name, tmp_path):
+def test_timm_reads_our_predictions_labels_and_pixels(name, tmp_path):
     export(name, tmp_path / "it", "timm")
     model = timm.create_model(f"local-dir:{tmp_path}/it", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == NAMES and model.num_classes == 10
@@ -160,7 +160,7 @@ def test_preprocessing_that_timm_has_not_is_refused(tmp_path):
         export("tiny-digits", tmp_path / "it", "timm", "--image-resize-mode", "longest")
 
 
-def test_an_existing_folder_is_replaced_only_by_force_and_only_when_all_is_well(tmp_path, monkeypatch):
+def test_a_folder_is_replaced_only_by_force_and_by_a_whole_one(tmp_path, monkeypatch):
     out = tmp_path / "it"
     export("tiny-digits", out, "timm")
     before = (out / "config.json").read_text()

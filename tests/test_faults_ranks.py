@@ -32,7 +32,7 @@ def test_no_image_is_lost_or_scored_twice(root, number):
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [ranks.UNEVEN, (10,) * 6], ids=["uneven", "equal"])
-def test_ranks_take_equal_steps_and_equal_shards_leave_nothing_out(tmp_path, sizes, number):
+def test_ranks_take_equal_steps_and_equal_shards_omit_nothing(tmp_path, sizes, number):
     bounds = [0, *(sum(sizes[: i + 1]) for i in range(len(sizes)))]
     shards = [
         tars.write(tmp_path / f"{i}.tar", tars.samples(range(*two))) for i, two in enumerate(pairwise(bounds))
@@ -43,7 +43,7 @@ def test_ranks_take_equal_steps_and_equal_shards_leave_nothing_out(tmp_path, siz
     assert all(views.values())  # shares are dealt anew
 
 
-def test_two_ranks_are_one_process_at_the_same_global_batch_and_score_as_flyp_eval_does(root):
+def test_two_ranks_equal_one_process_and_flyp_eval(root):
     """Losses and gradients of one step; and a ResNet, whose statistics are of each rank's own images while it trains."""
     objectives = ["flyp", "--collisions soft", "ce"]
     resnet = ["--epochs", 2, "--batch-size", 4, "--lr", "3e-3", "--warmup", 5, "--eval-frequency", 0]
@@ -58,7 +58,7 @@ def test_two_ranks_are_one_process_at_the_same_global_batch_and_score_as_flyp_ev
     assert_same_figures({name.removeprefix("val/"): value for name, value in logged.items()}, single)
 
 
-def test_where_a_rank_is_killed_while_it_writes_a_checkpoint_the_other_says_so_and_ends(root):
+def test_a_rank_killed_in_a_checkpoint_ends_the_other(root):
     argv = ranks.words(root / "data", root / "logs", "killed", "--epochs", 2)
     death = ranks.Death(
         "killed", 2, 0, "hand", ranks.__file__, "--doomed", 0, "checkpoint", 1, "SIGKILL", 60, *argv
@@ -67,7 +67,7 @@ def test_where_a_rank_is_killed_while_it_writes_a_checkpoint_the_other_says_so_a
     assert death.wrong == []
 
 
-def test_where_a_rank_has_a_bad_label_it_says_so_and_the_other_that_it_is_alone(root):
+def test_a_rank_with_a_bad_label_ends_the_other(root):
     assert ranks.bad_label(root, root / "data", "train", "hand").wrong == []
 
 
@@ -82,7 +82,7 @@ def frozen(image):
     return torch.tensor([gc.get_freeze_count()])
 
 
-def test_garbage_collection_in_a_worker_does_not_copy_what_it_shares_with_the_process(tmp_path):
+def test_garbage_collection_in_workers_keeps_memory_shared(tmp_path):
     (batch,) = LabelledDataset(tars.shards(tmp_path, 4, 1), frozen, 4, num_classes=10, num_workers=1)
     assert batch["images"].min() > len(gc.get_objects()) // 2
 

@@ -3,12 +3,10 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
 
@@ -19,6 +17,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.run_folder import LOCK, folder_lock
 from flyp_plugin.train import train
 from tests.faults import kills
+from tests.helpers_eval import no_larger_files
 from tests.naming import naming, says
 
 
@@ -38,17 +37,7 @@ def whole(digits, tmp_path_factory):
     return folder
 
 
-@contextmanager
-def no_larger_files(than):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (than, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_to_the_same_weights(digits, tmp_path):
+def test_a_run_killed_in_a_checkpoint_resumes_to_the_same_weights(digits, tmp_path):
     whole = tmp_path / "whole"
     kills.unharmed(digits, whole)  # by itself and on one thread, as those that are killed
     assert kills.killed(digits, whole, tmp_path / "run", fault="save 2 0.5") == ("", 1)
@@ -75,7 +64,7 @@ def test_a_signal_to_all_processes_that_write_shards_ends_them(tmp_path, number)
     assert said.read_text().splitlines()[3:] == [line]
 
 
-def test_a_signal_that_comes_where_nothing_can_be_raised_is_not_lost():
+def test_a_signal_is_not_lost_where_nothing_can_be_raised():
     program = """
 import os, signal, time
 from flyp_plugin import errors
@@ -140,7 +129,7 @@ def test_rows_after_the_checkpoint_are_forgotten(tmp_path):
     assert (results.parent / "results.1.jsonl").read_text() == whole
 
 
-def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(digits, whole, tmp_path, caplog):
+def test_a_full_disk_is_a_sentence_and_the_run_can_resume(digits, whole, tmp_path, caplog):
     folder = tmp_path / "run"
     for limit in (0, 8192):  # nothing at all; neither all of out.log nor a checkpoint
         with (
@@ -170,7 +159,7 @@ def other_process(tmp_path):
         process.kill()
 
 
-def test_a_second_run_of_a_name_is_refused_until_the_first_is_gone(digits, tmp_path, other_process):
+def test_a_second_run_of_a_name_is_refused_meanwhile(digits, tmp_path, other_process):
     folder = tmp_path / "run"
     for more in ([], ["--resume", "latest"]):
         with pytest.raises(InputError, match=naming("process", folder)):
@@ -183,7 +172,7 @@ def test_a_second_run_of_a_name_is_refused_until_the_first_is_gone(digits, tmp_p
     assert os.listdir(folder) == []
 
 
-def test_a_folder_that_is_written_to_is_refused_and_one_that_stays_empty_goes(tmp_path):
+def test_a_folder_in_use_is_refused_and_an_empty_one_removed(tmp_path):
     out = tmp_path / "new" / "out"
     busy = pytest.raises(InputError, match=naming("process", out))
     with folder_lock(out), busy, folder_lock(out):

@@ -1,24 +1,24 @@
-"""Other versions of open_clip, in short: seams that have changed (tests/faults/seams.py), and checkpoints of older ones."""
+"""Other versions of open_clip, in short: seams that have changed (tests/faults/versions.py), and checkpoints of older ones."""
 
 import numpy as np
 import pytest
 import torch
 
 from flyp_plugin.checkpoints import read_state_dict
-from tests.faults import seams
+from tests.faults import versions
 
 
-@pytest.mark.parametrize("change", [name for name in seams.CHANGES if name != "main.get_data is gone"])
+@pytest.mark.parametrize("change", [name for name in versions.CHANGES if name != "main.get_data is gone"])
 def test_a_changed_seam_is_one_sentence_with_open_clips_version(digits, tmp_path, change):
-    before = seams.state()
-    with seams.changed(change):
-        status, written = seams.started(digits, tmp_path)
-    assert seams.verdict(status, written) is None
-    assert seams.state() == before
+    before = versions.state()
+    with versions.changed(change):
+        status, written = versions.started(digits, tmp_path)
+    assert versions.verdict(status, written) is None
+    assert versions.state() == before
 
 
 def test_without_a_change_the_same_run_succeeds(digits, tmp_path):
-    assert seams.started(digits, tmp_path)[0] == 0
+    assert versions.started(digits, tmp_path)[0] == 0
 
 
 @pytest.mark.skipif(not hasattr(torch.serialization, "add_safe_globals"), reason="torch before 2.4")

@@ -1,7 +1,6 @@
 import csv
 import json
 import re
-import resource
 import sys
 
 import numpy as np
@@ -17,7 +16,7 @@ from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Tally, evaluate, score, table
 from flyp_plugin.prompts import ClassPrompts
 from tests.close import assert_same_figures
-from tests.helpers_eval import NAMES, TEMPLATES, checkpoint, flyp, root, write_set
+from tests.helpers_eval import NAMES, TEMPLATES, checkpoint, flyp, no_larger_files, root, write_set
 from tests.naming import naming, says
 
 MODEL = "tiny-digits"
@@ -229,14 +228,10 @@ def test_with_predictions_a_fault_of_the_model_is_no_full_disk(error, tmp_path, 
 
 
 def test_predictions_on_a_full_disk_are_a_sentence(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for room in (0, 5000):  # not even the header; some batches
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        try:
-            with pytest.raises(InputError, match=naming("it.csv", "File too large")):
-                predictions(tmp_path / "it.csv")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        too_large = pytest.raises(InputError, match=naming("it.csv", "File too large"))
+        with no_larger_files(room), too_large:
+            predictions(tmp_path / "it.csv")
         assert not list(tmp_path.iterdir())
 
 

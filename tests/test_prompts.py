@@ -322,7 +322,7 @@ def test_take_gives_what_the_tokenizer_gives(tokenizer):
     assert torch.equal(tokens, tokenizer([prompts(*pair) for pair in zip(labels, templates)]))
 
 
-def test_the_table_is_as_wide_as_the_longest_prompt_in_two_bytes_a_token(tokenizer):
+def test_the_table_fits_the_longest_prompt_at_two_bytes_a_token(tokenizer):
     prompts = ClassPrompts(["cat", "great white shark"], ["a photo of a {c}.", "{c}"])
     table = prompts.tokenize(tokenizer).table
     longest = len(tokenizer.encode("a photo of a great white shark.")) + 2  # with start and end of text
@@ -367,7 +367,7 @@ def test_several_processes_give_the_same_table(tokenizer, monkeypatch):
     assert np.array_equal(prompts.tokenize(tokenizer).table, alone)
 
 
-def test_a_large_table_is_scaled_by_classes_and_no_wider_than_its_prompts(tokenizer):
+def test_a_large_table_is_no_wider_than_its_prompts(tokenizer):
     names, templates = (
         [f"species number {i}" for i in range(420)],
         [f"view {i} of a {{c}}." for i in range(80)],
@@ -383,7 +383,7 @@ def test_tokenizing_leaves_the_global_generator_alone(tokenizer):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_cut_prompts_are_one_warning_with_their_number_and_the_first(tokenizer, caplog):
+def test_cut_prompts_are_one_warning_with_number_and_first(tokenizer, caplog):
     long, longer = "word " * 76, "word " * 90
     with caplog.at_level(logging.WARNING, "flyp_plugin"):
         tokens = ClassPrompts(["cat", long, longer], ["{c}", "my {c}"]).tokenize(tokenizer)

@@ -42,7 +42,7 @@ def tags(start):
 def flags(digits, folder, *more):
     return ["--model", "digits-vit", "--model-config", f"{digits}/digits-vit.json", "--train-data", str(digits),
             "--eval-data", f"val={digits}", "--logs", str(folder.parent), "--name", folder.name, "--device", "cpu",
-            "--batch-size", "50", "--workers", "0", "--lr", "2e-3", "--warmup", "5", *more]  # fmt: skip
+            "--batch-size", "50", "--train-num-samples", "500", "--workers", "0", "--lr", "2e-3", "--warmup", "5", *more]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def content(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_with_checkpoints_or_figures_is_refused_even_without_its_log(again):
+def test_a_used_folder_is_refused_even_without_its_log(again):
     folder = again.folder
     for gone in (None, "out.log", "params.txt", "checkpoints/epoch_1.pt"):
         if gone:
@@ -54,7 +54,7 @@ def test_a_folder_with_checkpoints_or_figures_is_refused_even_without_its_log(ag
         assert content(folder) == before
 
 
-def test_where_a_resumed_run_starts_is_told_and_no_figure_is_lost(again):
+def test_a_resumed_run_says_where_it_starts_and_keeps_figures(again):
     figures = again.folder / "checkpoints" / "results.jsonl"
     rows = figures.read_text()
     assert says(again("--resume", "latest"), again.folder, "finished", "--epochs")
@@ -127,7 +127,7 @@ def test_a_stale_epoch_latest_does_not_win_over_newer_epochs(again):
     ]
 
 
-def test_other_settings_are_named_and_another_model_or_objective_is_refused(again):
+def test_other_settings_are_named_and_another_model_is_refused(again):
     before = content(again.folder)
     folder = again.folder
     for flag, value, was in (("--objective", "ce", "flyp"), ("--model", "ViT-S-32", "digits-vit")):
@@ -200,7 +200,7 @@ def test_random_weights_are_told_of_at_the_start_and_at_the_end(digits, tmp_path
     assert sum(says(line, "--pretrained", "random") for line in lines) == 2
 
 
-def test_a_run_of_another_size_is_evaluated_merged_and_exported_with_its_flags_alone(digits, start, tmp_path):
+def test_a_run_of_another_size_needs_only_its_size_flags(digits, start, tmp_path):
     folder = tmp_path / "run"
     flags = [*kills.flags(digits, folder), "--epochs", "1", "--eval-data", f"val={digits}"]
     size = ["--force-image-size", "24", "--force-context-length", "40"]

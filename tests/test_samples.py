@@ -58,14 +58,14 @@ def test_a_sample_is_its_members_and_where_it_is_from(tmp_path):
     ]
 
 
-def test_keys_may_have_folders_and_the_same_key_in_two_shards_is_two_samples(tmp_path):
+def test_keys_with_folders_and_the_same_key_in_two_shards(tmp_path):
     shards = [
         tars.write(tmp_path / f"{i}.tar", {"x/y.png": b"image", "x/y.cls": b"%d" % i}) for i in range(2)
     ]
     assert read(*shards) == (["x/y", "x/y"], [0, 1], [])
 
 
-def test_a_tar_that_breaks_in_an_image_is_counted_once_and_good_up_to_there(tmp_path):
+def test_a_tar_that_breaks_in_an_image_is_read_up_to_there(tmp_path):
     shard = tars.write(tmp_path / "0.tar", WHOLE[: 9 * BLOCK + 50])  # in the third sample's image
     keys, labels, (skipped,) = read(shard)
     assert (keys, labels) == (["s0000", "s0001"], [0, 1])
@@ -91,7 +91,7 @@ def test_a_tar_that_ends_between_two_members_is_no_wrong_label(tmp_path, end):
     assert says(skipped, shard, "truncated header" if end % BLOCK else "end")
 
 
-def test_what_is_lost_with_a_broken_tar_is_what_it_should_hold_less_what_was_read(tmp_path):
+def test_a_broken_tar_loses_what_was_not_read_of_it(tmp_path):
     shard, lost = tars.write(tmp_path / "0.tar", WHOLE[: 9 * BLOCK]), []
     read = read_samples([shard], lambda what, number: lost.append(number), sizes={shard: 4})
     assert [(sample["__key__"], sample["__broken__"]) for sample in read] == [
@@ -114,13 +114,13 @@ def test_a_remote_tar_that_breaks_is_read_on_from_there(tmp_path, retries, caplo
     assert len(skipped) == 1 and len(caplog.records) == retries
 
 
-def test_a_local_tar_and_an_address_that_is_not_there_are_not_read_again(tmp_path, caplog):
+def test_missing_files_and_addresses_are_not_read_again(tmp_path, caplog):
     with tars.served({}) as (url, asked):
         assert read(str(tmp_path / "gone.tar"), f"{url}/gone.tar")[2][1].endswith("HTTP Error 404: Not Found")
         assert asked == ["/gone.tar"] and not caplog.records
 
 
-def test_the_order_of_members_makes_no_difference_where_a_tar_ends(tmp_path):
+def test_the_order_of_members_does_not_matter_where_a_tar_ends(tmp_path):
     members = dict(sorted(tars.samples(range(4)).items()))
     assert list(members)[:2] == ["s0000.cls", "s0000.png"]
     for end in (10 * BLOCK, 11 * BLOCK, 11 * BLOCK + 50):
@@ -129,7 +129,7 @@ def test_the_order_of_members_makes_no_difference_where_a_tar_ends(tmp_path):
         assert (keys, len(skipped)) == (["s0000", "s0001"], 1)
 
 
-def test_a_tar_that_is_none_or_not_there_is_counted_and_the_others_are_read(tmp_path):
+def test_bad_and_missing_tars_are_counted_and_others_are_read(tmp_path):
     bad = tars.write(tmp_path / "bad.tar", b"<html>moved</html>" * 100)
     empty = tars.write(tmp_path / "empty.tar", b"")
     gone = str(tmp_path / "gone.tar")
@@ -382,7 +382,7 @@ def test_other_modes_become_rgb_as_pillow_converts_them():
         assert to_rgb(image).tobytes() == image.convert("RGB").tobytes()
 
 
-def test_an_unreadable_image_is_skipped_and_counted_with_its_place():
+def test_an_unreadable_image_is_skipped_and_named():
     raws = {"empty": b"", "text": b"<html>", "cut": tars.png(1)[:-60], "good": tars.png(1)}
     skipped: list[str] = []
     some = [{"key": key, "shard": "0.tar", "image": raw, "seed": 1} for key, raw in raws.items()]
@@ -410,7 +410,7 @@ def test_skipped_counts_and_keeps_the_first(caplog):
     assert says(second, "epoch 2", "skipped 3", "a.tar: broken")
 
 
-def test_a_jpeg_draft_is_never_smaller_than_the_target_and_other_formats_stay():
+def test_a_jpeg_draft_is_never_smaller_than_the_target():
     sizes = []
 
     def preprocess(image):

@@ -23,16 +23,11 @@ from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import InputError
 from flyp_plugin.shards import few_shot_keys, local_shards, write
 from flyp_plugin.sources import count_samples, expand_source
+from tests import tars
 from tests.naming import naming, says
+from tests.tars import NAMES, png
 
-NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 DIGITS = load_digits()
-
-
-def png(index: int, form: str = "PNG") -> bytes:
-    raw = io.BytesIO()
-    Image.fromarray((DIGITS.images[index] * 15).astype("uint8")).save(raw, format=form)
-    return raw.getvalue()
 
 
 def digit_folder(folder: Path, indices: range) -> Path:
@@ -79,15 +74,6 @@ def samples(split: Path) -> Counter:
     return Counter((image[key], int(found[f"{key}.cls"])) for key in keys)
 
 
-def write_tar(path: Path, files: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, raw in files.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(raw)
-            tar.addfile(header, io.BytesIO(raw))
-
-
 def write_csv(path: Path, header: str, lines: list[str]) -> str:
     path.write_text("\n".join([header, *lines]) + "\n")
     return str(path)
@@ -129,13 +115,13 @@ def test_shards_are_shuffled(data):
 
 
 def test_bytes_depend_on_source_and_seed_alone(photos, data, tmp_path):
-    def tars(split: Path) -> list[bytes]:
+    def content(split: Path) -> list[bytes]:
         return [Path(shard).read_bytes() for shard in expand_source(str(split), "train")]
 
     write(str(photos), str(tmp_path / "same" / "train"), workers=2)
     write(str(photos), str(tmp_path / "other" / "train"), seed=1)
-    assert tars(tmp_path / "same" / "train") == tars(data / "train")
-    assert tars(tmp_path / "other" / "train") != tars(data / "train")
+    assert content(tmp_path / "same" / "train") == content(data / "train")
+    assert content(tmp_path / "other" / "train") != content(data / "train")
     assert samples(tmp_path / "other" / "train") == samples(data / "train")
 
 
@@ -526,7 +512,7 @@ def test_shots_depend_on_the_seed_and_fewer_are_a_part_of_more(data):
 
 def test_classes_with_fewer_images_give_all_and_are_named(tmp_path, caplog):
     (tmp_path / "classnames.txt").write_text("cat\ndog\nowl\n")
-    write_tar(
+    tars.write(
         tmp_path / "a.tar", {f"{i}.{end}": b"1" if i else b"0" for i in range(4) for end in ("png", "cls")}
     )
     keys = few_shot_keys([str(tmp_path / "a.tar")], 2, 0, classnames=["cat", "dog", "owl"])
@@ -536,7 +522,7 @@ def test_classes_with_fewer_images_give_all_and_are_named(tmp_path, caplog):
 
 def test_a_label_may_be_in_a_json_member(tmp_path):
     files = {f"{i}.{end}": json.dumps({"y": i % 3}).encode() for i in range(9) for end in ("jpg", "json")}
-    write_tar(tmp_path / "a.tar", files)
+    tars.write(tmp_path / "a.tar", files)
     assert len(few_shot_keys([str(tmp_path / "a.tar")], 2, 0, "json:y")) == 6
 
 
@@ -557,9 +543,9 @@ def test_mistakes_in_a_subset_are_one_sentence(data, tmp_path):
     fails(naming("http://localhost/0.tar"), "http://localhost/{0..3}.tar", dest, "--shots", "1")
     fails(naming(tmp_path / "nothing"), str(tmp_path / "nothing"), dest, "--shots", "1")
     fails(naming(data / "train", "empty"), str(data), str(data / "train"), "--shots", "1")
-    write_tar(tmp_path / "a.tar", {"1.png": png(1), "1.cls": b"cat"})
+    tars.write(tmp_path / "a.tar", {"1.png": png(1), "1.cls": b"cat"})
     fails(naming("a.tar", "'cat'", "integer"), str(tmp_path / "a.tar"), dest, "--shots", "1")
-    write_tar(tmp_path / "b.tar", {"1.txt": b""})
+    tars.write(tmp_path / "b.tar", {"1.txt": b""})
     fails(naming("b.tar", "samples"), str(tmp_path / "b.tar"), dest, "--shots", "1")
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     fails(naming(tmp_path / "classnames.txt"), str(data), str(tmp_path / "train"), "--shots", "1")
@@ -611,8 +597,8 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys, workers):
         "label_only.cls": b"1",
         "a.b.png": png(4), "a.b.cls": b"1",
     }  # fmt: skip
-    write_tar(tmp_path / "test" / "0.tar", bad)
-    write_tar(tmp_path / "test" / "1.tar", {"ok.png": png(5), "ok.cls": b"1"})
+    tars.write(tmp_path / "test" / "0.tar", bad)
+    tars.write(tmp_path / "test" / "1.tar", {"ok.png": png(5), "ok.cls": b"1"})
     (tmp_path / "test" / "2.tar").write_bytes((tmp_path / "test" / "0.tar").read_bytes()[:1600])
     (tmp_path / "test" / "sizes.json").write_text('{"0.tar": 7, "1.tar": 5}')
     assert flyp(["shards", "check", str(tmp_path), "--workers", workers, "--json"]) == 1
@@ -637,7 +623,7 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys, workers):
 
 def test_check_shows_the_first_few_of_a_kind_and_their_number(tmp_path, capsys):
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
-    write_tar(tmp_path / "train" / "0.tar", {f"{i}.{end}": b"0" for i in range(9) for end in ("png", "cls")})
+    tars.write(tmp_path / "train" / "0.tar", {f"{i}.{end}": b"0" for i in range(9) for end in ("png", "cls")})
     assert flyp(["shards", "check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert says(out, "9 unreadable images") and says(out, "4 more") and out.count("0.tar, sample") == 5
@@ -655,7 +641,7 @@ def test_check_notes_what_is_no_mistake(tmp_path, capsys):
         "2.png": png(2),
         "2.cls": b"2",
     }
-    write_tar(tmp_path / "train" / "0.tar", files)
+    tars.write(tmp_path / "train" / "0.tar", files)
     assert flyp(["shards", "check", str(tmp_path), "--json"]) == 0
     tokens, bits = json.loads(capsys.readouterr().out)[f"{tmp_path}/train"]["notes"]
     assert says(tokens, "'Dog' (class 0)", "'dog' (class 1)")
@@ -665,7 +651,7 @@ def test_check_notes_what_is_no_mistake(tmp_path, capsys):
 def test_check_and_count_name_a_tar_that_is_not_sorted(tmp_path, capsys, caplog):
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     files = {"1.png": png(1), "2.png": png(2), "1.cls": b"1", "2.cls": b"0"}
-    write_tar(tmp_path / "train" / "0.tar", files)
+    tars.write(tmp_path / "train" / "0.tar", files)
     assert flyp(["shards", "check", str(tmp_path), "--json"]) == 1
     problems = json.loads(capsys.readouterr().out)[f"{tmp_path}/train"]["problems"]
     assert "tar --sort=name" in problems["shards that are not sorted by name"][0]
@@ -675,7 +661,7 @@ def test_check_and_count_name_a_tar_that_is_not_sorted(tmp_path, capsys, caplog)
 
 
 def test_count_counts_other_images_where_asked_and_names_them(tmp_path, capsys, caplog):
-    write_tar(tmp_path / "train" / "0.tar", {f"{i}.{end}": b"0" for i in range(3) for end in ("cls", "tif")})
+    tars.write(tmp_path / "train" / "0.tar", {f"{i}.{end}": b"0" for i in range(3) for end in ("cls", "tif")})
     flyp(["shards", "count", str(tmp_path), "--json"])
     assert says(caplog.text, "0.tar", "cls, tif", "--image-key")
     flyp(["shards", "count", str(tmp_path), "--json", "--image-key", "tif"])
@@ -685,7 +671,7 @@ def test_count_counts_other_images_where_asked_and_names_them(tmp_path, capsys, 
 def test_check_compares_a_len_with_the_whole_folder_it_is_of(tmp_path, capsys):
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
     for i in range(2):
-        write_tar(tmp_path / "train" / f"{i}.tar", {f"{i}.png": png(i), f"{i}.cls": b"0"})
+        tars.write(tmp_path / "train" / f"{i}.tar", {f"{i}.png": png(i), f"{i}.cls": b"0"})
     (tmp_path / "train" / "__len__").write_text("7")
     assert flyp(["shards", "check", f"{tmp_path}/train/0.tar", "--json"]) == 0
     assert flyp(["shards", "check", str(tmp_path), "--json"]) == 1
@@ -693,7 +679,7 @@ def test_check_compares_a_len_with_the_whole_folder_it_is_of(tmp_path, capsys):
 
 
 def test_check_needs_class_names(tmp_path):
-    write_tar(tmp_path / "train" / "0.tar", {"1.png": png(1), "1.cls": b"1"})
+    tars.write(tmp_path / "train" / "0.tar", {"1.png": png(1), "1.cls": b"1"})
     with pytest.raises(InputError, match=naming("classnames.txt")):
         flyp(["shards", "check", str(tmp_path)])
 

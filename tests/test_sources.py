@@ -126,7 +126,7 @@ def test_another_number_of_shards_than_stated_is_an_error(empty, tmp_path):
         expand_source(folder, "train")
 
 
-def test_text_is_found_beside_the_first_shard_before_the_folder_above(empty, tmp_path, monkeypatch):
+def test_text_beside_the_shards_precedes_the_folder_above(empty, tmp_path, monkeypatch):
     train = empty("data/train", "0.tar")
     above = empty("data", "classnames.txt")
     assert find_beside([f"{train}/0.tar"], "classnames.txt") == f"{above}/classnames.txt"
@@ -178,7 +178,7 @@ def test_sizes_json_is_believed_and_not_overwritten(tmp_path):
     assert count_samples([*shards, *shards]) == 222
 
 
-def test_a_sizes_json_without_some_shard_is_left_alone_and_the_tars_counted(tmp_path):
+def test_a_sizes_json_without_some_shard_is_not_used(tmp_path):
     shards = tars.shards(tmp_path, 10, 2)
     state(tmp_path / "sizes.json", '{"0.tar": 100}')
     assert count_samples(shards) == 10
@@ -238,7 +238,7 @@ def test_a_part_counted_again_does_not_vouch_for_the_rest(tmp_path):
     assert count_samples(shards) == 10
 
 
-def test_an_old_len_is_counted_again_and_sizes_json_comes_before_it(tmp_path):
+def test_an_old_len_is_counted_again_and_sizes_json_precedes_it(tmp_path):
     shards = tars.shards(tmp_path, 10, 2)
     (tmp_path / "__len__").write_text("77\n")
     age(tmp_path / "__len__")
@@ -269,7 +269,7 @@ def test_remote_counts_are_believed_but_no_len_for_a_part():
         assert "--train-num-samples" in raised(count_samples, [f"{url}/b/0.tar"])
 
 
-def test_hidden_members_are_no_part_of_a_sample_and_not_between_two(tmp_path):
+def test_hidden_members_are_not_part_of_samples(tmp_path):
     members = {"t/._1.cls": b"", "t/1.cls": b"0", "t/._1.png": b"", "t/1.png": b"", "t/.DS_Store": b""}
     shard = tars.write(tmp_path / "0.tar", members | {"__meta__/x.png": b"", "._2.png": b""})
     assert sources.count_shard(shard) == 1 and sources.find_scattered_sample(shard) is None
@@ -326,7 +326,7 @@ def test_several_folders_are_counted_each(tmp_path):
     assert json.loads((tmp_path / "b" / "sizes.json").read_text()) == {"0.tar": 5}
 
 
-def test_a_broken_tar_counts_up_to_the_break_and_is_not_remembered(tmp_path, caplog):
+def test_a_broken_tars_count_is_not_remembered(tmp_path, caplog):
     whole = tars.tar(tars.samples(range(4)))
     good = tars.write(tmp_path / "0.tar", whole)
     # a sample is two blocks of 512 bytes, twice: header and image, header and label
@@ -346,7 +346,7 @@ def test_a_count_of_nothing_is_not_remembered(tmp_path):
     assert count_samples(shards) == 4
 
 
-def test_a_folder_that_cannot_be_written_to_is_counted_all_the_same(tmp_path, monkeypatch, caplog):
+def test_a_read_only_folder_is_counted_all_the_same(tmp_path, monkeypatch, caplog):
     def refuse(path, text):
         raise PermissionError(13, "Permission denied", str(path))
 

@@ -113,13 +113,13 @@ def test_loss_and_gradients_equal_open_clips_to_rounding(kind, options):
         assert_close(short[name], gradients[name], BACKWARD, name)
 
 
-def test_positions_that_no_prompt_reaches_have_gradient_zero_and_not_none():
+def test_unreached_positions_have_gradient_zero_and_not_none():
     gradient = backward(shortened(make()), prompts(5, 9, 12))[2]["positional_embedding"]
     assert gradient.shape == (77, 64) and gradient[:12].any() and not gradient[12:].any()
 
 
 @pytest.mark.parametrize("options", [{"unique": False, "multiple_of": 16}, {}])
-def test_twenty_steps_of_training_end_at_the_same_weights_to_rounding(options):
+def test_twenty_steps_end_at_the_same_weights_to_rounding(options):
     full = make(layers=2)
     short = shortened(full, **options)
     for model in (full, short):
@@ -178,7 +178,7 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize("name", sorted(SIGNATURES.values()))
-def test_every_text_config_that_open_clip_ships_has_equal_features_or_keeps_its_full_text(name):
+def test_every_text_config_of_open_clip_has_equal_features(name):
     config = open_clip.get_model_config(name)
     if config["text_cfg"].get(
         "hf_model_name"
@@ -220,7 +220,7 @@ def test_every_text_config_that_open_clip_ships_has_equal_features_or_keeps_its_
     {"no_causal_mask": True}, {"pool_type": "last"}, {"pool_type": "first"}, {"pool_type": "none"},
     {"embed_cls": True}, {"output_tokens": True},
 ])  # fmt: skip
-def test_towers_where_later_positions_matter_or_might_keep_their_full_text(cfg):
+def test_towers_where_later_positions_matter_keep_full_text(cfg):
     assert text.reason_full_context(make(CustomTextCLIP, **cfg))
     assert (
         text.reason_full_context(make(CLIP)) is None
@@ -228,7 +228,7 @@ def test_towers_where_later_positions_matter_or_might_keep_their_full_text(cfg):
     )
 
 
-def test_unknown_classes_foreign_blocks_other_masks_and_dropout_keep_their_full_text(caplog):
+def test_unknown_classes_blocks_masks_and_dropout_keep_full_text(caplog):
     class Mine(CLIP):
         def encode_text(self, text, normalize=False):
             return super().encode_text(text.flip(0), normalize)
@@ -251,7 +251,7 @@ def test_unknown_classes_foreign_blocks_other_masks_and_dropout_keep_their_full_
 # Rows
 
 
-def test_a_rows_feature_does_not_depend_on_its_place_its_copies_or_its_neighbours_length():
+def test_a_rows_feature_does_not_depend_on_other_rows():
     model = make().eval()
     tokens = prompts(5, 77, 9, 12)
     order = torch.tensor([3, 0, 0, 2, 1, 3])
@@ -262,7 +262,7 @@ def test_a_rows_feature_does_not_depend_on_its_place_its_copies_or_its_neighbour
         assert_close(alone, together)
 
 
-def test_what_stands_behind_the_eot_or_how_it_is_padded_is_not_looked_at():
+def test_what_stands_after_the_eot_does_not_matter():
     model = shortened(make(), unique=False)
     tokens = prompts(5, 9, 12)
     padded = tokens.clone()
@@ -271,7 +271,7 @@ def test_what_stands_behind_the_eot_or_how_it_is_padded_is_not_looked_at():
     assert_close(model.encode_text(padded), model.encode_text(tokens))
 
 
-def test_a_row_cut_at_the_context_length_and_a_row_without_eot_are_read_where_open_clip_reads_them():
+def test_cut_rows_and_rows_without_eot_are_read_as_by_open_clip():
     model = make()
     tokens = torch.randint(1, EOT, (3, 77), generator=torch.Generator().manual_seed(0))
     tokens[0, -1] = EOT
@@ -288,7 +288,7 @@ def test_equal_rows_are_encoded_once(monkeypatch):
     assert seen == [(3, 12), (6, 12), (3, 16)]
 
 
-def test_without_gradient_many_rows_go_in_chunks_of_nearly_equal_length(monkeypatch):
+def test_without_gradient_rows_go_in_chunks_of_similar_length(monkeypatch):
     monkeypatch.setitem(text.CHUNK, "cpu", 4)
     model, seen = make().eval(), []
     tokens = prompts(*[5, 30, 8, 12, 9, 6, 31, 7, 10])[[0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 0]]
@@ -316,7 +316,7 @@ def test_a_head_through_short_text_is_open_clips(monkeypatch):
 
 
 @KINDS
-def test_short_text_leaves_the_model_as_it_was_also_after_an_error(kind):
+def test_short_text_restores_the_model_also_after_an_error(kind):
     model = make(kind)
     model.visual.eval()
     tower = getattr(model, "text", model)
@@ -340,7 +340,7 @@ def test_short_text_leaves_the_model_as_it_was_also_after_an_error(kind):
     assert before[:2] == after[:2] and before[3:] == after[3:] and before[2].keys() == after[2].keys()
 
 
-def test_short_text_inside_a_shortened_model_gives_its_options_back():
+def test_short_text_in_a_shortened_model_restores_its_options():
     model = shortened(make(), unique=False, multiple_of=16)
     with text.short_text(model):
         assert model.short_options.unique
@@ -348,7 +348,7 @@ def test_short_text_inside_a_shortened_model_gives_its_options_back():
 
 
 @KINDS
-def test_a_shortened_model_keeps_class_state_dict_copies_and_pickles(kind):
+def test_a_shortened_model_keeps_class_and_copies_and_pickles(kind):
     model = make(kind)
     short = shortened(model)
     assert isinstance(short, kind) and list(short.state_dict()) == list(model.state_dict())
@@ -383,7 +383,7 @@ def test_self_check_passes_and_leaves_modes_and_random_state(kind):
         assert type(model) is before
 
 
-def test_where_the_check_fails_the_model_keeps_its_full_text_with_a_warning(caplog):
+def test_a_failed_check_keeps_full_text_with_a_warning(caplog):
     model = make()
     # something that the structure does not show, and that depends on the number of positions
     model.transformer.register_forward_hook(lambda module, args, out: out + args[0].shape[1] * out[:, :1])
@@ -402,7 +402,7 @@ def test_weights_that_are_not_numbers_fail_the_check():
 
 
 @KINDS
-def test_with_amp_bf16_features_differ_by_less_than_its_precision(kind):
+def test_with_amp_bf16_features_differ_within_its_precision(kind):
     model, tokens = make(kind), prompts(5, 9, 12, 9)
     with torch.autocast("cpu", torch.bfloat16):
         loss, features, _ = backward(model, tokens)
@@ -441,7 +441,7 @@ def test_with_the_text_tower_locked_afterwards(kind, unlocked):
             assert_close(gradients[1][name], gradient, BACKWARD, name)
 
 
-def test_with_accumulation_the_cached_features_fit_the_ones_with_gradient():
+def test_with_accumulation_cached_features_match():
     model, tokens = shortened(make()), prompts(5, 9, 12, 9)
     with torch.no_grad():
         cached = model(images(4), tokens)["text_features"]
@@ -449,7 +449,7 @@ def test_with_accumulation_the_cached_features_fit_the_ones_with_gradient():
 
 
 @KINDS
-def test_with_torch_compile_other_lengths_and_row_counts_soon_compile_nothing_new(kind):
+def test_with_torch_compile_other_shapes_soon_compile_nothing_new(kind):
     model = make(kind, layers=1)
     short = shortened(model, multiple_of=8)
     torch._dynamo.reset()

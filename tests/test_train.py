@@ -23,6 +23,7 @@ from flyp_plugin.errors import InputError, run
 from flyp_plugin.metrics import evaluate
 from flyp_plugin.sources import expand_source
 from flyp_plugin.train import train
+from tests import tars
 from tests.close import ADAM
 from tests.naming import naming, says
 
@@ -73,7 +74,7 @@ def assert_equal(a, b):
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def test_digits_are_learned_and_read_by_open_clips_own_classifier(launch, digits):
+def test_digits_are_learned_by_open_clips_own_classifier(launch, digits):
     folder = launch("--epochs", 20, "--warmup", 20, "--save-frequency", 20)
     model, _, preprocess = open_clip.create_model_and_transforms(
         MODEL, pretrained=str(folder / "checkpoints" / "epoch_20.pt")
@@ -123,7 +124,7 @@ def tensorboard_losses(folder):
     return [event.value for event in events.Scalars("train/loss")]
 
 
-def test_the_same_batches_in_a_plain_loop_give_the_same_losses_and_weights(launch, digits, start):
+def test_a_plain_loop_gives_the_same_losses_and_weights(launch, digits, start):
     flags = ["--epochs", 2, "--warmup", 5, "--pretrained", start, "--seed", 3, "--report-to", "tensorboard"]
     exact = launch(*flags, "--full-text", name="full")
     short = launch(*flags, name="short")
@@ -180,7 +181,7 @@ def test_a_truncated_checkpoint_is_set_aside_on_resume(launch, caplog):
     assert len(weights(folder, 2)) > 10
 
 
-def test_flyps_defaults_are_in_params_txt_and_the_users_flags_win(launch, caplog):
+def test_flyps_defaults_are_in_params_txt_and_flags_win(launch, caplog):
     folder = launch("--epochs", 1, "--train-num-samples", 200, "--eps=1e-7")
     got = params(folder)
     assert {
@@ -323,7 +324,7 @@ def test_val_data_in_open_clips_form_is_evaluated_by_open_clip(launch, digits, t
     assert row["num_samples"] == json.loads((digits / "test" / "sizes.json").read_text())["0.tar"]
 
 
-def test_evaluation_sets_are_scored_before_training_and_after_each_epoch(launch, digits, start):
+def test_evaluation_sets_are_scored_at_the_start_and_each_epoch(launch, digits, start):
     folder = launch("--epochs", 2, "--pretrained", start, "--eval-data", f"val={digits}",
                     "--eval-data", f"seen={digits}/train/0.tar", "--report-to", "tensorboard")  # fmt: skip
     rows = results(folder)
@@ -394,7 +395,7 @@ def torchrun(digits, logs, *flags):
     )  # fmt: skip
 
 
-def test_two_ranks_train_on_one_global_batch_and_evaluate_as_one_process(digits, tmp_path):
+def test_two_ranks_train_on_one_batch_and_score_as_one_process(digits, tmp_path):
     done = torchrun(digits, tmp_path, "--name", "two", "--epochs", 1, "--eval-data", f"val={digits}")
     assert done.returncode == 0, done.stderr[-3000:]
     got = params(tmp_path / "two")
@@ -418,27 +419,16 @@ def test_more_ranks_than_shards_is_one_sentence_and_no_hang(digits, tmp_path):
     assert re.search(r"\b1 shards?\b.*\b2 ranks", done.stderr)
 
 
-def tar_of(path, members):
-    import io
-
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 @pytest.fixture
 def bad(digits, tmp_path):
     """Data that users have by mistake."""
     with tarfile.open(digits / "train" / "0.tar") as tar:
         png = next(tar.extractfile(m).read() for m in tar if m.name.endswith(".png"))
     (tmp_path / "not-a-tar.tar").write_bytes(b"hello" * 1000)
-    tar_of(tmp_path / "captions.tar", {"a.png": png, "a.txt": b"a digit"})
-    tar_of(tmp_path / "labels.tar", {"a.png": png, "a.cls": b"12"})
-    tar_of(tmp_path / "words.tar", {"a.png": png, "a.cls": b"cat"})
-    tar_of(tmp_path / "images.tar", {f"{i}.{ext}": b"3" for i in range(9) for ext in ("png", "cls")})
+    tars.write(tmp_path / "captions.tar", {"a.png": png, "a.txt": b"a digit"})
+    tars.write(tmp_path / "labels.tar", {"a.png": png, "a.cls": b"12"})
+    tars.write(tmp_path / "words.tar", {"a.png": png, "a.cls": b"cat"})
+    tars.write(tmp_path / "images.tar", {f"{i}.{ext}": b"3" for i in range(9) for ext in ("png", "cls")})
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "alone").mkdir()
     shutil.copy(digits / "train" / "0.tar", tmp_path / "alone" / "0.tar")

@@ -1,6 +1,5 @@
 import json
 import os
-import resource
 import shlex
 import sys
 
@@ -13,7 +12,7 @@ import torch
 from flyp_plugin.commands.wiseft import draw_frontier, parse_alphas
 from flyp_plugin.errors import InputError
 from flyp_plugin.wiseft import average, choose_alpha, interpolate
-from tests.helpers_eval import NAMES, checkpoint, flyp, root
+from tests.helpers_eval import NAMES, checkpoint, flyp, no_larger_files, root
 from tests.naming import naming
 
 MODEL = "tiny-digits"
@@ -146,7 +145,7 @@ def test_parse_alphas():
         parse_alphas("0.125")
 
 
-def test_alpha_is_chosen_on_the_first_set_alone_and_a_tie_goes_to_the_smaller():
+def test_alpha_is_chosen_on_the_first_set_and_ties_go_down():
     def at(val, ood):
         return {"val": {"top1": val}, "ood": {"top1": ood}}
 
@@ -154,7 +153,7 @@ def test_alpha_is_chosen_on_the_first_set_alone_and_a_tie_goes_to_the_smaller():
     assert choose_alpha(results, "val") == 0.4
 
 
-def test_sweep_decodes_each_image_once_and_equals_separate_evaluations(tmp_path, capsys, monkeypatch):
+def test_sweep_decodes_once_and_equals_separate_evaluations(tmp_path, capsys, monkeypatch):
     decoded = []
     real_open = PIL.Image.open
     monkeypatch.setattr(
@@ -177,7 +176,7 @@ def test_sweep_decodes_each_image_once_and_equals_separate_evaluations(tmp_path,
 
 
 @pytest.mark.parametrize("precision", ["bf16", "amp_bf16"])
-def test_sweep_in_low_precision_equals_evaluation_of_the_merged_file(tmp_path, capsys, precision):
+def test_low_precision_sweep_equals_evaluation_of_merged_files(tmp_path, capsys, precision):
     flyp(*argv(tmp_path, *sets(), "--precision", precision, "--alphas", "0.3,0.7", "--save-all", "--json"))
     record = read(capsys)
     for alpha, by_set in record["alphas"].items():
@@ -185,7 +184,7 @@ def test_sweep_in_low_precision_equals_evaluation_of_the_merged_file(tmp_path, c
         assert evaluated(path, capsys, "--precision", precision) == by_set
 
 
-def test_merged_file_is_the_formula_loads_in_open_clip_and_holds_only_weights(tmp_path):
+def test_merged_file_is_the_formula_and_loads_in_open_clip(tmp_path):
     flyp(*argv(tmp_path, "--alpha", 0.5))
     path = tmp_path / "wise_ft_alpha=0.50.pt"
     assert sorted(os.listdir(tmp_path)) == ["flyp.json", path.name, "wiseft.json"]
@@ -220,7 +219,7 @@ def test_average_comes_before_the_interpolation(tmp_path):
     assert len(json.loads((tmp_path / "wiseft.json").read_text())["inputs"]["finetuned"]) == 2
 
 
-def test_writes_the_chosen_alpha_the_record_the_picture_and_a_table(tmp_path, capsys, caplog, monkeypatch):
+def test_writes_the_chosen_alpha_record_picture_and_table(tmp_path, capsys, caplog, monkeypatch):
     caplog.set_level("INFO")
     flyp(*argv(tmp_path, *sets(), "--alphas", "0:1:0.5", "--per-set"))
     record = json.loads((tmp_path / "wiseft.json").read_text())
@@ -292,18 +291,13 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(tmp_path, monkeypatch)
     assert not out.exists()
 
 
-def test_an_existing_output_is_kept_without_force_and_whole_when_the_disk_is_full(tmp_path):
+def test_an_output_is_kept_without_force_and_on_a_full_disk(tmp_path):
     path = tmp_path / "wise_ft_alpha=0.50.pt"
     path.write_text("the old one")
     with pytest.raises(InputError, match="--force"):
         flyp(*argv(tmp_path, "--alpha", 0.5))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
-        with pytest.raises(InputError, match=naming(path, "File too large")):
-            flyp(*argv(tmp_path, "--alpha", 0.5, "--force"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with no_larger_files(1_000_000), pytest.raises(InputError, match=naming(path, "File too large")):
+        flyp(*argv(tmp_path, "--alpha", 0.5, "--force"))
     assert path.read_text() == "the old one" and os.listdir(tmp_path) == [path.name]
     flyp(*argv(tmp_path, "--alpha", 0.5, "--force"))
     assert torch.load(path, weights_only=True)

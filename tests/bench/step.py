@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flyp_plugin import text
+from flyp_plugin.precision import match_open_clip_precision
 
 DEFAULTS = {"ViT-B-32": 32, "ViT-B-16": 16}
 VARIANTS = ("open_clip", "ours", "image-only")
@@ -33,6 +34,7 @@ VARIANTS = ("open_clip", "ours", "image-only")
 def main() -> None:
     args = _parse()
     torch.set_num_threads(args.threads)
+    match_open_clip_precision()  # TF32 on a GPU, as in training
     rows = []
     for model in args.model:
         size = args.batch_size or DEFAULTS.get(model, 32)
@@ -65,6 +67,7 @@ def _parse() -> argparse.Namespace:
     add_clock(parser)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "amp_bf16"])
     parser.add_argument("--multiple-of", type=int, default=1, help="text.shorten's multiple_of")
+    parser.add_argument("--length", type=int, default=0, help="text.shorten's length")
     parser.add_argument("--adamw", choices=["foreach", "fused"], help="torch's implementation, for all three")
     parser.add_argument("--no-unique", action="store_true", help="trim only")
     parser.add_argument("--profile", action="store_true", help="also print where the time of ours goes")
@@ -96,7 +99,8 @@ class _Steps:
 
     def ours(self, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
         before = type(self.model)
-        text.shorten(self.model, unique=not self.args.no_unique, multiple_of=self.args.multiple_of)
+        options = {"unique": not self.args.no_unique, "multiple_of": self.args.multiple_of}
+        text.shorten(self.model, **({"length": self.args.length} if self.args.length else options))
         try:
             self.contrastive(images, tokens, labels)
         finally:
