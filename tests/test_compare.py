@@ -1,5 +1,6 @@
 """`flyp compare`: a real, small comparison that is interrupted, goes on and is checked figure by figure."""
 
+import dataclasses
 import json
 import os
 import re
@@ -90,6 +91,19 @@ def argv(digits):
     return lambda *more: ["compare", *map(str, (*words, *more))]
 
 
+def add_method_that_fails(patch):
+    """Make `bad` a method, whose training fails after its flags have been checked."""
+    original = compare.Comparison.flags
+
+    def flags(self, run):
+        if run.method != "bad":
+            return original(self, run)
+        return [*original(self, dataclasses.replace(run, method="flyp")), "--opt", "timm/no-such-optimizer"]
+
+    patch.setattr(compare, "METHODS", ("flyp", "bad"))
+    patch.setattr(compare.Comparison, "flags", flags)
+
+
 @pytest.fixture(scope="module")
 def finished(argv, tmp_path_factory):
     """Its folder, after an interruption in the second training and another start with a method that fails."""
@@ -103,7 +117,7 @@ def finished(argv, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(compare, "METHODS", {"flyp": [], "bad": ["--opt", "timm/no-such-optimizer"]})
+        add_method_that_fails(patch)
         threading.Thread(target=interrupt, daemon=True).start()
         words = argv("--methods", "flyp,bad")
         handler = signal.signal(
@@ -196,7 +210,7 @@ def test_runs_keep_commands_and_only_chosen_ones_weights(finished):
     lr = read(finished / "compare.json")["blocks"][0]["methods"]["flyp"]["value"]
     for run in sorted(finished.glob("runs/flyp_*")):
         command = shlex.split((run / "command.txt").read_text())
-        assert command[:3] == [sys.executable, "-m", "flyp_plugin.train"]
+        assert command[:4] == [sys.executable, "-m", "flyp_plugin", "train"]
         for flag, value in (("--epochs", "1"), ("--train-num-samples", "300"), ("--name", run.name)):
             assert command[command.index(flag) + 1] == value
         assert [path.name for path in run.glob("checkpoints/*.pt")] == ["epoch_1.pt"] * (
@@ -210,7 +224,7 @@ def test_runs_keep_commands_and_only_chosen_ones_weights(finished):
 
 def test_a_run_that_fails_is_told_with_its_folder_and_last_lines(finished, argv, monkeypatch, caplog):
     monkeypatch.chdir(finished.parent)
-    monkeypatch.setattr(compare, "METHODS", {"flyp": [], "bad": ["--opt", "timm/no-such-optimizer"]})
+    add_method_that_fails(monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in finished.glob("runs/flyp*/**/*")}
     with pytest.raises(InputError, match=naming("1 of 2", "out/compare.md")):
         flyp(*argv("--methods", "flyp,bad"))
