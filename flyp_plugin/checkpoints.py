@@ -2,13 +2,12 @@
 
 There is one reader, `read_state_dict`, which runs no code from the file and refuses weights that are not finite.
 Training, evaluation, merging and export accept the same files because open_clip's own loader is made to use it
-(`use_reader`). Which model the weights belong to is model_spec.py's matter, and finding them targets.py's.
+(`use_reader`). model_spec.py says which model the weights belong to, and targets.py finds them.
 """
 
 import errno
 import logging
 import os
-import pickle
 import re
 import struct
 import warnings
@@ -16,6 +15,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import PROTO, UnpicklingError
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -34,38 +35,24 @@ Model = Any  # a CLIP model of open_clip: torch's own types do not know its attr
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
 _OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}  # buffers in OpenAI's archives
 # what the readers raise for truncated and damaged files, torch's format from before 1.6 included
-_DAMAGED = (
-    pickle.UnpicklingError,
-    SafetensorError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    UnicodeError,
-    struct.error,
-)
+_DAMAGED = (UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, UnicodeError, struct.error)
 _WRITE_ERRORS = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-_found_finite: set[tuple[str, int, int]] = set()  # (path, size, mtime) of files
 _log = logging.getLogger(__name__)
 
 
-def _allow_numpy_scalars() -> None:
-    """Let torch.load(weights_only=True), open_clip's calls included, read NumPy scalars.
+def _allow_numpy_scalars(module: str) -> None:
+    """Let torch.load(weights_only=True) read NumPy scalars: before 2.30 open_clip saved the learning rate as one."""
 
-    Before 2.30 open_clip saved the learning rate as one. torch looks up an allowed function by its module and name,
-    and NumPy 2 renamed the module, so a stand-in for NumPy's function is registered under both.
-    """
-    if not hasattr(torch.serialization, "add_safe_globals"):  # torch < 2.4
-        return
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    def scalar(dtype: np.dtype, data: bytes) -> float:
+        return np.frombuffer(data, dtype)[0].item()
 
-        def scalar(dtype: np.dtype, data: bytes) -> float:
-            return np.frombuffer(data, dtype)[0].item()
-
-        scalar.__module__, scalar.__qualname__ = module, "scalar"
+    scalar.__module__, scalar.__qualname__ = module, "scalar"  # by which torch looks it up
+    if hasattr(torch.serialization, "add_safe_globals"):  # torch >= 2.4
         torch.serialization.add_safe_globals([scalar, np.dtype, type(np.dtype("float64"))])
 
 
-_allow_numpy_scalars()
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # its names before and since NumPy 2
+    _allow_numpy_scalars(_module)
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -83,18 +70,20 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         content = _load(path)
     except _DAMAGED as error:
-        if name := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(
-                f"{path} is refused because loading it could run code ({name[1]}); save only the state_dict."
-            ) from None
-        reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
-        raise InputError(
-            f"{path} is not a complete checkpoint ({reason}); it may be truncated, or a Git LFS pointer."
-        ) from None
+        reason = shorten(str(error), 150) or type(error).__name__
+        what = f"not a complete checkpoint ({reason}); it may be truncated, or a Git LFS pointer"
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"refused because loading it could run code ({code[1]}); save only the state_dict"
+        raise InputError(f"{path} is {what}.") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise InputError(f"{path} has no weights in it; give a state_dict or a checkpoint of open_clip.")
-    _check_finite(path, weights)
+    bad = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise InputError(
+            f"{path} has non-finite weights (NaN or inf) in {len(bad)} of {len(weights)} tensors, first in {bad[0]}: "
+            "its training diverged; use an earlier checkpoint."
+        )
     named = {_PREFIXES.sub("", key): value for key, value in weights.items()}
     return {key: value for key, value in named.items() if key not in _OPENAI_SIZES}
 
@@ -104,7 +93,7 @@ def _load(path: Path) -> Any:
         return load_file(path)
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as stream:
-            if stream.read(1) != pickle.PROTO:
+            if stream.read(1) != PROTO:
                 raise EOFError("neither a zip archive nor a pickle")
         return torch.load(path, map_location="cpu", weights_only=True)  # from before torch 1.6
     with zipfile.ZipFile(path) as archive:
@@ -119,21 +108,6 @@ def _load(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
         return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-
-
-def _check_finite(path: Path, weights: StateDict) -> None:
-    """InputError if a tensor has a NaN or inf. A file is checked once: training reads --pretrained twice."""
-    stat = path.stat()
-    file = (str(path.absolute()), stat.st_size, stat.st_mtime_ns)
-    if file in _found_finite:
-        return
-    bad = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise InputError(
-            f"{path} has non-finite weights (NaN or inf) in {len(bad)} of {len(weights)} tensors, first in {bad[0]}: "
-            "its training diverged; use an earlier checkpoint."
-        )
-    _found_finite.add(file)
 
 
 def read_torch_file(pretrained: str | None) -> dict[str, torch.Tensor]:
@@ -171,9 +145,7 @@ def use_reader(read: Callable[[str], StateDict] = read_state_dict) -> Iterator[N
         open_clip.factory.load_state_dict = original
 
 
-def build_model(
-    spec: ModelSpec, pretrained: str, precision: str = "fp32", device: str | torch.device = "cpu"
-) -> Model:
+def build_model(spec: ModelSpec, pretrained: str, precision: str = "fp32", device: Any = "cpu") -> Model:
     """The model of `spec` with the weights of a tag or a file ('' for those of its place), in eval mode.
 
     A learned head in the file becomes the model's `class_head`.
@@ -185,15 +157,10 @@ def build_model(
     path = locate_weights(spec, pretrained)
     state = read_torch_file(path)
     head, towers = load_head(state), drop_head(state)
-    preprocess_cfg = {key: value for key, value in spec.preprocess_cfg.items() if key != "size"}
+    images = {key: value for key, value in spec.preprocess_cfg.items() if key != "size"}
+    name, options = spec.registered_name(), {"force_preprocess_cfg": images, "pretrained_hf": False}
     with quiet(logging.ERROR):  # it would warn that the weights are random
-        model: Model = open_clip.create_model(
-            spec.registered_name(),
-            precision=precision,
-            device=device,
-            force_preprocess_cfg=preprocess_cfg,
-            pretrained_hf=False,
-        )
+        model: Model = open_clip.create_model(name, precision=precision, device=device, **options)
     expected = model.state_dict()
     # A timm tower is built at its own image size. Weights that fit it are resized after loading; others were trained
     # at --force-image-size, to which the tower is resized first.
@@ -212,21 +179,17 @@ def build_model(
             raise InputError(f"{pretrained} is not a checkpoint of {spec.name}: {difference}.") from None
     if resize and fits:
         resize(model.visual.image_size)
-    _check_sizes(model, state, f"{pretrained} is a {spec.name}", spec.forced)
+    for key, tensor in model.state_dict().items():  # position embeddings may have been resized
+        if key in state and state[key].shape != tensor.shape:
+            flag = "force_image_size" if key.startswith("visual.") else "force_context_length"
+            sizes = f"{key} has shape {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
+            said = f"{pretrained} is a {spec.name} of another size ({sizes})"
+            if not spec.forced.get(flag):
+                raise InputError(f"{said}; pass --{flag.replace('_', '-')} as in its training.")
+            _log.warning(f"{said} and is resized.")
     if head is not None:
         setattr(model, HEAD, head.to(device))
     return model.eval()
-
-
-def _check_sizes(model: Model, state: StateDict, what: str, forced: Mapping[str, Any]) -> None:
-    """InputError if position embeddings were resized without a flag that asks for it."""
-    for key, tensor in model.state_dict().items():
-        if key in state and state[key].shape != tensor.shape:
-            flag = "force_image_size" if key.startswith("visual.") else "force_context_length"
-            said = f"{what} of another size ({key} has shape {tuple(state[key].shape)}, not {tuple(tensor.shape)})"
-            if not forced.get(flag):
-                raise InputError(f"{said}; pass --{flag.replace('_', '-')} as in its training.")
-            _log.warning(f"{said} and is resized.")
 
 
 def default_device() -> str:
@@ -234,11 +197,7 @@ def default_device() -> str:
 
 
 def locate_weights(spec: ModelSpec, pretrained: str) -> str:
-    """The file with the weights: `pretrained` itself, or the download of its tag or of the spec's place.
-
-    Raises:
-        InputError: it cannot be downloaded.
-    """
+    """The file with the weights: `pretrained` itself, or the download (else InputError) of its tag or its place."""
     if os.path.isfile(pretrained):
         return pretrained
     kind, _, place = spec.name.partition(":")
@@ -247,15 +206,12 @@ def locate_weights(spec: ModelSpec, pretrained: str) -> str:
             path = open_clip.download_pretrained(tag_config(spec.name, pretrained))
         elif kind == "hf-hub":
             path = download_pretrained_from_hf(place)
-        else:
-            path = open_clip.factory._find_checkpoint_in_dir(
-                Path(place)
-            )  # local-dir: names need open_clip 3.0
+        else:  # local-dir: names need open_clip 3.0
+            path = open_clip.factory._find_checkpoint_in_dir(Path(place))
     except (OSError, RuntimeError) as error:
-        what, reason = f"{pretrained} of {spec.name}".lstrip(), " ".join(str(error).split())[:160]
-        raise InputError(
-            f"the weights {what} could not be downloaded ({reason}); check the network, or give a checkpoint's path."
-        ) from error
+        what = f"{pretrained} of {spec.name}" if pretrained else spec.name
+        problem = f"the weights {what} could not be downloaded ({shorten(str(error), 160)})"
+        raise InputError(f"{problem}; check the network, or give a checkpoint's path.") from error
     if not path:
         raise InputError(f"{spec.name} has no weights; give a checkpoint's path.")
     return path
@@ -269,34 +225,29 @@ def refuse_existing(path: str | os.PathLike, force: bool) -> None:
 
 @contextmanager
 def explain_write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn the system's refusals to write `path` into an InputError. Put nothing but the writing inside.
+    """InputError if the system refuses to write `path`, e.g. because the disk is full. Put only the writing inside.
 
-    Errors that are not about writing a file go through, such as a fault of the GPU that holds what is written.
-
-    Raises:
-        InputError: `path` could not be written, e.g. because the disk is full.
+    Other errors go through, such as a fault of the GPU that holds what is written.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if isinstance(error, SafetensorError):  # "... (os error 28)" or, older, "... code: 28, ..."
-            found = re.search(r"\b(?:code:|os error) (\d+)", str(error))
-            number = int(found[1]) if found else None
-        if number not in _WRITE_ERRORS:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError):  # torch.save raises one on top of the stream's OSError
+            cause = cause.__context__
+        found = re.search(r"(?:\[Errno |code: |os error )(\d+)", str(cause))  # OSError's and safetensors'
+        if not found or int(found[1]) not in _WRITE_ERRORS:
             raise
-        reason = os.strerror(number)
+        reason = os.strerror(int(found[1]))
         raise InputError(f"{path} could not be written ({reason}); any earlier file is unchanged.") from error
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, renamed to `path` when the block ends without an error.
+    """Yield a temporary path in the same folder, renamed to `path` when the block ends without an error.
 
-    An error in the block is raised unchanged; wrap the parts that write in `explain_write_errors`.
-
-    Raises:
-        InputError: the folder cannot be made, or `path` cannot be replaced.
+    An error in the block is raised unchanged; wrap the parts that write in `explain_write_errors`. InputError if the
+    folder cannot be made, or `path` cannot be replaced.
     """
     target = Path(os.path.abspath(path))  # so that '.' has a name
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -313,29 +264,15 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """`atomic_path` for a block that only writes.
-
-    Raises:
-        InputError: it could not be written, e.g. because the disk is full; an earlier file at `path` is unchanged.
-    """
+    """`atomic_path` for a block that only writes: InputError if it cannot, and an earlier file is unchanged."""
     with atomic_path(path) as part, explain_write_errors(path):
         yield part
 
 
 def save(content: object, path: str | os.PathLike) -> None:
-    """torch.save, atomically.
-
-    Raises:
-        InputError: as `atomic_write`.
-    """
-    # into a stream, whose errors say why writing failed
-    with atomic_write(path) as part, open(part, "wb") as stream:
-        try:
-            torch.save(content, stream)
-        except RuntimeError as error:  # torch raises it on top of the stream's OSError, and for much else
-            cause: BaseException | None = error
-            while cause and not isinstance(cause, OSError):
-                cause = cause.__context__
-            if cause is None:
-                raise
-            raise cause from None
+    """torch.save, atomically; InputError as in `atomic_write`."""
+    with (
+        atomic_write(path) as part,
+        open(part, "wb") as stream,
+    ):  # a stream, whose errors say why writing failed
+        torch.save(content, stream)

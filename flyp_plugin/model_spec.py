@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import open_clip
@@ -26,37 +27,33 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from flyp_plugin.errors import InputError
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # of images; the flags are --image-...
-# open_clip's flags that change what a model is
-FORCED = ("force_quick_gelu", "force_image_size", "force_context_length", "force_custom_text")
+FORCED = {  # open_clip's flags that change what a model is: the place in its configuration
+    "force_quick_gelu": ("", "quick_gelu"),
+    "force_image_size": ("vision_cfg", "image_size"),
+    "force_context_length": ("text_cfg", "context_length"),
+    "force_custom_text": ("", "custom_text"),
+}
 FLAGS = (*FORCED, *(f"image_{name}" for name in PREPROCESSING))
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model as open_clip builds it; the two dicts have the form of open_clip's open_clip_config.json.
+    """A model as open_clip builds it; the two configurations are those of open_clip's open_clip_config.json."""
 
-    Attributes:
-        name: open_clip's name of the architecture, or `hf-hub:` or `local-dir:` and a place.
-        model_cfg: its configuration, with the activation and the sizes that are used.
-        preprocess_cfg: mean, std, interpolation, resize_mode and size (pixels) in evaluation, and open_clip's others.
-        forced: the flags that made it another model than its name says, such as {"force_image_size": 336}.
-    """
-
-    name: str
-    model_cfg: Mapping[str, Any]
-    preprocess_cfg: Mapping[str, Any]
+    name: str  # of the architecture, or `hf-hub:` or `local-dir:` and a place
+    model_cfg: Mapping[str, Any]  # with the activation and the sizes that are used
+    preprocess_cfg: Mapping[str, Any]  # in evaluation: mean, std, interpolation, resize_mode, size, ...
+    # the flags that made it another model than its name says, such as {"force_image_size": 336}
     forced: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, pretrained: str = "") -> "ModelSpec":
         """The spec of a name and one of its pretrained tags; a `pretrained` that is not a tag adds nothing.
 
-        Raises:
-            InputError: an unknown name, a place without a configuration, or a model of other things than images (CLAP).
+        InputError for an unknown name, a place without a configuration, or a model without an image tower (CLAP).
         """
         if is_place(name):
-            config = _read_config(name)
-            model_cfg, preprocess_cfg = config["model_cfg"], config.get("preprocess_cfg", {})
+            model_cfg, preprocess_cfg = _read_config(name)
         else:
             key = registry_name(name)
             model_cfg, preprocess_cfg = open_clip.get_model_config(key), tag_config(name, pretrained)
@@ -64,9 +61,8 @@ class ModelSpec:
                 near = ", ".join(get_close_matches(key, open_clip.list_models(), 1)) or "--model-config FILE"
                 raise InputError(f"open_clip has no model {name}; did you mean {near}?")
             # before 2.30 open_clip lists the tag under NAME-quickgelu instead of marking it; OpenAI's, not even that
-            listed = open_clip.is_pretrained_cfg(f"{key}-quickgelu", pretrained)
-            unmarked = listed or pretrained.lower() == "openai"
-            if preprocess_cfg and (preprocess_cfg.get("quick_gelu") or unmarked):
+            marked = preprocess_cfg.get("quick_gelu") or pretrained.lower() == "openai"
+            if preprocess_cfg and (marked or open_clip.is_pretrained_cfg(f"{key}-quickgelu", pretrained)):
                 model_cfg["quick_gelu"] = True
         if "vision_cfg" not in model_cfg:
             raise InputError(f"{name} is not an image-text model; choose another --model.")
@@ -89,39 +85,27 @@ class ModelSpec:
         """This model as open_clip's flags (FLAGS) change it; those that are None or False change nothing."""
         forced = {name: flags[name] for name in FORCED if flags.get(name)}
         model_cfg = deepcopy(dict(self.model_cfg))
-        if forced.get("force_quick_gelu"):
-            model_cfg["quick_gelu"] = True
-        if size := forced.get("force_image_size"):
-            model_cfg["vision_cfg"]["image_size"] = square_as_int(size)
-        if length := forced.get("force_context_length"):
-            model_cfg["text_cfg"]["context_length"] = length
-        if forced.get("force_custom_text"):
-            model_cfg["custom_text"] = True
+        for flag, value in forced.items():
+            part, key = FORCED[flag]
+            (model_cfg[part] if part else model_cfg)[key] = square_as_int(value)
         images = {name: flags.get(f"image_{name}") for name in PREPROCESSING}
-        preprocess_cfg = merge_preprocess_dict(dict(self.preprocess_cfg), images)
-        return replace(
-            self,
-            model_cfg=model_cfg,
-            preprocess_cfg=_complete(preprocess_cfg, model_cfg),
-            forced={**self.forced, **forced},
-        )
+        preprocess_cfg = _complete(merge_preprocess_dict(dict(self.preprocess_cfg), images), model_cfg)
+        return ModelSpec(self.name, model_cfg, preprocess_cfg, {**self.forced, **forced})
 
     def differences(self, other: "ModelSpec") -> list[str]:
         """How `other` differs from this model, in words such as 'mean 0.5 0.5 0.5, not 0 0 0'."""
-        before = {"activation": self.activation, **_flatten(self.model_cfg)}
-        after = {"activation": other.activation, **_flatten(other.model_cfg)}
+        specs = (self, other)
+        before, after = ({**_flatten(spec.model_cfg), "activation": spec.activation} for spec in specs)
         for key in self.preprocess_cfg.keys() - {"size"}:  # the model's image_size
             before[key], after[key] = self.preprocess_cfg[key], other.preprocess_cfg.get(key)
-        return [
-            f"{key} {_format(after.get(key))}, not {_format(before.get(key))}"
-            for key in sorted(before.keys() | after.keys())
-            if before.get(key) != after.get(key)
-        ]
+        keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+        return [f"{key} {_format(after.get(key))}, not {_format(before.get(key))}" for key in keys]
 
     def __str__(self) -> str:
-        images = ", ".join(f"{name} {_format(value)}" for name, value in self.images.items())
-        size = _format(self.preprocess_cfg["size"])
-        return f"{self.name} with {self.activation}, images of {size} pixels with {images}"
+        images = ", ".join(
+            f"{name} {_format(self.preprocess_cfg[name])}" for name in ("size", *PREPROCESSING)
+        )
+        return f"{self.name} with {self.activation}, images with {images}"
 
     def registered_name(self) -> str:
         """A name under which open_clip builds this model: its own, or a new one if that is another model there."""
@@ -139,10 +123,9 @@ class ModelSpec:
     def tokenizer(self) -> Callable:
         """open_clip's tokenizer of this model: list of N texts -> int64 (N, context length)."""
         name = self.name if is_place(self.name) else self.registered_name()  # a place has tokenizer files
+        length = self.model_cfg["text_cfg"].get("context_length")
         with quiet():
-            return open_clip.get_tokenizer(
-                name, context_length=self.model_cfg["text_cfg"].get("context_length")
-            )
+            return open_clip.get_tokenizer(name, context_length=length)
 
 
 def is_place(name: str) -> bool:
@@ -155,18 +138,14 @@ def registry_name(name: str) -> str:
     return name.replace("/", "-")
 
 
-def _read_config(name: str) -> dict[str, Any]:
-    kind, _, place = name.partition(":")
-    file = "open_clip_config.json"
+def _read_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    (kind, _, place), file = name.partition(":"), "open_clip_config.json"
     try:
         path = download_pretrained_from_hf(place, filename=file) if kind == "hf-hub" else Path(place, file)
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-        if "model_cfg" not in config:
-            raise ValueError("it lacks model_cfg")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(f"{name} has no valid {file} ({reason}); check --model.") from None
-    return config
+        return config["model_cfg"], config.get("preprocess_cfg", {})
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{name} has no valid {file} ({shorten(str(error), 200)}); check --model.") from None
 
 
 def tag_config(name: str, tag: str) -> dict[str, Any]:
@@ -175,7 +154,7 @@ def tag_config(name: str, tag: str) -> dict[str, Any]:
 
 
 def _complete(preprocess_cfg: Mapping[str, Any], model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """All of open_clip's preprocessing options: `preprocess_cfg`, the model's image size, and open_clip's defaults."""
+    """All of open_clip's preprocessing options, with the model's image size."""
     size = model_cfg["vision_cfg"].get("image_size", 224)
     merged = merge_preprocess_dict(asdict(PreprocessCfg()), {**preprocess_cfg, "size": size})
     return {key: square_as_int(value) for key, value in merged.items()}
@@ -190,10 +169,9 @@ def square_as_int(value: Any) -> Any:
 
 def _flatten(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The towers' settings as vision_cfg.layers and so on, without the activation."""
-    flat: dict[str, Any] = {}
-    for key, value in model_cfg.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
-    return {key: value for key, value in flat.items() if key != "quick_gelu"}
+    towers = {key: value for key, value in model_cfg.items() if isinstance(value, Mapping)}
+    flat = {key: value for key, value in model_cfg.items() if key not in (*towers, "quick_gelu")}
+    return flat | {f"{tower}.{key}": value for tower, cfg in towers.items() for key, value in cfg.items()}
 
 
 def _format(value: Any) -> str:

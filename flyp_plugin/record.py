@@ -1,7 +1,7 @@
 """flyp.json, the record of a run: what its checkpoints mean, so that no later command can get it wrong.
 
 Training writes logs/NAME/flyp.json before its first step; `flyp wiseft` copies it beside merged weights and `flyp
-export` into its folder. It is JSON with sorted keys, and all values are as resolved, not as typed:
+export` into its folder. All values are as resolved, not as typed:
 
     format           1; a command refuses a format that it does not know
     model            open_clip's name of the model, or hf-hub: / local-dir: and a place
@@ -12,9 +12,8 @@ export` into its folder. It is JSON with sorted keys, and all values are as reso
     model_config     path of the user's own configuration (--model-config), or null
     pretrained       {"given": tag or path, "sha256": of the file, null for a tag}: what training started from
     precision        open_clip's --precision, under which the run was evaluated
-    objective        what was trained: flyp, ce, lp, lp-ft or flyp-ce
-    classnames, templates
-                     of the training set, in the order of the class indices
+    objective        flyp, ce, lp, lp-ft or flyp-ce
+    classnames, templates  of the training set, in the order of the class indices
     classes_given    which of the two were given by flags: evaluation sets without files of their own use those too
     eval_data        ["NAME=SHARDS", ...] as given; the first is the ID validation set
     keys             members of a sample: {"image_key", "label_key", "group_key"}
@@ -32,8 +31,9 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import open_clip
@@ -60,12 +60,7 @@ _NOT_TRAINING = re.compile(
 
 @dataclass(frozen=True)
 class Record:
-    """The content of a flyp.json.
-
-    Attributes:
-        content: as in the file.
-        folder: where it was found; None if it is not written yet.
-    """
+    """The content of a flyp.json, and the folder where it was found (None: it is not written yet)."""
 
     content: Mapping[str, Any]
     folder: Path | None = None
@@ -78,9 +73,8 @@ class Record:
     @property
     def prompts(self) -> ClassPrompts | None:
         """The training set's class names and templates; None in a record of the model alone."""
-        if "classnames" not in self.content:
-            return None
-        return ClassPrompts(self.content["classnames"], self.content["templates"])
+        names = self.get("classnames")
+        return ClassPrompts(names, self.content["templates"]) if names else None
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.content.get(key, default)
@@ -96,15 +90,9 @@ class Record:
 
 def describe_model(spec: ModelSpec) -> dict[str, Any]:
     """The part of a record that says what weights mean."""
-    modules = (flyp_plugin, open_clip, timm, torch)
-    return {
-        "format": FORMAT,
-        "model": spec.name,
-        "model_cfg": spec.model_cfg,
-        "preprocess_cfg": spec.preprocess_cfg,
-        "forced": spec.forced,
-        "versions": {module.__name__: module.__version__ for module in modules},
-    }
+    versions = {module.__name__: module.__version__ for module in (flyp_plugin, open_clip, timm, torch)}
+    model = {name: getattr(spec, name) for name in ("model_cfg", "preprocess_cfg", "forced")}
+    return {"format": FORMAT, "model": spec.name, **model, "versions": versions}
 
 
 def describe_weights(pretrained: str) -> dict[str, str | None]:
@@ -113,18 +101,9 @@ def describe_weights(pretrained: str) -> dict[str, str | None]:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file in hex; computed once while its size and modification time stay the same."""
-    stat = os.stat(path)
-    return _sha256(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """The SHA-256 of a file in hex."""
+    with open(path, "rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def training_settings(args: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -134,22 +113,15 @@ def training_settings(args: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def read(folder: str | Path) -> Record | None:
-    """The record in a folder, or None.
-
-    Raises:
-        InputError: the file is not a record, or is of a later format.
-    """
+    """The record in a folder, or None; InputError if the file is not a record, or is of a later format."""
     path = Path(folder, FILE)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            not isinstance(content, dict)
-            or not {"format", "model", "model_cfg", "preprocess_cfg"} <= content.keys()
-        ):
+        if not {"format", "model", "model_cfg", "preprocess_cfg"} <= content.keys():
             raise ValueError("it is not the record of a run")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: it is not a dict
         raise InputError(f"{path} cannot be read ({error}); restore it from a copy, or delete it.") from None
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, not {FORMAT}; upgrade flyp-plugin.")
@@ -159,9 +131,7 @@ def read(folder: str | Path) -> Record | None:
 def find(weights: str | os.PathLike) -> Record | None:
     """The record that belongs to a run's folder, a checkpoint, merged weights or an export; None if there is none."""
     path = Path(weights)
-    if (
-        not os.fspath(weights) or not path.exists()
-    ):  # '' is a place's weights, though Path('') is the current folder
+    if not os.path.exists(weights):  # such as '' for a place's weights, though Path('') is the current folder
         return None
     folder = path if path.is_dir() else path.parent
     return read(folder) or (read(folder.parent) if folder.absolute().name == "checkpoints" else None)
@@ -169,47 +139,41 @@ def find(weights: str | os.PathLike) -> Record | None:
 
 def differences(before: Record, now: Record) -> dict[str, tuple[Any, Any]]:
     """The training settings that have changed, as {flag: (before, now)}."""
-    old, new = _settings(before), _settings(now)
+
+    def settings(record: Record) -> dict[str, Any]:
+        keys = {name: key for name, key in record.get("keys", {}).items() if name != "group_key"}
+        others = {name: record.get(name) for name in ("classnames", "templates", "precision")}
+        return {**record.get("training", {}), **others, **keys, "pretrained": record.pretrained}
+
+    old, new = settings(before), settings(now)
     names = sorted(old.keys() | new.keys())
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
-
-
-def _settings(record: Record) -> dict[str, Any]:
-    keys = {name: key for name, key in record.get("keys", {}).items() if name != "group_key"}
-    others = {name: record.get(name) for name in ("classnames", "templates", "precision")}
-    return {**record.get("training", {}), **others, **keys, "pretrained": record.pretrained}
 
 
 def check_same_model(records: Sequence[Record]) -> None:
     """InputError if weights that are to be merged are of different models."""
     for other in records[1:]:
         if found := records[0].spec.differences(other.spec):
-            raise InputError(
-                f"{other.folder} and {records[0].folder} are of different models ({found[0]}); merge runs of one model."
-            )
+            folders = f"{other.folder} and {records[0].folder}"
+            raise InputError(f"{folders} are of different models ({found[0]}); merge runs of one model.")
 
 
 def epochs(folder: Path) -> dict[int, Path]:
     """The checkpoints of a run by their epoch, in order."""
-    found = {}
-    for path in folder.glob("checkpoints/epoch_*.pt"):
-        if number := re.fullmatch(r"epoch_(\d+)\.pt", path.name):
-            found[int(number[1])] = path
-    return dict(sorted(found.items()))
+    numbers = {path: path.stem.removeprefix("epoch_") for path in folder.glob("checkpoints/epoch_*.pt")}
+    return dict(sorted((int(number), path) for path, number in numbers.items() if number.isdecimal()))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of a run after the most epochs, from which it is resumed; None if there is none.
+    """The checkpoint of a run after the most epochs, by the number in the file, from which it is resumed, or None.
 
-    The number of epochs is read from the checkpoint. open_clip goes by names: it prefers epoch_latest.pt, which is
-    older than the others if the run went on without --save-most-recent, and with that flag it looks for no other file.
-    open_clip 4 also writes a checkpoint as a folder of parts.
-
-    Raises:
-        InputError: a file among them is not a checkpoint of a training.
+    open_clip goes by names: it prefers epoch_latest.pt, which is older than the others if the run was continued
+    without --save-most-recent, and with that flag it looks for no other file. InputError if a file is no checkpoint.
     """
     found = {path: _read_epoch(path) for path in folder.glob("checkpoints/epoch_*.pt")}
-    for path in folder.glob("checkpoints/epoch_*/_metadata_extra.pt"):  # which is written last
+    for path in folder.glob(
+        "checkpoints/epoch_*/_metadata_extra.pt"
+    ):  # open_clip 4's folder of parts; written last
         found[path.parent] = _read_epoch(path)
     return max(found, key=lambda path: (found[path], path.name), default=None)  # of equals, epoch_latest.pt
 
@@ -218,7 +182,7 @@ def _read_epoch(path: Path) -> int:
     try:
         return int(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["epoch"])
     except (KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+        problem = f"not a checkpoint of this run ({shorten(f'{type(error).__name__}: {error}', 150)})"
         raise InputError(
-            f"{path} is not a checkpoint of this run ({reason}), but --resume latest would use it; move it elsewhere."
+            f"{path} is {problem}, but --resume latest would use it; move it elsewhere."
         ) from None

@@ -14,9 +14,10 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import open_clip
@@ -35,15 +36,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """Weights that a command reads.
+    """Weights that a command reads, the model that they belong to, and the record of their run, if there is one."""
 
-    Attributes:
-        weights: a checkpoint's path or a tag; '' for the weights of an `hf-hub:` or `local-dir:` model.
-        spec: the model that they belong to.
-        record: of the run that they come from; None if there is none.
-    """
-
-    weights: str
+    weights: str  # a checkpoint's path or a tag; '' for the weights of an `hf-hub:` or `local-dir:` model
     spec: ModelSpec
     record: Record | None
 
@@ -53,17 +48,12 @@ class Target:
 
 
 def target_from_args(args: argparse.Namespace, given: str) -> Target:
-    """The weights that `given` and --epoch stand for; the record fills in the flags that are not given.
-
-    Raises:
-        InputError: a folder that is not a run, a checkpoint that was deleted, or weights of an unknown model.
-    """
+    """The weights that `given` and --epoch stand for; the record fills in the flags that are not given."""
     known, weights = record.find(given), given
     if known and os.path.isdir(given):
         weights = str(choose_weights(known, args.epoch))
     elif args.epoch:
         raise InputError(f"--epoch chooses a checkpoint of a run, but {given} is not a run; leave it out.")
-    fill_in(args, known)
     return Target(weights, spec_from_args(args, weights, known), known)
 
 
@@ -78,22 +68,17 @@ def choose_weights(run: Record, epoch: str | None) -> Path:
     Raises:
         InputError: that checkpoint was deleted, there is none, or the first set was not scored.
     """
-    folder = run.folder
+    folder, what = run.folder, "checkpoint"
     assert folder is not None  # noqa: S101 - records that are found have one
     saved = record.epochs(folder)
-    path = _merged_weights(folder, saved) if epoch is None else None
     if epoch in (None, "last"):
-        path = path or record.newest_checkpoint(folder)
-        if path is None:
-            raise InputError(f"{folder} has no checkpoint; give the path of one.")
+        path = (None if epoch else _merged_weights(folder, saved)) or record.newest_checkpoint(folder)
     else:
         number, why = _best_epoch(run, folder) if epoch == "best" else (epoch, "")
-        path = {str(one): path for one, path in saved.items()}.get(str(number))
-        if path is None:
-            raise InputError(
-                f"{folder}/checkpoints has no epoch {number}{why}; pass --epoch best, last or one of its own "
-                f"({', '.join(map(str, saved)) or 'none'})."
-            )
+        path, what = {str(one): path for one, path in saved.items()}.get(str(number)), f"epoch {number}{why}"
+    if path is None:
+        those = ", ".join(map(str, saved)) or "none"
+        raise InputError(f"{folder} has no {what}; pass --epoch best, last or one of its own ({those}).")
     _log.info(f"Using the weights {path}.")
     return path
 
@@ -106,10 +91,8 @@ def _merged_weights(folder: Path, saved: Mapping[int, Path]) -> Path | None:
             merge = json.loads(path.read_text(encoding="utf-8"))
             weights = place / merged_name(merge["chosen_alpha"])
             if saved and max(saved) > (merge.get("last_epoch") or max(saved)):
-                _log.warning(
-                    f"{weights} was merged before {folder} was trained further; run `flyp wiseft {folder} --force` to "
-                    "merge its last epoch, or pass --epoch last to use that unmerged."
-                )
+                said = f"{weights} was merged before {folder} was trained further"
+                _log.warning(f"{said}; run `flyp wiseft {folder} --force`, or pass --epoch last.")
             return weights if weights.exists() else None
     export = folder / "open_clip_model.safetensors"
     return export if export.exists() else None
@@ -126,20 +109,16 @@ def _best_epoch(run: Record, folder: Path) -> tuple[int, str]:
     scores = {row["epoch"]: row[f"{name}/top1"] for row in rows if row["epoch"] and f"{name}/top1" in row}
     if not scores:
         raise InputError(f"{path} has no scores to choose the best epoch by; pass --epoch last or a number.")
-    return best(scores), f", the best on {name}"
+    return best(scores), f" (the best on {name})"
 
 
-def fill_in(args: argparse.Namespace, known: Record | None) -> None:
-    """Set the flags that the user left out to what the run was trained with, else to their defaults."""
+def spec_from_args(args: argparse.Namespace, weights: str, known: Record | None) -> ModelSpec:
+    """`resolve_spec` with a command's flags; other flags not given are set to the run's values, else to defaults."""
     trained = {**known.get("keys", {}), "precision": known.get("precision")} if known else {}
     for name, default in _DEFAULTS.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, trained.get(name) or default)
     args.device = args.device or default_device()
-
-
-def spec_from_args(args: argparse.Namespace, weights: str, known: Record | None) -> ModelSpec:
-    """`resolve_spec` with the flags of these commands."""
     if args.model_config:
         add_model_config(args.model_config)
     spec = resolve_spec(args.model, weights, {name: getattr(args, name) for name in FLAGS}, known)
@@ -160,8 +139,7 @@ def resolve_spec(
 ) -> ModelSpec:
     """The model of some weights: by the record beside them, else by the model's name and tag; flags override both.
 
-    An override of what the record says is logged, and so is what is assumed of a file without a record if the model
-    has tags that differ in activation or preprocessing.
+    An override is logged, and so is what is assumed of a file without a record if the model has tags that differ.
 
     Args:
         model_name: None means the record's.
@@ -177,22 +155,19 @@ def resolve_spec(
         raise TypeError(f"{min(unknown)} is none of {', '.join(FLAGS)}")
     known = known or record.find(pretrained)
     if known is None and model_name is None:
-        raise InputError(
-            f"there is no {record.FILE} for {pretrained}, as for a run or its checkpoints; check the path, or pass --model."
-        )
+        raise InputError(f"{pretrained} has no {record.FILE}, as a run has; check the path, or pass --model.")
     if known and model_name in (None, known.spec.name):
         spec = known.spec.with_flags(flags)
     else:
         spec = ModelSpec.of(model_name or "", pretrained)
         tag = tag_config(spec.name, pretrained)
         if pretrained and not tag and not os.path.isfile(pretrained):
-            what = "is a folder, not a checkpoint" if os.path.isdir(pretrained) else "is not a file"
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(registry_name(spec.name))) or "none"
-            raise InputError(f"{pretrained} {what}, nor a pretrained tag of {spec.name} (its tags: {tags}).")
+            what = f"neither a file nor a pretrained tag of {spec.name} (its tags: {tags})"
+            raise InputError(f"{pretrained} is {what}.")
         if flags.get("force_quick_gelu") and tag and not spec.quick_gelu:
-            raise InputError(
-                f"the weights {pretrained} of {spec.name} were trained with GELU; leave out --force-quick-gelu."
-            )
+            what = f"{pretrained} of {spec.name} was trained with GELU"
+            raise InputError(f"{what}; leave out --force-quick-gelu.")
         spec = spec.with_flags(flags)
     if known:
         if changed := known.spec.differences(spec):
@@ -211,15 +186,10 @@ def _warn_of_assumptions(spec: ModelSpec, path: str, flags: Mapping[str, Any]) -
     hints = []
     if activation and not flags.get("force_quick_gelu"):
         flag = "GELU: --model without -quickgelu" if spec.quick_gelu else "QuickGELU: --force-quick-gelu"
-        hints.append(f"{_abbreviate(activation)} ({flag})")
+        hints.append(f"{shorten(', '.join(activation), 60)} ({flag})")
     if images and any(flags.get(f"image_{name}") is None for name in PREPROCESSING):
         names = ", ".join(f"--image-{name.replace('_', '-')}" for name in PREPROCESSING)
-        hints.append(f"{_abbreviate(images)} (preprocessing: {names})")
+        hints.append(f"{shorten(', '.join(images), 60)} (preprocessing: {names})")
     if hints:
-        _log.warning(
-            f"{path} has no {record.FILE}, so it is taken as {spec}. Tags that differ: {'; '.join(hints)}."
-        )
-
-
-def _abbreviate(tags: Sequence[str]) -> str:
-    return ", ".join([*tags[:3], *(["..."] if len(tags) > 3 else [])])
+        said = f"{path} has no {record.FILE}, so it is taken as {spec}"
+        _log.warning(f"{said}. Tags that differ: {'; '.join(hints)}.")

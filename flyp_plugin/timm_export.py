@@ -24,11 +24,8 @@ from torch import nn
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier
 
-_CROP_MODES = {
-    "shortest": "center",
-    "squash": "squash",
-    "longest": "border",
-}  # timm's, by open_clip's resize mode
+# timm's, by open_clip's resize mode
+_CROP_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
 @torch.no_grad()
@@ -48,8 +45,7 @@ def to_timm_model(classifier: ImageClassifier, model_cfg: dict[str, Any]) -> tup
     if isinstance(visual, TimmModel):
         architecture = vision["timm_model_name"].split(".")[0]
         model_args = {"global_pool": pool} if (pool := vision.get("timm_pool", "avg")) else {}
-        if size := resized_to(visual):
-            model_args["img_size"] = size
+        model_args |= {"img_size": size} if (size := resized_to(visual)) else {}
         weights, projection, bias = _split_timm_tower(visual)
     elif isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.proj is not None:
         architecture = "vit_base_patch16_clip_224"  # of any size: the arguments give all dimensions
@@ -79,32 +75,23 @@ def to_timm_model(classifier: ImageClassifier, model_cfg: dict[str, Any]) -> tup
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if str(error).startswith("CUDA"):  # a fault of the device, not of the model
             raise
-        reason = str(error).strip().splitlines()[-1].strip()[:200]
-        raise _unsupported(f"{architecture}: {reason}") from error
-    preprocess = visual.preprocess_cfg
+        raise _unsupported(f"{architecture}: {str(error).strip().splitlines()[-1].strip()[:200]}") from error
+    preprocess, defaults = visual.preprocess_cfg, model.pretrained_cfg
     size = preprocess["size"]
     pretrained_cfg = {
         "num_classes": len(names),
         "input_size": [3, *(size if isinstance(size, (tuple, list)) else (size, size))],
-        "pool_size": model.pretrained_cfg.get("pool_size"),
-        "fixed_input_size": model.pretrained_cfg.get("fixed_input_size", False),
+        "pool_size": defaults.get("pool_size"),
+        "fixed_input_size": defaults.get("fixed_input_size", False),
         "crop_pct": 1.0,
         "crop_mode": _CROP_MODES[preprocess["resize_mode"]],
         "interpolation": "bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic",
-        "mean": list(preprocess["mean"]),
-        "std": list(preprocess["std"]),
-        "first_conv": model.pretrained_cfg["first_conv"],
-        "classifier": layer,
+        **{key: list(preprocess[key]) for key in ("mean", "std")},
+        **{key: defaults[key] for key in ("first_conv", "classifier")},
     }
     _check_equal(classifier, model, pretrained_cfg)
-    return model, {
-        "architecture": architecture,
-        "num_classes": len(names),
-        "num_features": model.num_features,
-        "label_names": names,
-        "model_args": model_args,
-        "pretrained_cfg": pretrained_cfg,
-    }
+    config = {"architecture": architecture, "num_classes": len(names), "num_features": model.num_features}
+    return model, {**config, "label_names": names, "model_args": model_args, "pretrained_cfg": pretrained_cfg}
 
 
 def resized_to(visual: Any) -> list[int] | None:
@@ -116,10 +103,10 @@ def resized_to(visual: Any) -> list[int] | None:
 
 def _split_timm_tower(visual: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
     """The weights of the trunk without its classifier, and the projection (D, W) with its bias (D,) that follows it."""
-    weights = dict(visual.trunk.state_dict())
-    if "proj" in visual.head._modules and set(visual.head._modules) <= {"drop", "proj"}:
-        return weights, visual.head.proj.weight, visual.head.proj.bias
-    if len(visual.head):
+    weights, head = dict(visual.trunk.state_dict()), visual.head
+    if "proj" in head._modules and set(head._modules) <= {"drop", "proj"}:
+        return weights, head.proj.weight, head.proj.bias
+    if len(head):
         raise _unsupported("a timm tower with a head of open_clip's own")
     classifier = visual.trunk.get_classifier()
     if isinstance(classifier, nn.Linear):
@@ -135,9 +122,7 @@ def _check_equal(classifier: ImageClassifier, model: nn.Module, pretrained_cfg: 
     images = torch.randn(4, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     expected = classifier.model.encode_image(images) @ classifier.head
     if not expected.isfinite().all():
-        raise InputError(
-            "the model's logits are not finite (NaN or inf): its training diverged; use other weights."
-        )
+        raise InputError("the model's logits are NaN or inf: its training diverged; use other weights.")
     tolerance = 1e-3 * expected.abs().max().item()
     if not torch.allclose(model.to(device)(images), expected, rtol=1e-3, atol=tolerance):
         raise _unsupported("its options change the features in a way that timm's does not")
@@ -146,9 +131,7 @@ def _check_equal(classifier: ImageClassifier, model: nn.Module, pretrained_cfg: 
     transform = create_transform(**{key: pretrained_cfg[key] for key in keys})
     if not torch.equal(transform(Image.fromarray(pixels)), classifier.preprocess(Image.fromarray(pixels))):
         mode = classifier.model.visual.preprocess_cfg["resize_mode"]
-        raise InputError(
-            f"timm's preprocessing gives other pixels (resize mode {mode}); use --format open_clip."
-        )
+        raise InputError(f"timm preprocesses to other pixels (resize mode {mode}); use --format open_clip.")
 
 
 def _unsupported(what: str) -> InputError:

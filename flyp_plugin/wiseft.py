@@ -50,9 +50,8 @@ def average(state_dicts: Sequence[StateDict]) -> dict[str, torch.Tensor]:
     """
     *_, last = state_dicts
     for number, other in enumerate(state_dicts, 1):
-        check_same_architecture(
-            last, other, f"checkpoint {number} of {len(state_dicts)}", "the last checkpoint"
-        )
+        name = f"checkpoint {number} of {len(state_dicts)}"
+        check_same_architecture(last, other, name, "the last checkpoint")
     result = {}
     for key, tensor in last.items():
         if tensor.is_floating_point():
@@ -64,8 +63,7 @@ def average(state_dicts: Sequence[StateDict]) -> dict[str, torch.Tensor]:
 
 def check_same_architecture(expected: StateDict, given: StateDict, name: str, expected_name: str) -> None:
     """Raise InputError, naming the first tensor, if two state dicts differ in keys or shapes."""
-    difference = first_difference(expected, given)
-    if difference:
+    if difference := first_difference(expected, given):
         raise InputError(f"{name} and {expected_name} are of different architectures: {difference}.")
 
 
@@ -81,30 +79,20 @@ def _interpolate_tensor(pretrained: torch.Tensor, finetuned: torch.Tensor, alpha
 
 @torch.no_grad()
 def sweep(
-    model: Model,
-    pretrained: StateDict,
+    model: Model,  # receives the weights of each alpha in turn, and is left with arbitrary ones
+    pretrained: StateDict,  # the end points, of one architecture, preferably on the model's device
     finetuned: StateDict,
     alphas: Sequence[float],
     sets: Sequence[EvalSet],
     tokenizer: Callable,
-    loader: Callable[[EvalSet], Iterable[dict[str, Any]]],
-    precision: str = "fp32",
+    loader: Callable[[EvalSet], Iterable[dict[str, Any]]],  # the batches of a set
+    precision: str = "fp32",  # open_clip's --precision that the model was built with
 ) -> dict[float, dict[str, Metrics]]:
     """The metrics of each alpha on each set, decoding every image once whatever the number of alphas.
 
-    Memory: the two end points, `model`, a block of images, and one head (D, C) for each alpha and set.
-
-    Args:
-        model: receives the weights of each alpha in turn, and is left with arbitrary ones.
-        pretrained, finetuned: the end points, preferably on the model's device. A learned head that both have is
-            interpolated like the towers, and serves each set by its class names.
-        loader: returns the batches of a set.
-        precision: open_clip's --precision that the model was built with.
-
-    Raises:
-        InputError: end points of different architectures, or class names that a learned head does not have.
+    Memory: the two end points, `model`, a block of images, and one head (D, C) for each alpha and set. A learned head
+    that both end points have is interpolated like the towers; InputError if it lacks a set's class.
     """
-    check_same_architecture(pretrained, finetuned, "the fine-tuned weights", "the pretrained weights")
     weights = model.state_dict()
     # the heads are built first, so that later only the image side has to move
     image_side = {key: tensor for key, tensor in weights.items() if key.startswith(("visual.", "logit_"))}
@@ -113,21 +101,19 @@ def sweep(
         for key, tensor in tensors.items():
             tensor.copy_(_interpolate_tensor(pretrained[key], finetuned[key], alpha))
 
-    heads: dict[tuple[float, str], torch.Tensor] = {}
+    classifiers: dict[tuple[float, str], ImageClassifier] = {}  # of the one model, each with its own head
     for alpha in tqdm(alphas, desc="heads", unit="alpha", disable=None):
         load(alpha, weights)
-        for eval_set in sets:
-            classifier = ImageClassifier.from_model(model, tokenizer, eval_set.prompts, precision)
-            heads[alpha, eval_set.name] = classifier.head
+        for each in sets:
+            classifier = ImageClassifier.from_model(model, tokenizer, each.prompts, precision)
+            classifiers[alpha, each.name] = classifier
     results: dict[float, dict[str, Metrics]] = {alpha: {} for alpha in alphas}
     for eval_set in sets:
-        names = eval_set.prompts.classnames
-        tallies = {alpha: Tally(len(names)) for alpha in alphas}
+        tallies = {alpha: Tally(len(eval_set.prompts.classnames)) for alpha in alphas}
         for block in _blocks(with_progress(loader(eval_set), eval_set.name), model.logit_scale.device):
             for alpha in alphas:
                 load(alpha, image_side)
-                classifier = ImageClassifier(model, heads[alpha, eval_set.name], names, precision)
-                score(classifier, block, tallies[alpha])
+                score(classifiers[alpha, eval_set.name], block, tallies[alpha])
         for alpha in alphas:
             results[alpha][eval_set.name] = tallies[alpha].metrics()
     return results

@@ -1,5 +1,6 @@
 """`flyp compare`: a real, small comparison that is interrupted, goes on and is checked figure by figure."""
 
+import dataclasses
 import json
 import os
 import re
@@ -90,6 +91,19 @@ def argv(digits):
     return lambda *more: ["compare", *map(str, (*words, *more))]
 
 
+def add_method_that_fails(patch):
+    """Make `bad` a method, whose training fails after its flags have been checked."""
+    original = compare.Comparison.flags
+
+    def flags(self, run):
+        if run.method != "bad":
+            return original(self, run)
+        return [*original(self, dataclasses.replace(run, method="flyp")), "--opt", "timm/no-such-optimizer"]
+
+    patch.setattr(compare, "METHODS", ("flyp", "bad"))
+    patch.setattr(compare.Comparison, "flags", flags)
+
+
 @pytest.fixture(scope="module")
 def finished(argv, tmp_path_factory):
     """Its folder, after an interruption in the second training and another start with a method that fails."""
@@ -103,7 +117,7 @@ def finished(argv, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(compare, "METHODS", {"flyp": [], "bad": ["--opt", "timm/no-such-optimizer"]})
+        add_method_that_fails(patch)
         threading.Thread(target=interrupt, daemon=True).start()
         words = argv("--methods", "flyp,bad")
         handler = signal.signal(
@@ -196,7 +210,7 @@ def test_runs_keep_commands_and_only_chosen_ones_weights(finished):
     lr = read(finished / "compare.json")["blocks"][0]["methods"]["flyp"]["value"]
     for run in sorted(finished.glob("runs/flyp_*")):
         command = shlex.split((run / "command.txt").read_text())
-        assert command[:3] == [sys.executable, "-m", "flyp_plugin.train"]
+        assert command[:4] == [sys.executable, "-m", "flyp_plugin", "train"]
         for flag, value in (("--epochs", "1"), ("--train-num-samples", "300"), ("--name", run.name)):
             assert command[command.index(flag) + 1] == value
         assert [path.name for path in run.glob("checkpoints/*.pt")] == ["epoch_1.pt"] * (
@@ -210,7 +224,7 @@ def test_runs_keep_commands_and_only_chosen_ones_weights(finished):
 
 def test_a_run_that_fails_is_told_with_its_folder_and_last_lines(finished, argv, monkeypatch, caplog):
     monkeypatch.chdir(finished.parent)
-    monkeypatch.setattr(compare, "METHODS", {"flyp": [], "bad": ["--opt", "timm/no-such-optimizer"]})
+    add_method_that_fails(monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in finished.glob("runs/flyp*/**/*")}
     with pytest.raises(InputError, match=naming("1 of 2", "out/compare.md")):
         flyp(*argv("--methods", "flyp,bad"))
@@ -272,7 +286,6 @@ def test_kill_ends_the_current_run_with_one_line_and_status_143(argv, tmp_path):
         (["--methods", "flyp,lora"], ["--methods", "flyp,lora", "lp-ft", "flyp-ce"]),
         (["--methods", "flyp,flyp"], ["--methods", "flyp,flyp"]),
         (["--seeds", "3:1"], ["--seeds", "3:1"]),
-        (["--seeds", "0:10000000000"], ["--seeds", "0:10000000000", "1000"]),
         (["--lr", "0"], ["--lr", "0"]),
         (["--methods", "flyp,lp", "--lp-c", "1"], ["--lr", "2", "--lp-c", "1"]),
         (["--id-test", "val"], ["--id-test", "val", "--eval-data", "odd"]),
@@ -440,7 +453,7 @@ def test_document_shows_rates_at_list_ends_and_signs():
         "| ce + WiSE-FT | 60.0 ± 127.1 | 45.0 ± 63.5 | 45.0 ± 63.5 | lr 0.0001 (most tried) | 0.25 |" in lines
     )
     assert any(line.startswith("| ce | -15.0 ± 63.5 | +10.0 ± 0.0 |") for line in lines)
-    assert any("so its own figures are a little too good (--id-test" in line for line in lines)
+    assert any(says(line, "`id`", "--id-test") for line in lines)
 
 
 def test_curve_and_star_are_means_over_seeds():

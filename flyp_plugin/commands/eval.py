@@ -7,7 +7,7 @@ import logging
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add_classes_flags(parser)
     parser.add_argument("checkpoint", metavar="RUN", help=RUN)
     parser.add_argument("--json", action="store_true", help="print JSON, not the table")
-    parser.add_argument(
-        "--predictions", metavar="FILE.csv", help="write each image's prediction to this file"
-    )
+    parser.add_argument("--predictions", metavar="FILE.csv", help="write each image's prediction to it")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,16 +52,13 @@ def run(args: argparse.Namespace) -> None:
         refuse_existing(args.predictions, args.force)
     model = target.model(args)
     tokenizer, preprocess = target.spec.tokenizer(), val_preprocess(model)
-    classifiers = {  # built first: a learned head may lack a class
-        eval_set.name: ImageClassifier.from_model(
-            model, tokenizer, eval_set.prompts, args.precision, use_tqdm=sys.stderr.isatty()
-        )
-        for eval_set in sets
-    }
+    build = partial(ImageClassifier.from_model, model, tokenizer, use_tqdm=sys.stderr.isatty())
+    classifiers = [
+        build(each.prompts, args.precision) for each in sets
+    ]  # first: a learned head may lack a class
     results = {}
-    with _predictions(args.predictions) as write:
-        for eval_set in sets:
-            classifier = classifiers[eval_set.name]
+    with _predictions(args.predictions) if args.predictions else nullcontext() as write:
+        for eval_set, classifier in zip(sets, classifiers):
             loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
             on_batch = partial(_write, write, eval_set) if write else None
             results[eval_set.name] = evaluate(classifier, loader, on_batch=on_batch)
@@ -74,14 +69,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _predictions(path: str | None) -> Iterator[Callable | None]:
-    """Yield a function that appends rows to the CSV, or None without a path.
-
-    Only writing is guarded: the evaluation runs inside this context, and its errors are not the file's.
-    """
-    if path is None:
-        yield None
-        return
+def _predictions(path: str) -> Iterator[Callable]:
+    """Yield a function that appends rows to the CSV. The evaluation runs in this context: its errors are not the file's."""
     from flyp_plugin.checkpoints import atomic_path, explain_write_errors
 
     with atomic_path(path) as part:

@@ -16,9 +16,7 @@ from flyp_plugin.commands.flags import RUN, add_classes_flags, add_model_flags
 from flyp_plugin.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from flyp_plugin.checkpoints import Model
+    from flyp_plugin.checkpoints import Model, StateDict
     from flyp_plugin.prompts import ClassPrompts
     from flyp_plugin.record import Record
 
@@ -43,11 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """`flyp export`: write the folder and say how to load it.
-
-    Raises:
-        InputError: a model that the format cannot hold, an output that exists, or a bad checkpoint.
-    """
+    """Write the folder and say how to load it; InputError if the format cannot hold the model."""
     import open_clip
 
     from flyp_plugin.heads import ImageClassifier
@@ -65,24 +59,18 @@ def run(args: argparse.Namespace) -> None:
     learned = getattr(model, HEAD, None)
     if args.format == "open_clip":
         if spec.forced.get("force_image_size") and resized_to(model.visual):
-            raise InputError(
-                f"open_clip builds {model_cfg['vision_cfg']['timm_model_name']} only at its own image size, so it could "
-                "not load these weights of another size; use --format timm."
-            )
+            what = f"open_clip builds {model_cfg['vision_cfg']['timm_model_name']} only at its own image size"
+            raise InputError(f"{what}, so it could not load weights of another size; use --format timm.")
         if learned is not None:
-            _log.warning(
-                "open_clip has no place for the learned head, so it is left out; --format timm keeps it."
-            )
+            _log.warning("open_clip has no place for a learned head: it is left out; --format timm keeps it.")
         write: Callable[[Path], None] = partial(save_open_clip, model, model_cfg, tokenizer)
         how = f"open_clip.create_model_and_transforms('local-dir:{out}') (open_clip 3.0 or newer; this is {open_clip.__version__})"
     else:
         prompts = prompts or (learned and learned.class_prompts)
         if prompts is None:
-            raise InputError(
-                "a classifier needs its classes; give --data DIR, or --classnames and --templates."
-            )
-        classifier = ImageClassifier.from_model(model, tokenizer, prompts)
-        write = partial(_save_timm, *to_timm_model(classifier, model_cfg))
+            raise InputError("a classifier needs classes; pass --data DIR, or --classnames and --templates.")
+        timm_model, config = to_timm_model(ImageClassifier.from_model(model, tokenizer, prompts), model_cfg)
+        write = partial(_save, timm_model.state_dict(), "model.safetensors", config, "config.json")
         how = f"timm.create_model('local-dir:{out}', pretrained=True) (timm 1.0.26 or newer)"
     with atomic_folder(out, args.force) as folder:
         write(folder)
@@ -107,29 +95,22 @@ def _resolve_classes(args: argparse.Namespace, record: "Record | None") -> "Clas
 
 def save_open_clip(model: "Model", model_cfg: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
     """The model as open_clip's hub folders have it: configuration, weights, and any tokenizer files."""
-    from safetensors import torch as safetensors
-
     from flyp_plugin.checkpoints import drop_head
     from flyp_plugin.model_spec import PREPROCESSING, square_as_int
 
     preprocess_cfg = {key: square_as_int(model.visual.preprocess_cfg[key]) for key in PREPROCESSING}
-    _write_json({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, folder / "open_clip_config.json")
-    weights = {key: tensor.contiguous() for key, tensor in drop_head(model.state_dict()).items()}
-    safetensors.save_file(weights, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    weights = drop_head(model.state_dict())
+    _save(weights, "open_clip_model.safetensors", config, "open_clip_config.json", folder)
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
 
 
-def _save_timm(model: "nn.Module", config: Mapping[str, Any], folder: Path) -> None:
-    from safetensors import torch as safetensors
+def _save(weights: "StateDict", weights_file: str, config: Mapping, config_file: str, folder: Path) -> None:
+    from safetensors.torch import save_file
 
-    weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    safetensors.save_file(weights, folder / "model.safetensors")
-    _write_json(config, folder / "config.json")
-
-
-def _write_json(content: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, folder / weights_file)
+    (folder / config_file).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_output(path: Path, force: bool) -> None:
@@ -142,10 +123,8 @@ def _check_output(path: Path, force: bool) -> None:
     names = sorted(os.listdir(path)) if path.is_dir() else [path.name]
     others = [name for name in names if not _EXPORTED.fullmatch(name) or (path / name).is_dir()]
     if others or (names and not any(name.endswith(".safetensors") for name in names)):
-        raise InputError(
-            f"refusing to overwrite {path}, even with --force: it is not an export (it has {(others or names)[0]}); "
-            "choose another path."
-        )
+        why = f"it is not an export (it has {(others or names)[0]})"
+        raise InputError(f"refusing to overwrite {path}, even with --force: {why}; choose another path.")
 
 
 @contextmanager

@@ -27,10 +27,8 @@ class JobFailed(InputError):
 class Jobs:
     """Runs commands, each with a folder that keeps its command line, its output and whether it finished.
 
-    Args:
-        left: the number of commands of each kind.
-        lock: a file descriptor that the commands inherit; see `folder_lock`.
-        bar: a progress bar that counts them.
+    `left` is the number of commands of each kind, `bar` counts them, and they inherit the file descriptor `lock` (see
+    `folder_lock`).
     """
 
     def __init__(self, left: Mapping[str, int], lock: int, bar: tqdm):
@@ -59,27 +57,20 @@ class Jobs:
             _log.info(f"[{number}/{self.total}] {title}, {kind}: {result()}, in {took}; about {left} left")
 
     def _run(self, command: Sequence[str], log: Path, what: str) -> None:
-        with (
-            log.open("w") as output,
-            subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[self.lock],
-            ) as process,
-        ):
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[self.lock]
+            )
             try:
                 status = process.wait()
             except BaseException:
                 process.terminate()
-                process.wait()  # Popen does not wait after Ctrl-C
+                process.wait()
                 raise
         if status:
             last = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-10:])
-            raise JobFailed(
-                f"{what} in {log.parent} failed with status {status}; the end of its {log.name}:\n{last}"
-            )
+            problem = f"{what} in {log.parent} failed with status {status}"
+            raise JobFailed(f"{problem}; the end of its {log.name}:\n{last}")
 
 
 def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]) -> float:
@@ -104,20 +95,16 @@ def run_jobs(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
 def claim_folder(folder: Path, settings: Mapping[str, object], flag: str = "--out") -> None:
     """Create a folder for the results of `settings`, or check that an existing one is for the same settings.
 
-    Args:
-        flag: the flag that named the folder, for the error.
-
     Raises:
-        InputError: it holds the results of other settings or something else, or another process writes to it.
+        InputError: it holds the results of other settings or something else, or another process writes to it; the error
+            names the `flag` that gave the folder.
     """
     from flyp_plugin.run_folder import folder_lock
 
     record = folder / "settings.json"
     if not record.exists():
         # a process killed at this point leaves hidden files
-        if folder.exists() and not (
-            folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
-        ):
+        if folder.is_file() or (folder.exists() and any(path.name[0] != "." for path in folder.iterdir())):
             raise InputError(f"{folder} exists and holds something else; choose another {flag}.")
         with folder_lock(folder):
             if not record.exists():
@@ -125,7 +112,5 @@ def claim_folder(folder: Path, settings: Mapping[str, object], flag: str = "--ou
     before = json.loads(record.read_text())
     for name, value in settings.items():
         if before.get(name) != value:
-            raise InputError(
-                f"{folder} was started with {name} {before.get(name)!r}, not {value!r}; choose another {flag}, or the same "
-                "settings to resume it."
-            )
+            said = f"{folder} was started with {name} {before.get(name)!r}, not {value!r}"
+            raise InputError(f"{said}; choose another {flag}, or the same settings to resume it.")

@@ -1,22 +1,20 @@
 """Tables and pictures of `flyp wiseft` and `flyp compare`: figures by seed, intervals, Markdown, frontiers.
 
-Pure functions: the `Record` that those of `flyp compare` take is the content of compare.json, described in compare.py.
+Pure functions: the `Record` that those of `flyp compare` take is the content of compare.json, as compare.py writes it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]  # rows -> columns -> what `figure` returns
-_WISE = " + WiSE-FT"
+_WISE, _OOD = " + WiSE-FT", "mean OOD"  # in the names of rows and columns
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """A frontier: its points in the order of the alphas, and the point that gets a star; accuracies in percent."""
 
     across: Sequence[float]
@@ -41,40 +39,23 @@ def draw_frontier(
         path: where the PNG goes.
         per_set: one curve for each OOD set instead of their mean.
     """
-    alphas = sorted(results)
-    first, *others = results[alphas[0]]
-
-    def percent_of(name: str) -> list[float]:
-        return [100 * results[alpha][name]["top1"] for alpha in alphas]
-
-    across = percent_of(first) if others else alphas
-    ups = {name: percent_of(name) for name in others if per_set}
-    if others and not per_set:
-        ups["mean OOD"] = [100 * mean_ood(results[alpha]) for alpha in alphas]  # type: ignore[operator]
-    if not others:
-        ups[first] = percent_of(first)
-    at = alphas.index(chosen)
-    curves = {name: Curve(across, up, (across[at], up[at])) for name, up in ups.items()}
-    labels = [f"{alpha:g}" for alpha in alphas]
+    by_alpha = {f"{alpha:.2f}": results[alpha] for alpha in sorted(results)}
+    first, *others = results[chosen]
+    sweep = {"alphas": by_alpha, "chosen_alpha": chosen}
+    ups = others if others and per_set else [_OOD]
+    curves = {name if others else first: curve([sweep], [first], name) for name in ups}
+    labels = [f"{float(alpha):g}" for alpha in by_alpha]
     _draw_curves({"": curves}, labels, f"chosen: alpha = {chosen:g}", first if others else None, path)
 
 
 def _draw_curves(
-    panels: Mapping[str, Mapping[str, Curve]],
-    labels: Sequence[str],
-    star: str,
-    id_name: str | None,
+    panels: Mapping[str, Mapping[str, Curve]],  # by title, the curves of each panel by name
+    labels: Sequence[str],  # at the points, in the order of the alphas
+    star: str,  # its legend
+    id_name: str | None,  # the set whose accuracy goes across; None: alpha does
     path: Path,
 ) -> None:
-    """Frontiers side by side.
-
-    Args:
-        panels: by title, the curves of each panel by name.
-        labels: text at the points, in the order of the alphas.
-        star: the legend of the star.
-        id_name: the set whose accuracy goes across; None: alpha does.
-        path: where the PNG goes.
-    """
+    """Frontiers side by side, as a PNG."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
@@ -107,7 +88,7 @@ def top1(by_set: Mapping[str, Mapping[str, Any]], id_sets: Sequence[str]) -> dic
     ood = {name: metrics for name, metrics in by_set.items() if name not in id_sets}
     row = {name: by_set[name]["top1"] for name in [*id_sets, *ood]}
     mean = mean_ood({id_sets[0]: by_set[id_sets[0]], **ood})
-    return row if mean is None else {**row, "mean OOD": mean}
+    return row if mean is None else {**row, _OOD: mean}
 
 
 def rows(methods: Mapping[str, Record], id_sets: Sequence[str]) -> Table:
@@ -142,22 +123,18 @@ def differences(table: Table, methods: Sequence[str]) -> Table:
 def document(record: Record) -> str:
     """compare.md."""
     settings, seeds, (val, *test) = record["settings"], record["seeds"], record["id_sets"]
-    listed = ", ".join(map(str, seeds))
-    spread = (
-        f"mean over seeds {listed} ± half of its 95 % confidence interval (Student's t). The interval covers seeds only; "
-        "n test images add a standard error of up to 50/√n points"
-        if len(seeds) > 1
-        else f"seed {listed}"
+    how = f"Top-1 in %, seed {seeds[0]}."
+    if len(seeds) > 1:
+        how = (
+            f"Top-1 in %, mean over seeds {', '.join(map(str, seeds))} ± half of its 95 % confidence interval (Student's "
+            "t). The interval covers seeds only; n test images add a standard error of up to 50/√n points."
+        )
+    how += (
+        f" Each method is scored after its last epoch ({record['epochs']}). `{val}` chose the setting of each method (on "
+        f"seed {seeds[0]}) and alpha (for each seed); no other set chose anything."
     )
-    optimistic = (
-        ""
-        if test
-        else ", so its own figures are slightly optimistic (pass --id-test for a set that chooses nothing)"
-    )
-    how = (
-        f"Top-1 in %, {spread}. Each method is scored after its last epoch ({record['epochs']}). `{val}` chose the setting "
-        f"of each method (on seed {seeds[0]}) and alpha (for each seed){optimistic}; no other set chose anything."
-    )
+    if not test:
+        how += f" So the figures on `{val}` are slightly optimistic; pass --id-test for a set that chooses nothing."
     text = [f"# {settings['model']} ({settings['pretrained']}), fine-tuned on {settings['train_data']}", how]
     for block in record["blocks"]:
         text += [f"## {block['title']}"] if block["title"] else []
@@ -192,7 +169,7 @@ def _markdown(table: Table, record: Record, methods: Mapping[str, Record], sign:
 def _heading(name: str, record: Record, methods: Mapping[str, Record]) -> str:
     found, (val, *test) = next(iter(methods.values())), record["id_sets"]
     role = " (ID, chose)" if name == val else " (ID test)" if name in test else ""
-    return f"{name}{role}" + (f", n={found['zero_shot'][name]['n']}" if name != "mean OOD" else "")
+    return f"{name}{role}" + (f", n={found['zero_shot'][name]['n']}" if name != _OOD else "")
 
 
 def percent(cell: Mapping[str, Any], sign: str = "") -> str:
@@ -209,24 +186,23 @@ def draw(record: Record, path: Path) -> None:
             sweeps = list(found["seeds"].values())
             curves[method] = curve(sweeps, id_sets)
             labels = [{"0.00": "0", "1.00": "1"}.get(alpha, "") for alpha in sweeps[0]["alphas"]]
-            ood = "mean OOD" in block["rows"][method]
+            ood = _OOD in block["rows"][method]
         panels[block["title"]] = curves
     _draw_curves(panels, labels, "at the alphas chosen", id_sets[-1] if ood else None, path)
 
 
-def curve(sweeps: Sequence[Record], id_sets: Sequence[str]) -> Curve:
-    """A method's frontier, each point a mean over seeds: the last of `id_sets` across, mean OOD up.
+def curve(sweeps: Sequence[Record], id_sets: Sequence[str], up: str = _OOD) -> Curve:
+    """A frontier, each point a mean over seeds: the last of `id_sets` across (without OOD sets, alpha), `up` up.
 
     The star is the mean of the points that the seeds chose, so it lies off the curve if they chose different alphas.
-    Without OOD sets, alpha goes across.
     """
 
     def point(chosen: Sequence[str]) -> tuple[float, float]:
         seeds = [top1(sweep["alphas"][alpha], id_sets) for sweep, alpha in zip(sweeps, chosen)]
         across = 100 * fmean(row[id_sets[-1]] for row in seeds)
-        if "mean OOD" not in seeds[0]:
+        if up not in seeds[0]:
             return fmean(map(float, chosen)), across
-        return across, 100 * fmean(row["mean OOD"] for row in seeds)
+        return across, 100 * fmean(row[up] for row in seeds)
 
-    across, up = zip(*(point([alpha] * len(sweeps)) for alpha in sweeps[0]["alphas"]))
-    return Curve(across, up, point([f"{sweep['chosen_alpha']:.2f}" for sweep in sweeps]))
+    across, ups = zip(*(point([alpha] * len(sweeps)) for alpha in sweeps[0]["alphas"]))
+    return Curve(across, ups, point([f"{sweep['chosen_alpha']:.2f}" for sweep in sweeps]))

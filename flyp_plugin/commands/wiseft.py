@@ -7,7 +7,6 @@ itself is in flyp_plugin/wiseft.py.
 import argparse
 import json
 import logging
-import math
 import os
 import shlex
 import sys
@@ -23,14 +22,13 @@ from flyp_plugin.commands.plots import draw_frontier, mean_ood
 from flyp_plugin.errors import InputError
 
 if TYPE_CHECKING:
-    from flyp_plugin.checkpoints import Model, StateDict
+    from flyp_plugin.checkpoints import Model
     from flyp_plugin.evalsets import EvalSet
     from flyp_plugin.model_spec import ModelSpec
     from flyp_plugin.record import Record
 
-Results = Mapping[
-    float, Mapping[str, Mapping[str, Any]]
-]  # metrics of each alpha on each set, the ID set first
+# metrics of each alpha on each set, the ID set first
+Results = Mapping[float, Mapping[str, Mapping[str, Any]]]
 EXAMPLE = """  flyp wiseft logs/birds
   flyp wiseft --model ViT-B-16 --pretrained openai --finetuned epoch_10.pt --eval-data val=data/val --out merged"""
 _log = logging.getLogger(__name__)
@@ -69,10 +67,13 @@ class EndPoints:
 
 def run(args: argparse.Namespace) -> None:
     """Merge; the table or the JSON goes to stdout. Every mistake but a full disk is found before anything is written."""
-    from flyp_plugin.evalsets import eval_sets_from_args
+    from flyp_plugin.checkpoints import save
+    from flyp_plugin.evalsets import eval_sets_from_args, loader_from_args
+    from flyp_plugin.heads import val_preprocess
     from flyp_plugin.precision import match_open_clip_precision
     from flyp_plugin.run_folder import folder_lock
-    from flyp_plugin.wiseft import choose_alpha
+    from flyp_plugin.targets import merged_name
+    from flyp_plugin.wiseft import choose_alpha, interpolate, sweep
 
     match_open_clip_precision()
     alphas = parse_alphas(args.alphas if args.alpha is None else str(args.alpha))
@@ -80,49 +81,44 @@ def run(args: argparse.Namespace) -> None:
     sets = eval_sets_from_args(args, ends.record)
     out = _output_folder(args, ends.record)
     _check_outputs(out, alphas, bool(sets), args.force)
-    model, pretrained, finetuned = _load_end_points(args, ends)
+    model, pretrained, finetuned = _load(args, ends)
     with folder_lock(out):
         _check_outputs(out, alphas, bool(sets), args.force)  # another sweep may just have finished
         results: Results = {alpha: {} for alpha in alphas}
         chosen = alphas[0]
         if sets:
-            results = _score_alphas(args, ends, sets, alphas, model, pretrained, finetuned)
+            loader = partial(loader_from_args, preprocess=val_preprocess(model), args=args)
+            tokenizer = ends.spec.tokenizer()
+            results = sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
             chosen = choose_alpha(results, sets[0].name)
         saved = alphas if args.save_all else [chosen]
-        _write(args, ends, sets, results, chosen, out, pretrained, finetuned, saved)
+        for alpha in saved:
+            merged = interpolate(pretrained, finetuned, alpha)
+            save({key: tensor.cpu().contiguous() for key, tensor in merged.items()}, out / merged_name(alpha))
+        _report(args, ends, sets, results, chosen, out, [*map(merged_name, saved)])
 
 
 def _find_end_points(args: argparse.Namespace) -> EndPoints:
-    """The end points from RUN, --finetuned or --average, and --pretrained; flags not given come from the run.
-
-    Raises:
-        InputError: none or too many of them are given, they do not belong together, or the pretrained weights are gone or
-            have changed.
-    """
+    """The end points from RUN, --finetuned or --average, and --pretrained, checked to belong together."""
     from flyp_plugin import record
-    from flyp_plugin.targets import choose_weights, fill_in, spec_from_args
+    from flyp_plugin.targets import choose_weights, spec_from_args
 
     given = args.average or [path for path in (args.run_folder, args.finetuned) if path]
     if not given or (args.run_folder and (args.average or args.finetuned)):
-        raise InputError(
-            "pass what to merge as one of RUN (logs/birds), --finetuned PATH or --average PATH PATH ...; see --help."
-        )
-    found = [(path, record.find(path)) for path in given]
+        raise InputError("pass one of RUN, --finetuned PATH and --average PATH PATH ... (see --help).")
+    found, epoch = [record.find(path) for path in given], args.epoch or "last"
     finetuned = [
-        str(choose_weights(known, args.epoch or "last")) if known and os.path.isdir(path) else path
-        for path, known in found
+        str(choose_weights(known, epoch)) if known and os.path.isdir(path) else path
+        for path, known in zip(given, found)
     ]
-    records = [known for _, known in found if known]
-    record.check_same_model(records)
+    records = [known for known in found if known]
     known = records[0] if records else None
-    if args.pretrained is None:
+    pretrained = args.pretrained
+    if pretrained is None:
         pretrained = _starting_weights(known, given[0])
-    else:
-        pretrained = args.pretrained
-        before = record.find(pretrained)
-        if known and before:
-            record.check_same_model([before, known])
-    fill_in(args, known)
+    elif before := record.find(pretrained):
+        records.append(before)
+    record.check_same_model(records)
     return EndPoints(finetuned, pretrained, spec_from_args(args, pretrained, known), known)
 
 
@@ -135,23 +131,12 @@ def _starting_weights(known: "Record | None", given: str) -> str:
         raise InputError(f"{given} has no {FILE} that names the weights it started from; pass --pretrained.")
     start, digest = known.pretrained, known.get("pretrained", {}).get("sha256")
     if not start and not is_place(known.spec.name):
-        raise InputError(
-            f"{known.folder} was trained from random weights; there is nothing to merge it with."
-        )
+        raise InputError(f"{known.folder} started from random weights: there is nothing to merge it with.")
     if digest and not os.path.isfile(start):
-        raise InputError(
-            f"{start}, which {known.folder} was trained from, does not exist; pass --pretrained."
-        )
+        raise InputError(f"{start}, the start of {known.folder}, does not exist; pass --pretrained.")
     if digest and sha256(start) != digest:
-        raise InputError(
-            f"{start} has changed since {known.folder} was trained from it (SHA-256); pass --pretrained."
-        )
+        raise InputError(f"{start} (SHA-256) has changed since {known.folder} started; pass --pretrained.")
     return start
-
-
-def _default_out(known: "Record") -> Path:
-    assert known.folder is not None  # noqa: S101 - a record that was found has one
-    return known.folder / "wiseft"
 
 
 def _output_folder(args: argparse.Namespace, known: "Record | None") -> Path:
@@ -159,7 +144,7 @@ def _output_folder(args: argparse.Namespace, known: "Record | None") -> Path:
         return Path(args.out)
     if args.average or known is None or not (known.folder and (known.folder / "checkpoints").is_dir()):
         raise InputError("--out is required here; pass a folder for the merged weights.")
-    return _default_out(known)
+    return known.folder / "wiseft"
 
 
 def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) -> None:
@@ -171,17 +156,13 @@ def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) ->
         raise InputError("choosing alpha needs data; pass --eval-data NAME=SHARDS, or a single --alpha.")
     if draw and find_spec("matplotlib") is None:
         raise InputError("frontier.png needs matplotlib: pip install 'flyp-plugin[plot]'.")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, not a folder; choose another --out.")
     if any(out.glob("epoch_*.pt")):  # a merged file there would be resumed as the newest checkpoint
         raise InputError(f"{out} holds a run's checkpoints; choose another --out.")
     for name in [*map(merged_name, alphas), "wiseft.json", *(["frontier.png"] if draw else [])]:
         refuse_existing(out / name, force)
 
 
-def _load_end_points(
-    args: argparse.Namespace, ends: EndPoints
-) -> "tuple[Model, dict[str, Any], dict[str, Any]]":
+def _load(args: argparse.Namespace, ends: EndPoints) -> "tuple[Model, dict[str, Any], dict[str, Any]]":
     """(a working model in --precision, pretrained weights in float32, fine-tuned weights), on --device.
 
     Against a learned head, the pretrained side's is the zero-shot head of the same classes and templates.
@@ -189,6 +170,7 @@ def _load_end_points(
     from flyp_plugin.checkpoints import build_model, read_state_dict
     from flyp_plugin.heads import zeroshot_as_learned
     from flyp_plugin.learned import HEAD, load_head
+    from flyp_plugin.names import same_names
     from flyp_plugin.wiseft import average, check_same_architecture
 
     states = [read_state_dict(path) for path in ends.finetuned]
@@ -202,70 +184,36 @@ def _load_end_points(
         model = build_model(ends.spec, ends.pretrained, args.precision, args.device)
         if hasattr(source, HEAD):
             setattr(model, HEAD, getattr(source, HEAD))
-    _check_learned_classes([*states, pretrained], [*ends.finetuned, ends.pretrained])
+    heads = [load_head(state) for state in [*states, pretrained]]
+    classes = [head.class_prompts.classnames if head else [] for head in heads]
+    for path, names in zip([*ends.finetuned, ends.pretrained], classes):
+        if not same_names(names, classes[0]):
+            both = f"{path} and {ends.finetuned[0]}"
+            raise InputError(
+                f"the learned heads of {both} have different classes; merge runs with the same ones."
+            )
     finetuned = average(states) if args.average else states[0]
-    check_same_architecture(
-        pretrained, finetuned, " + ".join(ends.finetuned), ends.pretrained or ends.spec.name
-    )
+    end_names = " + ".join(ends.finetuned), ends.pretrained or ends.spec.name
+    check_same_architecture(pretrained, finetuned, *end_names)
     device = model.logit_scale.device
     return model, pretrained, {key: tensor.to(device) for key, tensor in finetuned.items()}
 
 
-def _check_learned_classes(states: "Sequence[StateDict]", paths: Sequence[str]) -> None:
-    """InputError if the learned heads to be merged have different classes."""
-    from flyp_plugin.learned import load_head
-    from flyp_plugin.names import same_names
-
-    heads = [load_head(state) for state in states]
-    names = [head.class_prompts.classnames if head else [] for head in heads]
-    for path, other in zip(paths, names):
-        if not same_names(other, names[0]):
-            raise InputError(
-                f"the learned heads of {path} and {paths[0]} have different classes; merge runs with the same classnames."
-            )
-
-
-def _score_alphas(
-    args: argparse.Namespace,
-    ends: EndPoints,
-    sets: "Sequence[EvalSet]",
-    alphas: Sequence[float],
-    model: "Model",
-    pretrained: "StateDict",
-    finetuned: "StateDict",
-) -> Results:
-    from flyp_plugin.evalsets import loader_from_args
-    from flyp_plugin.heads import val_preprocess
-    from flyp_plugin.wiseft import sweep
-
-    loader = partial(loader_from_args, preprocess=val_preprocess(model), args=args)
-    tokenizer = ends.spec.tokenizer()
-    return sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
-
-
-def _write(
+def _report(
     args: argparse.Namespace,
     ends: EndPoints,
     sets: "Sequence[EvalSet]",
     results: Results,
     chosen: float,
     out: Path,
-    pretrained: "StateDict",
-    finetuned: "StateDict",
-    saved: Sequence[float],
+    weights: Sequence[str],
 ) -> None:
-    """Write the merged weights of the alphas in `saved`, flyp.json, wiseft.json and frontier.png, and say what is where."""
-    from flyp_plugin.checkpoints import atomic_write, save
+    """Write flyp.json, wiseft.json and frontier.png beside the merged `weights`, and say what is where."""
+    from flyp_plugin.checkpoints import atomic_write
     from flyp_plugin.metrics import table
     from flyp_plugin.record import FILE
-    from flyp_plugin.targets import merged_name
-    from flyp_plugin.wiseft import interpolate
 
-    names = [FILE, "wiseft.json"]
-    for alpha in saved:
-        names.append(merged_name(alpha))
-        merged = interpolate(pretrained, finetuned, alpha)
-        save({key: tensor.cpu().contiguous() for key, tensor in merged.items()}, out / names[-1])
+    names = [*weights, FILE, "wiseft.json"]
     merged_record = _record_of_merged(args, ends, sets)
     merged_record.write(out)
     text = json.dumps(_summary(ends, results, chosen, sets[0].name if sets else None), indent=1)
@@ -283,9 +231,9 @@ def _write(
     others = sorted(path.name for path in out.glob("wise_ft_alpha=*.pt") if path.name not in names)
     if others:
         _log.warning(f"{out}/ still holds weights of an earlier merge: {', '.join(others)}.")
-    merged_run = out.parent if ends.record and out == _default_out(ends.record) else out
+    folder = out if args.out else out.parent  # the run
     data = "" if merged_record.prompts else " --data DIR"
-    _log.info(f"Next: flyp export {shlex.quote(str(merged_run))}{data} --format timm --out classifier")
+    _log.info(f"Next: flyp export {shlex.quote(str(folder))}{data} --format timm --out classifier")
 
 
 def _record_of_merged(args: argparse.Namespace, ends: EndPoints, sets: "Sequence[EvalSet]") -> "Record":
@@ -302,17 +250,11 @@ def _record_of_merged(args: argparse.Namespace, ends: EndPoints, sets: "Sequence
 
 def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | None) -> dict[str, Any]:
     """The content of wiseft.json."""
-    import open_clip
-    import torch
-
-    import flyp_plugin
     from flyp_plugin import record
     from flyp_plugin.checkpoints import locate_weights
 
-    def describe(given: str, path: str) -> dict[str, Any]:
-        return {"given": given, "sha256": record.sha256(path)}
-
     folder = ends.record.folder if ends.record else None
+    digest = record.sha256(locate_weights(ends.spec, ends.pretrained))
     return {
         "model": ends.spec.name,
         "chosen_alpha": chosen,
@@ -320,10 +262,10 @@ def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | Non
         "last_epoch": max(record.epochs(folder), default=None) if folder else None,
         "alphas": {f"{alpha:.2f}": metrics for alpha, metrics in results.items()},
         "inputs": {
-            "finetuned": [describe(path, path) for path in ends.finetuned],
-            "pretrained": describe(ends.pretrained, locate_weights(ends.spec, ends.pretrained)),
+            "finetuned": [record.describe_weights(path) for path in ends.finetuned],
+            "pretrained": {"given": ends.pretrained, "sha256": digest},
         },
-        "versions": {module.__name__: module.__version__ for module in (flyp_plugin, open_clip, torch)},
+        "versions": record.describe_model(ends.spec)["versions"],
     }
 
 
@@ -343,23 +285,16 @@ def parse_alphas(text: str) -> list[float]:
     Raises:
         InputError: neither, outside [0, 1], or finer than 0.01, which file names cannot hold.
     """
-    parts = text.split(":")
     try:
-        if len(parts) == 3:
-            start, stop, step = map(float, parts)
-            if abs(step) < 0.0099 or not all(0 <= end <= 1 for end in (start, stop)):
-                raise ValueError
-            # the margin is for steps such as 0.1, which are not exact in binary
-            alphas = [start + i * step for i in range(math.floor((stop - start) / step + 1e-6) + 1)]
-        else:
-            alphas = [float(part) for part in text.split(",")]
-    except ValueError:
-        alphas = []
-    rounded = {abs(round(alpha, 2)) for alpha in alphas if math.isfinite(alpha)}
-    exact = all(-1e-9 <= alpha <= 1 + 1e-9 and abs(alpha - round(alpha, 2)) <= 1e-9 for alpha in alphas)
-    if not alphas or not exact:
-        raise InputError(
-            f"--alphas {text} must be A:B:STEP or numbers joined by commas, in [0, 1] (0: pretrained, 1: fine-tuned) "
-            "and multiples of 0.01."
-        )
-    return sorted(rounded)
+        exact = [100 * float(part) for part in text.split(":" if ":" in text else ",")]
+        percents: Sequence[int] = [round(part) for part in exact]
+        valid = all(0 <= n <= 100 and abs(part - n) < 1e-7 for part, n in zip(exact, percents))
+        if ":" in text:
+            start, stop, step = percents
+            percents = range(start, stop + 1, step)
+    except (ValueError, OverflowError):  # not a number, not three of them, a step of 0, infinity
+        valid = False
+    if not valid or not percents:
+        what = "A:B:STEP or numbers joined by commas, in [0, 1] and multiples of 0.01"
+        raise InputError(f"--alphas (or --alpha) {text} must be {what} (0: pretrained, 1: fine-tuned).")
+    return sorted({n / 100 for n in percents})
