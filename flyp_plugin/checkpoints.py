@@ -32,6 +32,7 @@ from flyp_plugin.model_spec import ModelSpec, is_place, quiet, tag_config
 StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: torch's own types do not know its attributes
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
+_JAX = (".npz", ".npy")  # weights that only open_clip itself reads
 _OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}  # buffers in OpenAI's archives
 # what the readers raise for truncated and damaged files, torch's format from before 1.6 included
 _DAMAGED = (
@@ -137,8 +138,8 @@ def _check_finite(path: Path, weights: StateDict) -> None:
 
 
 def read_torch_file(pretrained: str | None) -> dict[str, torch.Tensor]:
-    """`read_state_dict` of a file; empty for a tag, '', and JAX's .npz, which open_clip reads itself."""
-    if not pretrained or not os.path.isfile(pretrained) or pretrained.endswith((".npz", ".npy")):
+    """`read_state_dict` of a file; empty for a tag, '', and JAX's files."""
+    if not pretrained or not os.path.isfile(pretrained) or pretrained.endswith(_JAX):
         return {}
     return read_state_dict(pretrained)
 
@@ -183,7 +184,7 @@ def build_model(
             the spec says, to which open_clip would resize them silently.
     """
     path = locate_weights(spec, pretrained)
-    state = read_torch_file(path)
+    state = {} if path.endswith(_JAX) else read_state_dict(path)
     head, towers = load_head(state), drop_head(state)
     preprocess_cfg = {key: value for key, value in spec.preprocess_cfg.items() if key != "size"}
     with quiet(logging.ERROR):  # it would warn that the weights are random
