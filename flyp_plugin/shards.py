@@ -208,7 +208,7 @@ def list_splits(source: str, split: str | None) -> list[str]:
 
 def _resolve_lists(found: list, data: Path, classnames: str | None, templates: str | None) -> "ClassPrompts":
     """Class names and templates: those given, else those in the folder `data`, else the names found and the default."""
-    from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts, read_templates
+    from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts
 
     existing = {name: str(data / name) for name in (CLASSNAMES, TEMPLATES) if (data / name).exists()}
     templates = templates or existing.get(TEMPLATES) or DEFAULT_TEMPLATE
@@ -219,7 +219,7 @@ def _resolve_lists(found: list, data: Path, classnames: str | None, templates: s
         numbers = all(re.fullmatch(r"-?[0-9]+(\.[0-9]*)?", name) for name in found)
         if not numbers and (syntax := detect_syntax(found)):
             raise InputError(f"the class names found, {found[0]!r}, ..., are {syntax}; write plain names.")
-        prompts = ClassPrompts(sorted(found, key=float if numbers else str), read_templates(templates))
+        prompts = ClassPrompts.from_files(sorted(found, key=float if numbers else str), templates)
         _log.info(f"Class order: sorted, {len(found)} names, written to {data / CLASSNAMES}.")
         if numbers:
             _log.warning(f"The class names are numbers ({prompts(0, 0)!r}); name them by --classnames FILE.")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from flyp_plugin.commands.flags import add_key_flags, count
 from flyp_plugin.errors import InputError, escape_control_chars
-from flyp_plugin.names import same_names
+from flyp_plugin.names import describe_same_tokens, same_names
 from flyp_plugin.shards import list_splits, local_shards, map_parallel
 from flyp_plugin.sources import IMAGE_KEY, find_scattered_sample, read_counts
 
@@ -202,7 +202,7 @@ def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") 
     # names that the tokenizer does not distinguish have equal tokens in all templates; the shortest is fastest
     shortest = ClassPrompts(names, [min(prompts.templates, key=len)])
     same = PromptTokens(shortest, open_clip.tokenizer.SimpleTokenizer()).same
-    notes = [prompts.describe_same_tokens(same)] if same else []
+    notes = list(filter(None, [describe_same_tokens(names, same)]))
     if found.deep:
         notes.append(
             f"{found.deep} images of 16 bits: the plugin uses their upper 8; loaders of timm and torchvision, and so "
