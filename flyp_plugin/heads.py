@@ -19,10 +19,10 @@ from torch import nn
 
 from flyp_plugin.checkpoints import Model, build_model
 from flyp_plugin.errors import InputError
+from flyp_plugin.images import to_rgb
 from flyp_plugin.learned import HEAD, ClassHead, exact_logits
 from flyp_plugin.prompts import ClassPrompts
 from flyp_plugin.record import FILE, find
-from flyp_plugin.samples import to_rgb
 from flyp_plugin.targets import choose_weights, resolve_spec
 from flyp_plugin.text import short_text
 
@@ -249,7 +249,7 @@ class ImageClassifier(nn.Module):
         """The most likely class of each image and its probability.
 
         Args:
-            images: PIL images of any mode, converted to RGB as in training (samples.to_rgb), or preprocessed images
+            images: PIL images of any mode, converted to RGB as in training (images.to_rgb), or preprocessed images
                 (B, 3, H, W).
 
         Returns:
