@@ -38,8 +38,7 @@ from flyp_plugin.sources import IMAGE_KEY, RETRIES, count_samples, expand_source
 from flyp_plugin.workers import Skipped, batch_samples, receive_batches, start_workers
 
 MAX_LOST = 0.01  # largest share of an epoch's samples that may be unreadable
-# samples in the shuffle buffer, and before the first leaves; as in open_clip
-SHUFFLE, SHUFFLE_INITIAL = 5000, 1000
+SHUFFLE, SHUFFLE_INITIAL = 5000, 1000  # samples in the buffer, and before the first leaves; as in open_clip
 Batch = tuple[torch.Tensor, torch.Tensor]  # images, tokens
 _log = logging.getLogger(__name__)
 
@@ -106,8 +105,7 @@ class ClassPromptDataset(IterableDataset):
         with_labels: bool = False,
         as_dict: bool = False,
     ):
-        by_source = expand_sources(shards, "train") if isinstance(shards, str) else [shards]
-        self.shards = list(chain.from_iterable(by_source))
+        self.shards = list(chain(*expand_sources(shards, "train")) if isinstance(shards, str) else shards)
         if not self.shards:
             raise InputError("the list of shards is empty; give at least one tar.")
         self.prompts = prompts or resolve_prompts(self.shards)
@@ -119,20 +117,18 @@ class ClassPromptDataset(IterableDataset):
         if shard_weights is None:
             if len(self.shards) < world_size:
                 raise InputError(
-                    f"{len(self.shards)} shards cannot be shared by {world_size} ranks; write smaller ones (`flyp shards "
-                    "write --shard-size`), or start fewer ranks."
+                    f"{len(self.shards)} shards are too few for {world_size} ranks; write smaller ones (--shard-size)."
                 )
             num_workers = min(num_workers, len(self.shards) // world_size)
-        if num_samples is None:
-            num_samples = count_samples(self.shards, image_key)
+        num_samples = count_samples(self.shards, image_key) if num_samples is None else num_samples
         if num_samples < 1:
             raise _nothing_readable(self.shards, Skipped())
         self._samples = math.ceil(num_samples / world_size)  # of this rank
         self.num_samples, self.num_batches = self._samples * world_size, math.ceil(self._samples / batch_size)
         self.sizes = dict.fromkeys(self.shards, num_samples // len(self.shards))  # or about as many
         self.sizes |= shard_sizes(self.shards, image_key)
-        sees_all = world_size == 1 and shard_weights is None
-        self._sees_all = sees_all and num_samples >= sum(self.sizes[shard] for shard in self.shards)
+        whole = num_samples >= sum(self.sizes[shard] for shard in self.shards)
+        self._sees_all = whole and world_size == 1 and shard_weights is None
         self.preprocess, self.batch_size, self.num_workers = preprocess, batch_size, num_workers
         self.rank, self.world_size, self.seed, self.shard_weights = rank, world_size, seed, shard_weights
         self.image_key, self.label_key, self.retries, self.max_lost = image_key, label_key, retries, max_lost
@@ -183,9 +179,7 @@ class ClassPromptDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info():
-            raise RuntimeError(
-                "ClassPromptDataset starts its own workers: iterate over it without a DataLoader."
-            )
+            raise RuntimeError("ClassPromptDataset starts its own workers; use it without a DataLoader.")
         epoch, skipped = self._epoch, Skipped()
         self._epoch += 1
 
@@ -195,13 +189,12 @@ class ClassPromptDataset(IterableDataset):
         for images, tokens in rebatch(self._passes(epoch, skipped), self.batch_size, self._samples, num_lost):
             yield {"image": images, "text": tokens} if self.as_dict else (images, tokens)
         skipped.report(f"epoch {epoch}")
-        pairs = zip(self.prompts.classnames, self._occurs.tolist())
-        empty = [name for name, occurs in pairs if not occurs]
+        empty = [name for name, occurs in zip(self.prompts.classnames, self._occurs) if not occurs]
         if self._sees_all and empty:  # then the labels may be shifted by one
             names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
             _log.warning(
-                f"{len(empty)} of {self.num_classes} classes have no image: {names}. Check that the class names belong to "
-                "these shards and that labels start at 0."
+                f"{len(empty)} of {self.num_classes} classes have no image: {names}. Check that the class names are "
+                "those of these shards and that labels start at 0."
             )
         self._sees_all = False  # it is said once
 
@@ -256,21 +249,17 @@ def _join(batches: Sequence[Batch], size: int) -> tuple[Batch, list[Batch]]:
     return (images[:size], tokens[:size]), rest
 
 
-def peek(
-    shards: Sequence[str],
-    prompts: ClassPrompts,
-    seed: int,
-    image_key: str = IMAGE_KEY,
-    label_key: str = "cls",
-) -> list[tuple[str, str]]:
+def peek(shards: Sequence[str], prompts: ClassPrompts, seed: int, *keys: str) -> list[tuple[str, str]]:
     """(key, prompt) of the first 3 samples in the first 3 shards, as epoch 0 pairs them.
+
+    `keys` are image_key and label_key, as in samples.label_samples.
 
     Raises:
         InputError: one of their labels is wrong, or no shard has anything readable.
     """
     skip = Skipped()
     samples = steps.read_samples(shards[:3], skip)
-    samples = steps.label_samples(samples, len(prompts.classnames), skip, image_key, label_key)
+    samples = steps.label_samples(samples, len(prompts.classnames), skip, *keys)
     samples = islice(steps.draw_prompts(samples, len(prompts.templates), seed, 0, 0), 3)
     pairs = [(sample["key"], prompts(sample["label"], sample["template"])) for sample in samples]
     if not pairs and len(shards) <= 3:
