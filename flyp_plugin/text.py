@@ -43,8 +43,7 @@ class _Options(NamedTuple):
 def reason_full_context(model: nn.Module) -> str | None:
     """None if positions behind EOT provably cannot change `model.encode_text`; otherwise the reason, for a log.
 
-    Proved by structure: open_clip's CLIP, or its CustomTextCLIP with a TextTransformer, with a causal mask, open_clip's
-    blocks and no dropout, read at the largest token (pool type 'argmax') or at 'eos'.
+    Proved by structure: open_clip's CLIP or TextTransformer, causal, of open_clip's blocks, without dropout, read at EOT.
     """
     model, tower = _unwrap(model), _text_tower(model)
     if _original_class(model) not in (CLIP, CustomTextCLIP) or _original_class(tower) not in _SHORT:
@@ -84,8 +83,7 @@ def shorten(
     Raises:
         ValueError: later, by the model, on a text longer than `length`. On a GPU it is a device-side assertion.
     """
-    if (reason := reason_full_context(model)) is not None:
-        _log_reason(reason)
+    if not _is_exact(model):
         return False
     if tokens is not None and not self_check(model, tokens):
         _log.warning("Text is encoded at full length: with these weights short text changes the features.")
@@ -100,13 +98,11 @@ def short_text(model: nn.Module) -> Iterator[None]:
 
     A model for which `reason_full_context` has a reason stays as it is, with a log line.
     """
-    tower = _text_tower(model)
-    if (reason := reason_full_context(model)) is not None:
-        _log_reason(reason)
-        yield
-        return
-    chunk = CHUNK.get(tower.positional_embedding.device.type, CHUNK_ELSEWHERE)
-    with _text_options(tower, _Options(chunk=chunk)):
+    tower, options = _text_tower(model), None
+    if _is_exact(model):
+        device = tower.positional_embedding.device.type
+        options = _Options(chunk=CHUNK.get(device, CHUNK_ELSEWHERE))
+    with _text_options(tower, options):
         yield
 
 
@@ -124,8 +120,8 @@ def self_check(model: nn.Module, tokens: Tensor) -> bool:
         with _text_options(tower, _Options()):
             short = model.encode_text(tokens)  # type: ignore[operator]
     tf32 = short.is_cuda and short.dtype == torch.float32 and allows_tf32()
-    exact = short.dtype in (torch.float32, torch.float64) and not tf32
-    limit = 1e-5 if exact else 8 * torch.finfo(torch.float16 if tf32 else short.dtype).eps
+    eps = torch.finfo(torch.float16 if tf32 else short.dtype).eps
+    limit = 1e-5 if eps < 1e-6 else 8 * eps
     return bool(((short.double() - full).norm(dim=-1) <= limit * full.norm(dim=-1)).all())  # NaN: False
 
 
@@ -166,8 +162,6 @@ def _split_rows(text: Tensor, pooling: tuple, options: _Options) -> tuple[list[T
         longest = options.length or int(lengths.max())
         return rows[:, : -(-longest // options.multiple_of) * options.multiple_of], lengths
 
-    if not len(text):
-        return [text], None
     (text, lengths), index = cut(text), None
     if options.length:
         fits, error = (lengths <= options.length).all(), f"a text is longer than {options.length} tokens"
@@ -209,12 +203,11 @@ def _original_class(module: nn.Module) -> type:
     return type(module).__bases__[0] if type(module) in _SHORT.values() else type(module)
 
 
-def _set_options(tower: nn.Module, options: _Options | None) -> None:  # None: as open_clip does
-    original = _original_class(tower)
-    tower.__class__ = original if options is None else _SHORT[original]
-    tower.__dict__["short_options"] = options
-    if options is None:
-        del tower.__dict__["short_options"]
+def _set_options(tower: Any, options: _Options | None) -> None:  # None: as open_clip does
+    vars(tower).pop("short_options", None)
+    tower.__class__ = _original_class(tower)
+    if options is not None:
+        tower.__class__, tower.short_options = _SHORT[type(tower)], options
 
 
 @contextmanager
@@ -230,6 +223,12 @@ def _text_options(tower: nn.Module, options: _Options | None) -> Iterator[None]:
 @cache  # one line for each reason, not for each head
 def _log_reason(reason: str) -> None:
     _log.info(f"Text is encoded at full length: {reason}.")
+
+
+def _is_exact(model: nn.Module) -> bool:
+    if (reason := reason_full_context(model)) is not None:
+        _log_reason(reason)
+    return reason is None
 
 
 # The method that open_clip's forward calls: _encode_text in 4.x, encode_text before
