@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from flyp_plugin.checkpoints import Model, build_model
 from flyp_plugin.errors import InputError
+from flyp_plugin.images import to_rgb
 from flyp_plugin.learned import HEAD, ClassHead, exact_logits
 from flyp_plugin.metrics import eval_mode
 from flyp_plugin.prompts import ClassPrompts
 from flyp_plugin.record import FILE, find
-from flyp_plugin.samples import to_rgb
 from flyp_plugin.targets import choose_weights, resolve_spec
 from flyp_plugin.text import short_text
 

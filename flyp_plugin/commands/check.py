@@ -23,7 +23,8 @@ from flyp_plugin.commands.flags import add_key_flags, count
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import describe_same_tokens, same_names
 from flyp_plugin.shards import list_splits, local_shards, map_parallel
-from flyp_plugin.sources import IMAGE_KEY, find_scattered_sample, read_counts
+from flyp_plugin.sources import IMAGE_KEY, read_counts
+from flyp_plugin.tars import find_scattered_sample
 
 if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
@@ -137,7 +138,8 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
 
 
 def _check_image(sample: dict[str, Any], found: Findings) -> None:
-    from flyp_plugin.samples import describe_error, is_deep, locate, open_image
+    from flyp_plugin.images import is_deep, open_image
+    from flyp_plugin.samples import describe_error, locate
 
     try:
         with warnings.catch_warnings():
