@@ -134,6 +134,7 @@ class ClassPromptDataset(IterableDataset):
         self.image_key, self.label_key, self.retries, self.max_lost = image_key, label_key, retries, max_lost
         self.jpeg_draft, self.with_labels, self.as_dict = jpeg_draft, with_labels, as_dict
         self.num_classes, self._tokens = len(self.prompts.classnames), self.prompts.tokenize(tokenizer)
+        self.text_length = self._tokens.table.shape[2]  # tokens of the longest prompt
         # In shared memory: (epoch, repeat), set before each pass, and the classes whose images the workers have met
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._occurs = torch.zeros(self.num_classes, dtype=torch.bool).share_memory_()

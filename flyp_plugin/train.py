@@ -148,10 +148,10 @@ class FlypRun:
         size = getattr(model.visual, "image_size", 0)  # int or (height, width)
         self.image_size = size if isinstance(size, int) else max(size)
         tokenizer = self.spec.tokenizer()
-        if not args.full_text:
-            two = tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
-            compiled = args.torchcompile  # needs few shapes, and none that depend on the data
-            shorten(model, two, unique=not compiled, multiple_of=8 if compiled else 1)
+        self.short_text = not args.full_text and shorten(
+            model, tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
+        )
+        self.model = model
         if self.objective.learned_head:
             setattr(model, HEAD, zeroshot_as_learned(model, tokenizer, self.prompts, args.precision))
         if self.objective.class_tokens:
@@ -193,6 +193,8 @@ class FlypRun:
             as_dict=as_dict,
             **{name: getattr(args, name) for name in same},
         )
+        if self.short_text and (args.torchcompile or args.device.startswith("cuda")):
+            shorten(self.model, length=dataset.text_length)  # one shape, and no wait for the GPU
         if args.rank == 0:
             self._describe(dataset.num_workers)
         return dataset
