@@ -13,9 +13,9 @@ The rule of an epoch
 - Unreadable images and tars are skipped, counted and reported, and end the run once they exceed `max_lost`. A wrong
   label ends it at once, because the class list does not belong to the shards.
 
-The code follows a sample from tar to batch. A worker reads, labels, shuffles, prompts, decodes and batches it
-(ClassPromptDataset.worker_batches, with the steps in samples.py). The main process takes the batches of all workers
-(workers.receive_batches), joins the smaller last ones (rebatch) and ends the epoch at its last sample (ClassPromptDataset.__iter__).
+The code follows a sample from tar to batch: a worker reads, labels, shuffles, prompts, decodes and batches it
+(worker_batches, with the steps in samples.py); the main process takes the batches of all workers (workers.py), joins the
+smaller last ones (rebatch) and ends the epoch at its last sample (__iter__).
 """
 
 import logging
@@ -53,8 +53,7 @@ class ClassPromptDataset(IterableDataset):
         images float (B, 3, H, W) and tokens int64 (B, L), as a tuple or as {"image", "text"}.
 
     Args:
-        shards: a data folder, its split folder, a brace pattern, a `pipe:` or http(s) source, several joined by `::`,
-            or a list of tar URLs.
+        shards: a source as in sources.expand_source or several joined by `::`, or a list of tar URLs.
         preprocess: PIL image -> float (3, H, W), as from open_clip.create_model_and_transforms.
         tokenizer: as from open_clip.get_tokenizer.
         batch_size: images per batch and rank.
@@ -72,8 +71,7 @@ class ClassPromptDataset(IterableDataset):
         as_dict: yield dicts, as for open_clip 4.
 
     Raises:
-        InputError: fewer shards than ranks, labels outside the class names, nothing readable, or more than `max_lost`
-            unreadable.
+        InputError: fewer shards than ranks, wrong labels, nothing readable, or more than `max_lost` unreadable.
 
     Example:
         >>> dataset = ClassPromptDataset("data", preprocess, tokenizer, batch_size=256, num_workers=4)
@@ -339,6 +337,5 @@ class LabelledDataset(IterableDataset):
 
 
 def _nothing_readable(shards: Sequence[str], skipped: Skipped) -> InputError:
-    others = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
     reason = f"the first problem is {skipped.first}" if skipped.first else "they hold no images"
-    return InputError(f"no sample of {shards[0]}{others} can be used; {reason}.")
+    return InputError(f"no sample can be used in {len(shards)} shard(s), the first {shards[0]}; {reason}.")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
 
-from flyp_plugin import text
+from flyp_plugin import short_tower, text
 from tests.close import BACKWARD, EPS, FORWARD, assert_close
 
 VISION = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 64}
@@ -192,8 +192,8 @@ def test_every_text_config_of_open_clip_has_equal_features(name):
     tower = getattr(model, "text", model)
     context = config["text_cfg"].get("context_length", 77)
     read_at = (
-        text._pooling(tower)[1]
-        if text._pooling(tower)[0] == "eos"
+        short_tower.get_pooling(tower)[1]
+        if short_tower.get_pooling(tower)[0] == "eos"
         else config["text_cfg"].get("vocab_size", 49408) - 1
     )
     tokens = prompts(5, 9, min(30, context), 9, context=context)
@@ -202,7 +202,7 @@ def test_every_text_config_of_open_clip_has_equal_features(name):
         full = model.encode_text(tokens)
         with text.short_text(model):
             short = model.encode_text(tokens)
-            assert (type(tower) in (text.ShortCLIP, text.ShortTextTransformer)) == (
+            assert (type(tower) in (short_tower.ShortCLIP, short_tower.ShortTextTransformer)) == (
                 text.reason_full_context(model) is None
             )
     assert_close(short, full)
@@ -211,7 +211,7 @@ def test_every_text_config_of_open_clip_has_equal_features(name):
         causal = getattr(tower, "attn_mask", None) is not None
         assert (
             not causal
-            or text._pooling(tower)[0] not in ("argmax", "eos")
+            or short_tower.get_pooling(tower)[0] not in ("argmax", "eos")
             or isinstance(model, open_clip.CoCa)
         )
 
@@ -361,7 +361,7 @@ def test_short_text_in_a_shortened_model_restores_its_options():
     model = shortened(make(), unique=False, multiple_of=16)
     with text.short_text(model):
         assert model.short_options.unique
-    assert type(model) is text.ShortCLIP and model.short_options[:2] == (False, 16)
+    assert type(model) is short_tower.ShortCLIP and model.short_options[:2] == (False, 16)
 
 
 @KINDS
@@ -383,7 +383,7 @@ def test_a_shortened_model_keeps_class_and_copies_and_pickles(kind):
 def test_a_wrapped_model_is_met_inside_its_wrapper():
     model = make()
     with text.short_text(nn.DataParallel(model)):
-        assert type(model) is text.ShortCLIP
+        assert type(model) is short_tower.ShortCLIP
     assert type(model) is CLIP
 
 
