@@ -53,9 +53,7 @@ def parse_eval_sets(
                 f"--eval-data {spec!r} is not NAME=SHARDS, such as val=data/test, with a name of letters, digits, _, - and ."
             )
         if name in sets:
-            raise InputError(
-                f"--eval-data has two sets {name!r} ({sets[name].source}, {source}); rename one."
-            )
+            raise InputError(f"--eval-data names two sets {name!r}, {sets[name].source} and {source}.")
         shards = list(chain.from_iterable(expand_sources(source, "test")))
         given: dict[str, Any] = {"classnames": classnames, "templates": templates}
         for name_of_list, other in (fallback or {}).items():
@@ -88,7 +86,7 @@ def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[
     """The batches of a loader, with a progress bar in images; its total is shown if the shards state their sizes."""
     shards = getattr(loader, "shards", ())
     sizes = shard_sizes(shards) if sys.stderr.isatty() else {}
-    total = sum(sizes[shard] for shard in shards) if sizes.keys() >= set(shards) else None
+    total = sum(sizes[shard] for shard in shards) if sizes.keys() >= set(shards) else 0
     with tqdm(desc=name, unit="image", total=total or None, disable=None) as bar:
         for batch in loader:
             yield batch

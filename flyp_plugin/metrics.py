@@ -34,8 +34,7 @@ class Tally:
     def __init__(self, num_classes: int):
         self.num_classes, self.in_top5 = num_classes, 0
         self.counts = torch.zeros(3, num_classes, dtype=torch.int64)
-        self.group_images: Counter[str] = Counter()
-        self.group_correct: Counter[str] = Counter()
+        self.group_images, self.group_correct = Counter[str](), Counter[str]()
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, groups: Iterable[str] | None = None) -> None:
         """Count a batch: logits (B, C), labels int (B,), the images' groups.
