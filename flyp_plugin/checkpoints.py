@@ -33,6 +33,7 @@ from flyp_plugin.model_spec import ModelSpec, is_place, quiet, tag_config
 StateDict = Mapping[str, torch.Tensor]
 Model = Any  # a CLIP model of open_clip: torch's own types do not know its attributes
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of DistributedDataParallel and torch.compile
+_JAX = (".npz", ".npy")  # weights that only open_clip itself reads
 _OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}  # buffers in OpenAI's archives
 # what the readers raise for truncated and damaged files, torch's format from before 1.6 included
 _DAMAGED = (UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, UnicodeError, struct.error)
@@ -111,8 +112,8 @@ def _load(path: Path) -> Any:
 
 
 def read_torch_file(pretrained: str | None) -> dict[str, torch.Tensor]:
-    """`read_state_dict` of a file; empty for a tag, '', and JAX's .npz, which open_clip reads itself."""
-    if not pretrained or not os.path.isfile(pretrained) or pretrained.endswith((".npz", ".npy")):
+    """`read_state_dict` of a file; empty for a tag, '', and JAX's files."""
+    if not pretrained or not os.path.isfile(pretrained) or pretrained.endswith(_JAX):
         return {}
     return read_state_dict(pretrained)
 
@@ -155,7 +156,7 @@ def build_model(spec: ModelSpec, pretrained: str, precision: str = "fp32", devic
             the spec says, to which open_clip would resize them silently.
     """
     path = locate_weights(spec, pretrained)
-    state = read_torch_file(path)
+    state = {} if path.endswith(_JAX) else read_state_dict(path)
     head, towers = load_head(state), drop_head(state)
     images = {key: value for key, value in spec.preprocess_cfg.items() if key != "size"}
     name, options = spec.registered_name(), {"force_preprocess_cfg": images, "pretrained_hf": False}

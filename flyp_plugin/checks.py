@@ -10,6 +10,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import open_clip
@@ -45,15 +46,12 @@ _NEEDS = {
 def find_mistakes(args: Namespace, typed: Iterable[str]) -> Iterator[str]:
     """Mistakes in flags that open_clip would silently ignore, or that would silently spoil the training.
 
-    Args:
-        args: all flags.
-        typed: the names of open_clip's flags on the command line.
+    `typed`: the names of open_clip's flags on the command line.
     """
-    for pattern, other in _NEEDS.items():
-        for name in typed:
-            if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):
-                flag, missing = to_argv({name: True, other: True})
-                yield f"{flag} has no effect without {missing}; add that, or leave it out."
+    for name, (pattern, other) in product(typed, _NEEDS.items()):
+        if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):
+            flag, missing = to_argv({name: True, other: True})
+            yield f"{flag} has no effect without {missing}; add that, or leave it out."
     if not args.train_data:
         yield "--train-data is missing; give a data folder or shards (see --help)."
     if args.dataset_type not in ("auto", "webdataset"):
@@ -80,27 +78,18 @@ def find_mistakes(args: Namespace, typed: Iterable[str]) -> Iterator[str]:
 
 
 def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
-    """Warnings about flags that make training steps larger or smaller than they seem.
-
-    Args:
-        args: all flags.
-        steps: optimizer steps of the run.
-    """
+    """Warnings about flags with which the `steps` optimizer steps of a run are larger or smaller than they seem."""
+    precision = f"--precision {args.precision}"
     if args.precision in FP16:
-        yield (
-            f"--precision {args.precision} keeps weights and AdamW's state in 16 bits, in which the squares of small "
-            "gradients are 0; --precision amp keeps them in 32."
-        )
+        yield f"{precision} keeps weights and AdamW's state in 16 bits, too few for small gradients; amp does not."
         # of a smaller gradient the mean square is rounded to 0
         gradient = math.sqrt(2**-25 / (1 - (args.beta2 or 0)))
         if args.eps is not None and gradient > 10 * args.eps:
             times = f"{gradient / args.eps:.0f} times --lr"
             yield f"With --eps {args.eps:g} in {args.precision} a step may be {times}; {FP16_EPS} is safe."
     if args.precision in ("bf16", "pure_bf16"):
-        yield (
-            f"--precision {args.precision} keeps weights in 16 bits, which rounds away most steps of --lr {args.lr:g}; "
-            "--precision amp_bf16 keeps them in 32."
-        )
+        lost = f"most steps of --lr {args.lr:g}"
+        yield f"{precision} keeps weights in 16 bits, which rounds away {lost}; amp_bf16 keeps them in 32."
     if args.warmup > steps and not args.skip_scheduler:
         share = f"{steps / args.warmup:.0%} of --lr"
         yield f"--warmup {args.warmup} is longer than the run of {steps} steps, which ends at {share}."
@@ -118,9 +107,9 @@ def check_start(args: Namespace) -> None:
 
 
 def resolve_model(args: Namespace, resumed: Record | None) -> ModelSpec:
-    """The model to train; sets open_clip's flags in `args` so that open_clip builds exactly that model.
+    """The model of the run that is resumed, else of the run that --pretrained comes from, else of --model and its tag.
 
-    It is the model of the run that is resumed, else of the run that --pretrained comes from, else of --model and its tag.
+    Sets open_clip's flags in `args` so that open_clip builds exactly that model.
 
     Raises:
         InputError: flags that contradict the resumed run or a tag; a model configuration that has changed.
@@ -170,10 +159,7 @@ def check_built(model: Any, spec: ModelSpec) -> None:
 def check_loss(model: Any, args: Namespace, changes: Sequence[str]) -> None:
     """InputError if the model is made for another loss: sigmoid instead of softmax, or more terms, as in CoCa.
 
-    Args:
-        model: as open_clip built it.
-        args: all flags.
-        changes: the flags that need another loss than open_clip's.
+    `changes`: the flags that need another loss than open_clip's.
     """
     sigmoid = getattr(model, "logit_bias", None) is not None and args.objective == "flyp"
     if sigmoid and not args.siglip and not args.softmax_loss:
@@ -182,5 +168,6 @@ def check_loss(model: Any, args: Namespace, changes: Sequence[str]) -> None:
             "--softmax-loss to train it with the softmax loss."
         )
     if changes and not isinstance(model, (CLIP, CustomTextCLIP)):
-        kind = type(model).__name__
-        raise InputError(f"{changes[0]} cannot train a {kind} such as {args.model}; leave the flag out.")
+        raise InputError(
+            f"{changes[0]} cannot train a {type(model).__name__} such as {args.model}; leave the flag out."
+        )

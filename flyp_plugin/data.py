@@ -15,33 +15,30 @@ The rule of an epoch
 
 The code follows a sample from tar to batch. A worker reads, labels, shuffles, prompts, decodes and batches it
 (ClassPromptDataset.worker_batches, with the steps in samples.py). The main process takes the batches of all workers
-(_receive), joins the smaller last ones (rebatch) and ends the epoch at its last sample (ClassPromptDataset.__iter__).
+(workers.receive_batches), joins the smaller last ones (rebatch) and ends the epoch at its last sample (ClassPromptDataset.__iter__).
 """
 
-import copy
-import gc
 import logging
 import math
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import webdataset as wds
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from flyp_plugin import samples as steps
 from flyp_plugin.errors import InputError
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
-from flyp_plugin.samples import Sample, Skipped
 from flyp_plugin.sources import IMAGE_KEY, RETRIES, count_samples, expand_sources, shard_sizes
+from flyp_plugin.workers import Skipped, batch_samples, receive_batches, start_workers
 
 MAX_LOST = 0.01  # largest share of an epoch's samples that may be unreadable
-# samples in the shuffle buffer, and before the first leaves; as in open_clip
-SHUFFLE, SHUFFLE_INITIAL = 5000, 1000
+SHUFFLE, SHUFFLE_INITIAL = 5000, 1000  # samples in the buffer, and before the first leaves; as in open_clip
 Batch = tuple[torch.Tensor, torch.Tensor]  # images, tokens
 _log = logging.getLogger(__name__)
 
@@ -108,8 +105,7 @@ class ClassPromptDataset(IterableDataset):
         with_labels: bool = False,
         as_dict: bool = False,
     ):
-        by_source = expand_sources(shards, "train") if isinstance(shards, str) else [shards]
-        self.shards = list(chain.from_iterable(by_source))
+        self.shards = list(chain(*expand_sources(shards, "train")) if isinstance(shards, str) else shards)
         if not self.shards:
             raise InputError("the list of shards is empty; give at least one tar.")
         self.prompts = prompts or resolve_prompts(self.shards)
@@ -121,20 +117,18 @@ class ClassPromptDataset(IterableDataset):
         if shard_weights is None:
             if len(self.shards) < world_size:
                 raise InputError(
-                    f"{len(self.shards)} shards cannot be shared by {world_size} ranks; write smaller ones (`flyp shards "
-                    "write --shard-size`), or start fewer ranks."
+                    f"{len(self.shards)} shards are too few for {world_size} ranks; write smaller ones (--shard-size)."
                 )
             num_workers = min(num_workers, len(self.shards) // world_size)
-        if num_samples is None:
-            num_samples = count_samples(self.shards, image_key)
+        num_samples = count_samples(self.shards, image_key) if num_samples is None else num_samples
         if num_samples < 1:
             raise _nothing_readable(self.shards, Skipped())
         self._samples = math.ceil(num_samples / world_size)  # of this rank
         self.num_samples, self.num_batches = self._samples * world_size, math.ceil(self._samples / batch_size)
         self.sizes = dict.fromkeys(self.shards, num_samples // len(self.shards))  # or about as many
         self.sizes |= shard_sizes(self.shards, image_key)
-        sees_all = world_size == 1 and shard_weights is None
-        self._sees_all = sees_all and num_samples >= sum(self.sizes[shard] for shard in self.shards)
+        whole = num_samples >= sum(self.sizes[shard] for shard in self.shards)
+        self._sees_all = whole and world_size == 1 and shard_weights is None
         self.preprocess, self.batch_size, self.num_workers = preprocess, batch_size, num_workers
         self.rank, self.world_size, self.seed, self.shard_weights = rank, world_size, seed, shard_weights
         self.image_key, self.label_key, self.retries, self.max_lost = image_key, label_key, retries, max_lost
@@ -144,7 +138,7 @@ class ClassPromptDataset(IterableDataset):
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._occurs = torch.zeros(self.num_classes, dtype=torch.bool).share_memory_()
         self._epoch = 0
-        self._loader = _start_workers(self, num_workers)
+        self._loader = start_workers(self, num_workers)
 
     def __len__(self) -> int:
         """Batches an epoch, on each rank."""
@@ -164,7 +158,7 @@ class ClassPromptDataset(IterableDataset):
         samples = wds.shuffle(SHUFFLE, initial=SHUFFLE_INITIAL, rng=rng)(samples)
         samples = steps.draw_prompts(samples, self._tokens.table.shape[1], self.seed, epoch, repeat)
         samples = steps.decode_images(samples, self.preprocess, skip, self.jpeg_draft)
-        for batch in _batch_samples(samples, self.batch_size):
+        for batch in batch_samples(samples, self.batch_size):
             labels = [sample["label"] for sample in batch]
             self._occurs[labels] = True
             tokens = self._tokens.take(labels, [sample["template"] for sample in batch])
@@ -185,9 +179,7 @@ class ClassPromptDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info():
-            raise RuntimeError(
-                "ClassPromptDataset starts its own workers: iterate over it without a DataLoader."
-            )
+            raise RuntimeError("ClassPromptDataset starts its own workers; use it without a DataLoader.")
         epoch, skipped = self._epoch, Skipped()
         self._epoch += 1
 
@@ -197,91 +189,23 @@ class ClassPromptDataset(IterableDataset):
         for images, tokens in rebatch(self._passes(epoch, skipped), self.batch_size, self._samples, num_lost):
             yield {"image": images, "text": tokens} if self.as_dict else (images, tokens)
         skipped.report(f"epoch {epoch}")
-        pairs = zip(self.prompts.classnames, self._occurs.tolist())
-        empty = [name for name, occurs in pairs if not occurs]
+        empty = [name for name, occurs in zip(self.prompts.classnames, self._occurs) if not occurs]
         if self._sees_all and empty:  # then the labels may be shifted by one
             names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
             _log.warning(
-                f"{len(empty)} of {self.num_classes} classes have no image: {names}. Check that the class names belong to "
-                "these shards and that labels start at 0."
+                f"{len(empty)} of {self.num_classes} classes have no image: {names}. Check that the class names are "
+                "those of these shards and that labels start at 0."
             )
         self._sees_all = False  # it is said once
 
     def _passes(self, epoch: int, skipped: Skipped) -> Iterator[Iterator[Batch]]:
-        def check() -> None:
-            _check_lost(skipped, self._samples, self.max_lost, f"epoch {epoch}")
-
+        check = partial(skipped.check, self._samples, self.max_lost, f"epoch {epoch}")
         for repeat in count():
             self._clock.copy_(torch.tensor((epoch, repeat)))
-            batches = _receive(self._loader, skipped, check)
+            batches = receive_batches(self._loader, skipped, check)
             if (first := next(batches, None)) is None:
                 raise _nothing_readable(self.shards, skipped)
             yield chain([first], batches)
-
-
-class _WorkerStream(IterableDataset):
-    """Yields, in a worker, (batch or None, what was skipped since the last one, the text of an InputError or '').
-
-    The error is sent as a value, because a DataLoader would wrap a raised one in the worker's traceback.
-    """
-
-    def __init__(self, dataset: "ClassPromptDataset | LabelledDataset"):
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[tuple[Any, Skipped, str]]:
-        info, skip, mistake = get_worker_info(), Skipped(), ""
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        try:
-            for batch in self.dataset.worker_batches(worker, num_workers, skip):
-                yield batch, skip.drain(), ""
-        except InputError as error:
-            mistake = str(error)
-        yield None, skip.drain(), mistake
-
-
-def _start_workers(dataset: "ClassPromptDataset | LabelledDataset", num_workers: int) -> DataLoader:
-    # A copy of the data set, because a cycle with its loader would leave the workers to the garbage collector: torch then
-    # waits 5 seconds for each of them
-    return DataLoader(
-        _WorkerStream(copy.copy(dataset)),
-        batch_size=None,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=_init_worker,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # the default would draw from the generator that the model's dropout uses
-    )
-
-
-def _init_worker(worker: int) -> None:
-    gc.freeze()  # a garbage collection would touch, and so copy, all memory shared with the main process
-
-    def ignore_lost_connection(kind: type[BaseException], *rest: Any) -> None:
-        if not issubclass(kind, ConnectionError):  # the main process has ended before it took a batch
-            sys.__excepthook__(kind, *rest)
-
-    sys.excepthook = ignore_lost_connection
-
-
-def _batch_samples(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    samples = iter(samples)
-    while True:
-        with steps.preserve_random_states():
-            batch = list(islice(samples, size))
-        if not batch:
-            return
-        yield batch
-
-
-def _receive(loader: DataLoader, skipped: Skipped, check: Callable[[], None] = lambda: None) -> Iterator[Any]:
-    """The workers' batches. Adds what they skipped to `skipped`, then calls `check`; raises their InputErrors anew."""
-    for batch, skipped_since, mistake in loader:
-        skipped.add(skipped_since)
-        if mistake:
-            raise InputError(mistake)
-        check()
-        if batch is not None:
-            yield batch
 
 
 def rebatch(
@@ -325,21 +249,17 @@ def _join(batches: Sequence[Batch], size: int) -> tuple[Batch, list[Batch]]:
     return (images[:size], tokens[:size]), rest
 
 
-def peek(
-    shards: Sequence[str],
-    prompts: ClassPrompts,
-    seed: int,
-    image_key: str = IMAGE_KEY,
-    label_key: str = "cls",
-) -> list[tuple[str, str]]:
+def peek(shards: Sequence[str], prompts: ClassPrompts, seed: int, *keys: str) -> list[tuple[str, str]]:
     """(key, prompt) of the first 3 samples in the first 3 shards, as epoch 0 pairs them.
+
+    `keys` are image_key and label_key, as in samples.label_samples.
 
     Raises:
         InputError: one of their labels is wrong, or no shard has anything readable.
     """
     skip = Skipped()
     samples = steps.read_samples(shards[:3], skip)
-    samples = steps.label_samples(samples, len(prompts.classnames), skip, image_key, label_key)
+    samples = steps.label_samples(samples, len(prompts.classnames), skip, *keys)
     samples = islice(steps.draw_prompts(samples, len(prompts.templates), seed, 0, 0), 3)
     pairs = [(sample["key"], prompts(sample["label"], sample["template"])) for sample in samples]
     if not pairs and len(shards) <= 3:
@@ -386,7 +306,7 @@ class LabelledDataset(IterableDataset):
         self.preprocess, self.batch_size, self.num_classes = preprocess, batch_size, num_classes
         self.image_key, self.label_key, self.group_key = image_key, label_key, group_key
         self.retries, self.max_lost, self.rank, self.world_size = retries, max_lost, rank, world_size
-        self._loader = _start_workers(self, num_workers)
+        self._loader = start_workers(self, num_workers)
 
     def worker_batches(self, worker: int, num_workers: int, skip: Skipped) -> Iterator[dict[str, Any]]:
         """One worker's share of the shards or, if there are too few of them, of the samples."""
@@ -398,7 +318,7 @@ class LabelledDataset(IterableDataset):
         samples = steps.read_samples(shards, unread, self.retries, self.sizes)
         samples = steps.label_samples(samples, self.num_classes, unread, *keys)
         samples = samples if enough else islice(samples, part, None, parts)
-        for batch in _batch_samples(steps.decode_images(samples, self.preprocess, skip), self.batch_size):
+        for batch in batch_samples(steps.decode_images(samples, self.preprocess, skip), self.batch_size):
             yield {
                 "images": default_collate([sample["image"] for sample in batch]),
                 "labels": torch.tensor([sample["label"] for sample in batch]),
@@ -408,21 +328,13 @@ class LabelledDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         skipped, num_read = Skipped(), 0
-        for batch in _receive(self._loader, skipped):
+        for batch in receive_batches(self._loader, skipped):
             num_read += len(batch["labels"])
             yield batch
         if not num_read and self.world_size == 1:  # one of several ranks may have nothing but a broken shard
             raise _nothing_readable(self.shards, skipped)
-        _check_lost(skipped, num_read + skipped.lost, self.max_lost, self.shards[0])
+        skipped.check(num_read + skipped.lost, self.max_lost, self.shards[0])
         skipped.report(self.shards[0])
-
-
-def _check_lost(skipped: Skipped, samples: int, max_lost: float, where: str) -> None:
-    if skipped.lost > max_lost * samples:
-        raise InputError(
-            f"{where}: {skipped.lost} of {samples} samples are lost, more than --max-lost {max_lost:g} allows, the "
-            f"first: {skipped.first}; repair the data (`flyp shards check`), or allow more."
-        )
 
 
 def _nothing_readable(shards: Sequence[str], skipped: Skipped) -> InputError:

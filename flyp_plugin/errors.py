@@ -53,9 +53,7 @@ def run(main: Callable[[], int | None]) -> None:
         number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(unraisable.exc_type)
         if number is None:
             return sys.__unraisablehook__(unraisable)
-        swallowed.append(
-            unraisable.exc_type()
-        )  # until it is raised again, workers that it has ended may be missed
+        swallowed.append(unraisable.exc_type())
         signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
         signal.setitimer(signal.ITIMER_REAL, 0.1)
 
@@ -65,16 +63,13 @@ def run(main: Callable[[], int | None]) -> None:
         status = main()
         sys.stdout.flush()
     except BaseException as error:
-        known = _line_and_status(swallowed[0] if swallowed else error)
-        if known is None:
+        # a swallowed signal comes first: before it is raised again, the workers that it has ended may be missed
+        line, status = _line_and_status(swallowed[0] if swallowed else error)
+        if status is None:
             raise
         # else after Ctrl-C "Exception ignored in: _MultiProcessingDataLoaderIter.__del__", of one that was half built
         sys.unraisablehook = lambda _: None
-        line, status = known
-        if line:
-            print(line, file=sys.stderr)
-        else:  # or Python reports the broken pipe when it flushes stdout at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr.write(line and f"{line}\n")
     finally:  # from here on a signal ends the process at once, and workers may end unnoticed
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -83,28 +78,21 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
-def _line_and_status(error: BaseException) -> tuple[str, int] | None:
-    """What to print and return for an error that is not a bug; None for a bug, and for sys.exit()."""
+def _line_and_status(error: BaseException) -> tuple[str, int | None]:
+    """What to print and return for an error that is not a bug; the status of a bug, and of sys.exit(), is None."""
     cause = None if type(error) is SystemExit else error
     while cause:  # on top of a signal there may be the errors of what it interrupted
-        if isinstance(cause, Terminated):
-            return "Terminated.", 143
-        if isinstance(cause, KeyboardInterrupt):
-            return "Interrupted.", 130
+        if isinstance(cause, (Terminated, KeyboardInterrupt)):
+            return ("Terminated.", 143) if isinstance(cause, Terminated) else ("Interrupted.", 130)
         cause = cause.__context__
     if isinstance(error, InputError):
         return f"Error: {error}", 1
-    if isinstance(error, BrokenPipeError) and _is_stdout_broken():  # and not a pipe to a worker
-        return "", 141
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return (
-            f"Error: cannot write {error.filename or 'a file'} ({error.strerror}); make room and try again.",
-            1,
-        )
-    return None
-
-
-def _is_stdout_broken() -> bool:
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
-    return bool(poll.poll(0))
+        return f"Error: cannot write {error.filename or 'a file'} ({error.strerror}); free some space.", 1
+    if isinstance(error, BrokenPipeError):
+        stdout = select.poll()
+        stdout.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
+        if stdout.poll(0):  # else it is the pipe to a worker
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it at exit
+            return "", 141
+    return "", None

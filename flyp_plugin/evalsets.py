@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
@@ -13,26 +14,19 @@ from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.record import Record
-from flyp_plugin.sources import RETRIES, expand_source, find_beside, shard_sizes
+from flyp_plugin.sources import RETRIES, expand_sources, find_beside, shard_sizes
 
 _FILES = {"classnames": "classnames.txt", "templates": "zeroshot_classification_templates.txt"}  # of a set
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A labelled set with its own class names and templates; the first set of a run is the ID validation set.
-
-    Attributes:
-        name: its name in metrics and tables.
-        shards: tar URLs.
-        prompts: C class names in T templates.
-        source: the shards as the user gave them.
-    """
+    """A labelled set with its own class names and templates; the first set of a run is the ID validation set."""
 
     name: str
-    shards: list[str]
+    shards: list[str]  # tar URLs
     prompts: ClassPrompts
-    source: str
+    source: str  # the shards as the user gave them
 
 
 def parse_eval_sets(
@@ -45,9 +39,8 @@ def parse_eval_sets(
 
     Args:
         specs: the values of --eval-data.
-        classnames, templates: used for all sets in place of the text files beside the shards.
-        fallback: `classnames` and `templates` for sets without such a file: a path, or the lines. In training, the training
-            set's flags.
+        classnames, templates: used for all sets, whatever text files are beside the shards.
+        fallback: `classnames` and `templates`, paths or lines, for sets without such a file: the training set's.
 
     Raises:
         InputError: not NAME=SHARDS, a repeated name, no shards, or no class names.
@@ -57,14 +50,13 @@ def parse_eval_sets(
         name, equals, source = spec.partition("=")
         if not equals or not source or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise InputError(
-                f"--eval-data {spec!r} is not NAME=SHARDS, such as val=data/test; the name may have letters, digits, "
-                "'_', '-' and '.'."
+                f"--eval-data {spec!r} is not NAME=SHARDS, such as val=data/test, with a name of letters, digits, _, - and ."
             )
         if name in sets:
             raise InputError(
-                f"--eval-data uses the name {name!r} twice ({sets[name].source}, {source}); rename one."
+                f"--eval-data has two sets {name!r} ({sets[name].source}, {source}); rename one."
             )
-        shards = [shard for part in source.split("::") for shard in expand_source(part, "test")]
+        shards = list(chain.from_iterable(expand_sources(source, "test")))
         given: dict[str, Any] = {"classnames": classnames, "templates": templates}
         for name_of_list, other in (fallback or {}).items():
             given[name_of_list] = given[name_of_list] or find_beside(shards, _FILES[name_of_list]) or other
@@ -75,7 +67,7 @@ def parse_eval_sets(
 def loader_from_args(
     eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace, max_lost: float = 1.0
 ) -> LabelledDataset:
-    """A loader of the set's images (on several ranks, of this rank's share) with the flags of `flyp train`, `eval` or `wiseft`."""
+    """A loader of the images (on several ranks, of this rank's share), by the flags of `flyp train`, `eval` or `wiseft`."""
     return LabelledDataset(
         eval_set.shards,
         preprocess,

@@ -77,7 +77,8 @@ def parser() -> argparse.ArgumentParser:
     add("--templates", metavar="FILE", help="prompt templates with {c}, one per line, or: openai, simple, or a single "
         "template (default: zeroshot_classification_templates.txt beside the shards)")
     add("--label-key", default="cls", help="member with the class index, or json:FIELD (default: %(default)s)")
-    add("--image-key", default=IMAGE_KEY, help="members that may hold the image (default: %(default)s)")
+    add("--image-key", default=IMAGE_KEY, help="members that may hold the image, separated by ';': the first "
+        "present is used (default: %(default)s)")
     add("--retries", type=_number(int, 0), default=RETRIES, metavar="N", help="read a remote shard again after an error, "
         "up to N times at growing intervals: about a minute in all with the default (default: %(default)s)")
     add("--max-lost", type=_number(float, 0, 1), default=0.01, metavar="SHARE", help="stop when more than this share of "

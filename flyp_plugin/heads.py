@@ -15,26 +15,20 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from torch import nn
+from torch import Tensor, nn
 
 from flyp_plugin.checkpoints import Model, build_model
 from flyp_plugin.errors import InputError
+from flyp_plugin.images import to_rgb
 from flyp_plugin.learned import HEAD, ClassHead, exact_logits
+from flyp_plugin.metrics import eval_mode
 from flyp_plugin.prompts import ClassPrompts
 from flyp_plugin.record import FILE, find
-from flyp_plugin.samples import to_rgb
 from flyp_plugin.targets import choose_weights, resolve_spec
 from flyp_plugin.text import short_text
 
 
-def build_zeroshot_head(
-    model: Model,
-    tokenizer: Callable,
-    prompts: ClassPrompts,
-    num_classes_per_batch: int | None = 10,
-    device: str | torch.device = "cpu",
-    use_tqdm: bool = False,
-) -> torch.Tensor:
+def build_zeroshot_head(model: Model, tokenizer: Callable, prompts: ClassPrompts, **kwargs: Any) -> Tensor:
     """The zero-shot head: for each class the mean of its prompts' normalised text features, normalised again.
 
     Calls open_clip.build_zero_shot_classifier, with short text where that is exact (text.py).
@@ -43,28 +37,14 @@ def build_zeroshot_head(
         model: an open_clip CLIP model; runs in eval mode and is then restored.
         tokenizer: open_clip.get_tokenizer's for that model.
         prompts: C class names in T templates.
-        num_classes_per_batch: classes encoded at once; None: all.
-        device: the model's device.
-        use_tqdm: show a progress bar.
+        kwargs: open_clip's num_classes_per_batch (default: 10), use_tqdm, and device (default: the model's).
 
     Returns:
         float (D, C) with D the width of the joint space; columns have norm 1.
     """
-    training = model.training
-    model.eval()
-    try:
-        with short_text(model):
-            return open_clip.build_zero_shot_classifier(
-                model,
-                tokenizer,
-                classnames=prompts.classnames,
-                templates=prompts.template_functions(),
-                num_classes_per_batch=num_classes_per_batch,
-                device=device,
-                use_tqdm=use_tqdm,
-            )
-    finally:
-        model.train(training)
+    templates, kwargs = prompts.template_functions(), {"device": model.logit_scale.device} | kwargs
+    with eval_mode(model), short_text(model):
+        return open_clip.build_zero_shot_classifier(model, tokenizer, prompts.classnames, templates, **kwargs)
 
 
 def zeroshot_as_learned(
@@ -81,31 +61,22 @@ def autocast(precision: str, device: str | torch.device) -> AbstractContextManag
     return torch.autocast(torch.device(device).type, dtype=dtype) if dtype else nullcontext()
 
 
-def encode_images(model: Model, images: torch.Tensor, precision: str = "fp32") -> torch.Tensor:
+def encode_images(model: Model, images: Tensor, precision: str = "fp32") -> Tensor:
     """Preprocessed images (B, 3, H, W) -> normalised features (B, D) in the dtype of open_clip's --precision."""
     images = images.to(open_clip.get_input_dtype(precision))  # None (no change) except for fp16 and bf16
     with autocast(precision, images.device):
         return model.encode_image(images, normalize=True)
 
 
-@torch.no_grad()
-def image_features(
-    model: Model, loader: Iterable[dict[str, Any]], precision: str = "fp32"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised float32 features (N, D) and labels (N,) of a loader's images, in eval mode, on the model's device.
-
-    N may be 0: one of several ranks may have no images.
-    """
-    device, training = model.logit_scale.device, model.training
-    model.eval()
-    features, labels = [], []
-    for batch in loader:
-        features.append(encode_images(model, batch["images"].to(device), precision).float())
-        labels.append(batch["labels"].to(device))
-    model.train(training)
-    if not features:
-        width = getattr(model, HEAD).weight.shape[1]
-        return torch.empty(0, width, device=device), torch.empty(0, dtype=torch.int64, device=device)
+def image_features(model: Model, loader: Iterable[dict], precision: str = "fp32") -> tuple[Tensor, Tensor]:
+    """Normalised float32 features (N, D) and labels (N,) of a loader's images; of several ranks, some may have N = 0."""
+    device = model.logit_scale.device
+    features = [torch.empty(0, getattr(model, HEAD).weight.shape[1], device=device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=device)]
+    with eval_mode(model):
+        for batch in loader:
+            features.append(encode_images(model, batch["images"].to(device), precision).float())
+            labels.append(batch["labels"].to(device))
     return torch.cat(features), torch.cat(labels)
 
 
@@ -119,37 +90,25 @@ class ImageClassifier(nn.Module):
 
     Args:
         model: an open_clip CLIP model.
-        head: float (D, C), one column per class; see `build_zeroshot_head`.
+        head: float (D, C), one column per class; see `build_zeroshot_head`. ValueError if C is not the number of names.
         classnames: C names.
         precision: open_clip's --precision that the model was built with.
 
-    Raises:
-        ValueError: head and classnames disagree on C.
-
-    Example: classify a folder of images.
-        >>> from pathlib import Path
-        >>> from PIL import Image
-        >>> from flyp_plugin import ImageClassifier
+    Example:
         >>> classifier = ImageClassifier.from_run("logs/birds")
-        >>> for path in Path("photos").glob("*.jpg"):
-        ...     name, probability = classifier.predict([Image.open(path)])[0]
-        ...     print(path, name, f"{probability:.2f}")
+        >>> classifier.predict([PIL.Image.open("photos/bird.jpg")])
+        [('robin', 0.98)]
     """
 
-    head: torch.Tensor
+    head: Tensor
 
-    def __init__(self, model: Model, head: torch.Tensor, classnames: Sequence[str], precision: str = "fp32"):
+    def __init__(self, model: Model, head: Tensor, classnames: Sequence[str], precision: str = "fp32"):
         super().__init__()
         if head.shape[1:] != (len(classnames),):
-            raise ValueError(
-                f"a head of shape {tuple(head.shape)} does not fit {len(classnames)} class names"
-            )
+            raise ValueError(f"head of shape {tuple(head.shape)} does not fit {len(classnames)} class names")
         self.model: Any = model
-        self.classnames = list(classnames)
-        self.precision = precision
-        self.register_buffer(
-            "head", head
-        )  # part of the state dict, so that it moves and merges with the weights
+        self.classnames, self.precision = list(classnames), precision
+        self.register_buffer("head", head)  # in the state dict, so that it moves with the weights
         self.training = model.training  # eval() and back leave the model as it was
 
     @classmethod
@@ -157,20 +116,15 @@ class ImageClassifier(nn.Module):
         cls, model: Model, tokenizer: Callable, prompts: ClassPrompts, precision: str = "fp32", **kwargs: Any
     ) -> "ImageClassifier":
         """The zero-shot classifier of a model; kwargs go to `build_zeroshot_head`."""
-        device = model.logit_scale.device
-        with autocast(precision, device):
-            head = build_zeroshot_head(model, tokenizer, prompts, device=device, **kwargs)
+        with autocast(precision, model.logit_scale.device):
+            head = build_zeroshot_head(model, tokenizer, prompts, **kwargs)
         return cls(model, head, prompts.classnames, precision)
 
     @classmethod
     def from_model(
         cls, model: Model, tokenizer: Callable, prompts: ClassPrompts, precision: str = "fp32", **kwargs: Any
     ) -> "ImageClassifier":
-        """The classifier with the model's learned head, if it has one, restricted to these classes; else `from_prompts`.
-
-        Raises:
-            InputError: a class name that the learned head does not have.
-        """
+        """The classifier with the model's learned head, or else `from_prompts`. InputError for a class the head lacks."""
         learned = getattr(model, HEAD, None)
         if learned is None:
             return cls.from_prompts(model, tokenizer, prompts, precision, **kwargs)
@@ -190,12 +144,8 @@ class ImageClassifier(nn.Module):
     ) -> "ImageClassifier":
         """A classifier from open_clip's model name and a checkpoint's path or a pretrained tag.
 
-        Args:
-            kwargs: open_clip's flags, such as force_quick_gelu=True; not needed for what the weights' tag, or the flyp.json
-                beside them, already says.
-
-        Raises:
-            InputError: weights that cannot be read or belong to another architecture; a class that a learned head lacks.
+        kwargs are open_clip's flags, such as force_quick_gelu=True, where neither the weights' tag nor the flyp.json beside
+        them says so. Raises InputError for weights that cannot be read or belong to another architecture.
         """
         spec = resolve_spec(model_name, os.fspath(path), kwargs)
         model = build_model(spec, os.fspath(path), precision, device)
@@ -223,9 +173,7 @@ class ImageClassifier(nn.Module):
         """
         known = find(run)
         if known is None:
-            raise InputError(
-                f"{run} has no {FILE}, so it is not a run of flyp train; use ImageClassifier.from_checkpoint."
-            )
+            raise InputError(f"{run} has no {FILE}; for weights alone, use ImageClassifier.from_checkpoint.")
         weights = choose_weights(known, None if epoch is None else str(epoch)) if Path(run).is_dir() else run
         spec, precision = known.spec, precision or known.get("precision") or "fp32"
         model = build_model(spec, os.fspath(weights), precision, device)
@@ -239,23 +187,19 @@ class ImageClassifier(nn.Module):
         """PIL image -> float (3, H, W)."""
         return val_preprocess(self.model)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Preprocessed images (B, 3, H, W) -> float32 logits (B, C)."""
         features = encode_images(self.model, images, self.precision)
         return exact_logits(self.model.logit_scale.exp().float() * features.float(), self.head.T)
 
     @torch.no_grad()
-    def predict(self, images: Sequence | torch.Tensor) -> list[tuple[str, float]]:
+    def predict(self, images: Sequence | Tensor) -> list[tuple[str, float]]:
         """The most likely class of each image and its probability.
 
         Args:
-            images: PIL images of any mode, converted to RGB as in training (samples.to_rgb), or preprocessed images
-                (B, 3, H, W).
-
-        Returns:
-            (class name, probability) of each image.
+            images: PIL images of any mode, converted to RGB as in training, or preprocessed images (B, 3, H, W).
         """
-        if not isinstance(images, torch.Tensor):
+        if not isinstance(images, Tensor):
             images = torch.stack([self.preprocess(to_rgb(image)) for image in images])
         best = self(images.to(self.head.device)).softmax(dim=1).max(dim=1)
         return [(self.classnames[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]

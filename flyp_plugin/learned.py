@@ -6,6 +6,7 @@ A learned head (ClassHead) is a module beside a CLIP model's towers, `model.clas
 
 import json
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,8 @@ class ClassHead(nn.Module):
     """A learned linear head: logits = weight @ normalised image feature, one row per class.
 
     It has no bias, like the head of WiSE-FT's code (arXiv 2109.01903): so a timm classifier, which does not normalise
-    features, still ranks the classes the same. Its class names and templates are JSON in a uint8 tensor, so that a
-    state_dict with a head still holds nothing but tensors.
+    features, still ranks the classes the same. Class names and templates are JSON in a uint8 tensor, so that a state_dict
+    with a head holds only tensors.
 
     Args:
         weight: float (C, D), including the factor logit_scale.exp().
@@ -90,17 +91,14 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
 def find_class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the set") -> list[int]:
     """The index in `known` of each name in `wanted`; InputError if a name is missing.
 
-    Names are compared as in names.py. If a name occurs more than once (as in ImageNet), its n-th occurrence in `wanted`
-    matches the n-th in `known`.
+    Names are compared as in names.py; the n-th of equal names (ImageNet has some) matches the n-th.
     """
     rows = {key: row for row, key in enumerate(to_unique_keys(known))}
-    missing = [key[0] for key in to_unique_keys(wanted) if key not in rows]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+    if missing := [key[0] for key in to_unique_keys(wanted) if key not in rows]:
+        some = shorten(", ".join(known), 60, placeholder=" ...")
         raise InputError(
-            f"the learned head has no class {missing[0]!r}{more} of {where}, only the {len(known)} that it was trained "
-            f"on ({some}); choose class names from those."
+            f"the learned head has no class {missing[0]!r} of {where} ({len(missing)} missing), only the {len(known)} that "
+            f"it was trained on ({some}); choose class names from those."
         )
     return [rows[key] for key in to_unique_keys(wanted)]
 
@@ -109,22 +107,17 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Te
     """The weight (C, D) of a linear probe: L2-regularised multinomial logistic regression, by L-BFGS in float64.
 
     It minimises sum_i cross_entropy(W f_i, y_i) + |W|^2 / (2 c), like scikit-learn's LogisticRegression(C=c,
-    fit_intercept=False). This is strictly convex, so the starting point (zero) does not matter. With several ranks each
-    brings its part of the images, and all get the head of the whole set.
+    fit_intercept=False): strictly convex, so the start (zero) does not matter. Each rank brings its part of the images,
+    and all get the head of the whole set.
 
     Args:
         features: float (N, D), normalised.
         labels: int64 (N,), in 0..num_classes-1.
         c: inverse strength of the regularisation.
-
-    Raises:
-        InputError: no rank has an image.
     """
     weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, device=features.device)
     weight.requires_grad_()
     number = _sum_over_ranks(torch.tensor(float(len(features)), device=features.device))
-    if not number:
-        raise InputError("there is no image to fit the head to; check the shards and --image-key.")
     optimizer = torch.optim.LBFGS(
         [weight], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-13, line_search_fn="strong_wolfe"
     )

@@ -5,10 +5,10 @@ and it appears in training logs, `flyp eval`, `flyp wiseft` and `flyp compare`. 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, compress
 from typing import Any, TypeVar
 
 import torch
@@ -22,25 +22,20 @@ _log = logging.getLogger(__name__)
 _METRICS: list[Callable[["Tally"], Metrics]] = []
 
 
-@dataclass
 class Tally:
     """Counts of predictions for C classes; small and picklable.
 
     Attributes:
-        labelled, predicted, correct: int64 (C,), the images of each class, those predicted as it, and those both.
+        counts: int64 (3, C), the images of each class, those predicted as it, and those both.
         in_top5: images whose class is among the five most likely.
-        groups: (images, correct images) of each group; '' is the group of images without one.
+        group_images, group_correct: images and correct images of each group; '' is the group of images without one.
     """
 
-    num_classes: int
-    labelled: torch.Tensor = field(init=False)
-    predicted: torch.Tensor = field(init=False)
-    correct: torch.Tensor = field(init=False)
-    in_top5: int = 0
-    groups: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.labelled, self.predicted, self.correct = torch.zeros(3, self.num_classes, dtype=torch.int64)
+    def __init__(self, num_classes: int):
+        self.num_classes, self.in_top5 = num_classes, 0
+        self.counts = torch.zeros(3, num_classes, dtype=torch.int64)
+        self.group_images: Counter[str] = Counter()
+        self.group_correct: Counter[str] = Counter()
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, groups: Iterable[str] | None = None) -> None:
         """Count a batch: logits (B, C), labels int (B,), the images' groups.
@@ -50,44 +45,33 @@ class Tally:
         """
         logits, labels = logits.float(), labels.to(logits.device)
         if logits.isnan().any():
+            raise InputError("NaN logits: training diverged, or the weights overflow; try --precision fp32.")
+        if len(wrong := labels[(labels < 0) | (labels >= self.num_classes)]):
             raise InputError(
-                "the logits of a batch are NaN: training has diverged, or the weights overflow in this --precision; use "
-                "other weights, or --precision fp32."
-            )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            wrong = labels.max() if labels.max() >= self.num_classes else labels.min()
-            raise InputError(
-                f"label {int(wrong)} is outside 0..{self.num_classes - 1}; pass the class names of this set."
+                f"label {int(wrong[0])} is outside 0..{self.num_classes - 1}; pass the class names of this set."
             )
         prediction = logits.argmax(dim=1)
-        hit = prediction == labels
-        count = partial(torch.bincount, minlength=self.num_classes)
-        self.labelled += count(labels).cpu()
-        self.predicted += count(prediction).cpu()
-        self.correct += count(labels[hit]).cpu()
+        correct = prediction == labels
+        indices = (labels, prediction, labels[correct])
+        self.counts += torch.stack([torch.bincount(i, minlength=self.num_classes) for i in indices]).cpu()
         if self.num_classes > 5:
             self.in_top5 += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
-        for group, correct in zip(groups or (), hit.tolist()):
-            self._count_group(group, 1, int(correct))
+        groups = list(groups or ())
+        self.group_images.update(groups)
+        self.group_correct.update(compress(groups, correct.tolist()))
 
     def merge(self, other: "Tally") -> None:
         """Add the counts of another rank."""
-        self.labelled += other.labelled
-        self.predicted += other.predicted
-        self.correct += other.correct
+        self.counts += other.counts
         self.in_top5 += other.in_top5
-        for group, (number, correct) in other.groups.items():
-            self._count_group(group, number, correct)
+        self.group_images.update(other.group_images)
+        self.group_correct.update(other.group_correct)
 
     def metrics(self) -> Metrics:
         """All metrics by name. Raises InputError if no image was counted."""
-        if not self.labelled.any():
+        if not self.counts.any():
             raise InputError("this set has no images to score; check its shards and --image-key.")
         return {name: value for metric in _METRICS for name, value in metric(self).items()}
-
-    def _count_group(self, group: str, number: int, correct: int) -> None:
-        before = self.groups.get(group, (0, 0))
-        self.groups[group] = (before[0] + number, before[1] + correct)
 
 
 def metric(function: Callable[[Tally], Metrics]) -> Callable[[Tally], Metrics]:
@@ -98,39 +82,43 @@ def metric(function: Callable[[Tally], Metrics]) -> Callable[[Tally], Metrics]:
 
 @metric
 def _accuracy(tally: Tally) -> Metrics:
-    n = int(tally.labelled.sum())
-    top5 = {"top5": tally.in_top5 / n} if tally.num_classes > 5 else {}
-    return {"n": n, "top1": int(tally.correct.sum()) / n, **top5}
+    n, _, correct = tally.counts.sum(dim=1).tolist()
+    return {"n": n, "top1": correct / n} | ({"top5": tally.in_top5 / n} if tally.num_classes > 5 else {})
 
 
 @metric
-def _mean_per_class_recall(tally: Tally) -> Metrics:
-    """Mean over the classes in the ground truth: scikit-learn's balanced_accuracy_score."""
-    occurs = tally.labelled > 0
-    return {"mean_per_class_recall": (tally.correct[occurs].double() / tally.labelled[occurs]).mean().item()}
-
-
-@metric
-def _macro_f1(tally: Tally) -> Metrics:
-    """Mean over the classes in the ground truth, as WILDS (arXiv 2012.07421) scores iWildCam."""
-    occurs = tally.labelled > 0
-    f1 = 2 * tally.correct[occurs].double() / (tally.labelled + tally.predicted)[occurs]
-    return {"macro_f1": f1.mean().item()}
+def _class_means(tally: Tally) -> Metrics:
+    """Means over the classes in the ground truth: of recall, as in scikit-learn's balanced_accuracy_score, and of F1, as
+    WILDS (arXiv 2012.07421) scores iWildCam."""
+    labelled, predicted, correct = tally.counts[:, tally.counts[0] > 0].double()
+    f1 = 2 * correct / (labelled + predicted)
+    return {"mean_per_class_recall": (correct / labelled).mean().item(), "macro_f1": f1.mean().item()}
 
 
 @metric
 def _worst_group(tally: Tally) -> Metrics:
     """The lowest accuracy of any group, as in WILDS (arXiv 2012.07421), and the group's name."""
-    accuracy = {group: correct / number for group, (number, correct) in sorted(tally.groups.items()) if group}
+    accuracy = {g: tally.group_correct[g] / number for g, number in sorted(tally.group_images.items()) if g}
     if not accuracy:
-        if tally.groups:
+        if tally.group_images:
             _log.warning("No image of this set has a group; --group-key names the member that holds it.")
         return {}
     worst = min(accuracy, key=accuracy.__getitem__)
     return {"worst_group_top1": accuracy[worst], "worst_group": worst}
 
 
-@torch.no_grad()
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Run a module in eval mode without gradients, and restore its mode afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
+
+
 def score(
     classifier: Callable[[torch.Tensor], torch.Tensor],
     loader: Iterable,
@@ -144,15 +132,10 @@ def score(
         loader: batches as dicts with "images", "labels" and optionally "groups", or as (images, labels).
         tally: counts to add to; None: a new Tally.
         on_batch: called with each batch (a dict) and its logits.
-
-    Raises:
-        InputError: a label outside 0..C-1, or a NaN logit.
     """
     module = classifier if isinstance(classifier, nn.Module) else nn.Module()
     device = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
-    training = module.training
-    module.eval()
-    try:
+    with eval_mode(module):
         for batch in loader:
             if not isinstance(batch, Mapping):
                 batch = {"images": batch[0], "labels": batch[1]}
@@ -161,8 +144,6 @@ def score(
             tally.update(logits, batch["labels"], batch.get("groups"))
             if on_batch:
                 on_batch(batch, logits)
-    finally:
-        module.train(training)
     return tally or Tally(1)
 
 
@@ -188,12 +169,8 @@ def best(figures: Mapping[Key, float]) -> Key:
 def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
     """Rows of metrics as an aligned text table, with fractions as percentages."""
     columns = list(dict.fromkeys(chain.from_iterable(rows.values())))
-    lines = [[corner, *columns]]
-    lines += [[name, *(_cell(row.get(column, "")) for column in columns)] for name, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in lines)
+    lines = [[corner, *columns], *([name, *(row.get(c, "") for c in columns)] for name, row in rows.items())]
+    texts = [[f"{100 * x:.2f}" if isinstance(x, float) else str(x) for x in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    padded = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in texts)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
-
-
-def _cell(value: Any) -> str:
-    return f"{100 * value:.2f}" if isinstance(value, float) else str(value)

@@ -26,11 +26,8 @@ _log = logging.getLogger(__name__)
 class Monitor:
     """Scores a model before training (epoch 0: zero-shot), every --eval-frequency epochs and after the last one.
 
-    With several ranks each scores its part of the images, and all get the metrics of the whole set.
-
-    Args:
-        sets: the first is the ID validation set.
-        args: flags, as completed by open_clip's main(). A resumed run reads its earlier epochs from results.jsonl.
+    With several ranks each scores its part of the images, and all get the metrics of the whole set. The first of `sets` is
+    the ID validation set. A resumed run reads its earlier epochs from results.jsonl.
     """
 
     def __init__(self, sets: Sequence[EvalSet], args: Namespace):
@@ -42,9 +39,7 @@ class Monitor:
             rows = [json.loads(line) for line in results.read_text().splitlines()]
             self.history = {row["epoch"]: row for row in rows if f"{sets[0].name}/top1" in row}
 
-    def __call__(
-        self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int
-    ) -> dict[str, Any]:
+    def __call__(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
         """Metrics as `NAME/top1`, `NAME/macro_f1`, ... and the epoch; empty if this epoch is not evaluated."""
         frequency = self.args.eval_frequency
         if epoch not in (0, self.args.epochs) and (frequency == 0 or epoch % frequency):
@@ -63,17 +58,18 @@ class Monitor:
             if "worst_group" in metrics:  # a name, while logged metrics must be numbers
                 _log.info(f"{eval_set.name}: the worst group is {metrics.pop('worst_group')!r}")
             row |= {f"{eval_set.name}/{metric}": value for metric, value in metrics.items()}
-        self.history[epoch] = {**row, "epoch": epoch}
+        row["epoch"] = epoch
+        self.history[epoch] = row
         if self.args.rank == 0:
             self._log_table(epoch)
-        return self.history[epoch]
+        return row
 
     def _merge_ranks(self, tally: Tally) -> Metrics:
         if self.args.world_size > 1:
             parts: list[Any] = [None] * self.args.world_size
             dist.all_gather_object(parts, tally)
-            tally, *others = parts
-            for other in others:
+            tally = parts.pop(0)
+            for other in parts:
                 tally.merge(other)
         return tally.metrics()
 
@@ -99,8 +95,9 @@ class Monitor:
         lines = [f"Best epoch on {name}: {chosen}, top-1 {100 * trained[chosen]:.2f}."]
         saved = {epoch for epoch in trained if (folder / f"checkpoints/epoch_{epoch}.pt").exists()}
         if saved and (args.pretrained or is_place(args.model)):
-            better = chosen != max(saved) and chosen in saved
+            better = chosen in saved - {max(saved)}
             hint = f" (the last epoch; --epoch best takes epoch {chosen})" if better else ""
-            command = f"flyp wiseft {shlex.quote(str(folder))}{hint}"
-            lines.append(f"Next, merge it with the pretrained weights: {command}")
+            lines.append(
+                f"Next, merge it with the pretrained weights: flyp wiseft {shlex.quote(str(folder))}{hint}"
+            )
         return lines

@@ -91,9 +91,9 @@ class PairLoss(open_clip.ClipLoss):
         labels = [torch.empty_like(local[2]) for _ in range(self.world_size)]
         dist.all_gather(labels, local[2].contiguous())
         everything = (images, texts, torch.cat(labels))
-        if self.local_loss:
-            return local, everything, self.rank * len(local[2])
-        return everything, everything, 0
+        return (
+            (local, everything, self.rank * len(local[2])) if self.local_loss else (everything, everything, 0)
+        )
 
 
 def batch_head(text_features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,31 +133,20 @@ def _make_pair_loss(args: Namespace) -> nn.Module:
 
 @dataclass(frozen=True)
 class Objective:
-    """How a model is trained.
+    """How a model is trained."""
 
-    Attributes:
-        outputs: what the model returns in training.
-        loss: makes the loss that takes it, from open_clip's and FLYP's flags.
-        trains: regular expression for the start of the names of the parameters that learn.
-        learned_head: the model has a ClassHead, `class_head`; else the text tower gives the head.
-        class_tokens: the model has the tokens of all class prompts, `class_tokens`.
-        fit: that head is fitted to the features of the frozen image tower before the first epoch.
-        loop: open_clip's loop trains; else the fit is all.
-    """
-
-    outputs: Callable[..., Outputs]
-    loss: Callable[[Namespace], nn.Module] = lambda args: ClassLoss()
-    trains: str = ""
-    learned_head: bool = False
-    class_tokens: bool = False
-    fit: bool = False
-    loop: bool = True
+    outputs: Callable[..., Outputs]  # what the model returns in training
+    loss: Callable[[Namespace], nn.Module] = lambda args: ClassLoss()  # takes `outputs`; made from all flags
+    trains: str = ""  # regular expression for the start of the names of the parameters that learn
+    learned_head: bool = False  # the model has a ClassHead, `class_head`; else the text tower gives the head
+    class_tokens: bool = False  # the model has the tokens of all class prompts, `class_tokens`
+    fit: bool = False  # the head is fitted to features of the frozen image tower before the first epoch
+    loop: bool = True  # open_clip's loop trains; else the fit is all
 
     def install(self, model: Any) -> None:
         """Make `model` take tokens (B, L + 1) with the labels last, and return `outputs`, in training mode only.
 
-        Call it before DistributedDataParallel, torch.compile and the optimizer, and after adding `class_head` or
-        `class_tokens`.
+        Call it after adding `class_head` or `class_tokens`, before DistributedDataParallel, torch.compile, the optimizer.
         """
         original = model.forward
 
@@ -192,24 +181,17 @@ def changed_flags(args: Namespace) -> list[str]:
 
 def find_mistakes(args: Namespace) -> Iterator[str]:
     """Mistakes in the objective's flags that would change or spoil the training silently."""
-    objective, name, changes = (
-        OBJECTIVES[args.objective],
-        f"--objective {args.objective}",
-        changed_flags(args),
-    )
+    objective, changes = OBJECTIVES[args.objective], changed_flags(args)
+    name = f"--objective {args.objective}"
     if args.objective != "flyp" and len(changes) > 1:
         yield f"{changes[1]} changes FLYP's loss, which {name} does not use; leave one of them out."
     if args.lp_c is not None and not objective.fit:
         yield f"--lp-c is for the linear probe of lp and lp-ft; leave it out with {name}."
     for other in ("siglip", "distill_model", "horovod", "torchscript"):
         if changes and getattr(args, other, None):
-            flag = to_argv({other: True})[0]
-            yield f"{changes[0]} cannot be combined with {flag}; leave one of them out."
-    if (
-        objective.learned_head
-        and args.lock_image
-        and not (objective.loop and args.lock_image_unlocked_groups)
-    ):
+            yield f"{changes[0]} cannot be combined with {to_argv({other: True})[0]}; leave one of them out."
+    frozen = args.lock_image and not (objective.loop and args.lock_image_unlocked_groups)
+    if objective.learned_head and frozen:
         yield f"{name} with --lock-image leaves only the head to train; use --objective lp without --lock-image."
     if objective.fit and args.dataset_resampled:
         yield f"{name} fits its head to every image once; leave --dataset-resampled out."

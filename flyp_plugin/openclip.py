@@ -13,7 +13,6 @@ which call the original and the run (`TrainingRun`, which train.py implements). 
                                   after each: stops if training has diverged
     evaluate                      after each epoch and on every rank: scores our evaluation sets
     train.zero_shot_eval          called by evaluate() on rank 0: returns these scores, which evaluate() then logs
-    torch.save                    writes a checkpoint completely or not at all
 
 open_clip may change. `SEAMS` lists the parameters that we rely on; they are compared before anything starts. Whether
 main() really calls each replacement is checked while it runs. Without these checks a run on other data, or an evaluation
@@ -23,17 +22,15 @@ that is never logged, would go unnoticed; whatever fails by itself is left to Py
 import inspect
 import io
 import logging
-import os
 import random
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stderr, suppress
+from contextlib import ExitStack, redirect_stderr
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from inspect import BoundArguments
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
@@ -41,12 +38,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from flyp_plugin import run_folder
-from flyp_plugin.checkpoints import save, use_reader
+from flyp_plugin import patches, run_folder
+from flyp_plugin.checkpoints import use_reader
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import NO_ROOM, InputError
 from flyp_plugin.model_spec import ModelSpec, is_place
-from flyp_plugin.record import Record, newest_checkpoint
+from flyp_plugin.record import Record
 from flyp_plugin.samples import sample_seed
 
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
@@ -64,47 +61,37 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingRun(Protocol):
-    """What open_clip's main() is to train. All methods but `record` are called on every rank, in this order.
+    """What open_clip's main() is to train; FlypRun in train.py is one. `record` is called on rank 0."""
 
-    Attributes:
-        args: open_clip's and FLYP's flags. main() adds rank, world_size, name, checkpoint_path, ...
-        spec: the model that is trained.
-        changes: the flags that need another loss than open_clip's; empty for plain FLYP.
-        resumed: the record of the run that --resume continues, if it has one.
-    """
-
-    args: Namespace
+    args: Namespace  # open_clip's and FLYP's flags; main() adds rank, world_size, name, checkpoint_path, ...
     spec: ModelSpec
-    changes: list[str]
-    resumed: Record | None
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether there are evaluation sets."""
+    changes: list[str]  # the flags that need another loss than open_clip's; empty for plain FLYP
+    resumed: Record | None  # the record of the run that --resume continues
+    evaluates: bool  # whether there are evaluation sets
 
     def on_model(self, model: torch.nn.Module) -> None:
-        """Called once, when the model has been created, before anything wraps it."""
+        """When the model has been created, before anything wraps it."""
 
     def record(self, epoch: int) -> Record:
-        """Called on rank 0 when the first epoch is known, before training: what flyp.json is to say."""
+        """When the first epoch is known, before training: what flyp.json is to say."""
 
     def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
-        """Called once, where open_clip loads its data. `as_dict`: open_clip 4 takes batches as dicts."""
+        """Where open_clip loads its data. `as_dict`: open_clip 4 takes batches as dicts."""
 
     def create_loss(self) -> torch.nn.Module:
-        """Called once, where open_clip creates its loss, if there are `changes`."""
+        """Where open_clip creates its loss, if there are `changes`."""
 
     def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
-        """Called before the first epoch (with 0) and after each: the metrics to log, empty to skip this epoch."""
+        """Before the first epoch (with 0) and after each: the metrics to log, empty to skip this epoch."""
 
     def before_epoch(self, model: torch.nn.Module, preprocess: Callable, epoch: int) -> bool:
-        """Called before each epoch; False: open_clip's loop does not train in it."""
+        """Before each epoch; False: open_clip's loop does not train in it."""
 
     def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
-        """Called after each epoch that was trained, before its evaluation and checkpoint."""
+        """After each epoch that was trained, before its evaluation and checkpoint."""
 
     def finish(self) -> None:
-        """Called when main() has returned without an error."""
+        """When main() has returned without an error."""
 
 
 def _changed(what: str) -> InputError:
@@ -128,11 +115,7 @@ def _find(module: str, name: str) -> Any:
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
-    """open_clip's own parser. For a wrong flag only its last line is shown, without 200 lines of usage.
-
-    Raises:
-        InputError: a wrong flag.
-    """
+    """open_clip's own parser; InputError for a wrong flag, with its last line only, not 200 lines of usage."""
     stderr = io.StringIO()
     try:
         with redirect_stderr(stderr):
@@ -141,9 +124,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
         if error.code != 2:  # --help
             raise
         reason = stderr.getvalue().strip().rpartition("error: ")[2]
-        raise InputError(
-            f"{reason} (see --help for FLYP's flags, --help-open-clip for open_clip's)."
-        ) from None
+        raise InputError(f"{reason} (see --help for FLYP's flags, --help-open-clip for the rest).") from None
 
 
 def world() -> tuple[int, int]:
@@ -166,20 +147,18 @@ def run(flyp: TrainingRun) -> int:
     if ranks > 1:  # a rank that waits for the others in C++ runs no Python handler, and torchrun waits for it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with ExitStack() as stack:
-        stack.callback(_restore_logging, list(logging.root.handlers))
         seams = _Seams(flyp, stack)
         seams.install()
         try:
             if seams.named and rank == 0:
                 seams.claim_folder()
-                seams.find_newest()
             if main([]) == -1:  # it has printed why
-                if not seams.named and not args.remote_sync:  # the name made from the time is taken
-                    run_folder.check_free(args)
                 return 1
             seams.check_called("get_data")
-            if seams.started:  # else the resumed run was finished
+            if seams.started:
                 seams.check_evaluated(args.epochs)
+            elif rank == 0:
+                _log.info(f"The run in {Path(args.logs, args.name)} is finished: --epochs is {args.epochs}.")
         except (OSError, RuntimeError) as error:
             _log.debug(error, exc_info=True)  # shown with --debug
             if known := _explain(error, args):
@@ -194,9 +173,9 @@ def _explain(error: Exception, args: Namespace) -> InputError | None:
     again = f"continue with --name {args.name} --resume latest" if args.name else "run the same command again"
     if isinstance(error, OSError):
         if error.errno in NO_ROOM or str(error.filename).startswith(str(Path(args.logs))):
+            folder = Path(args.logs, args.name or "")
             return InputError(
-                f"{Path(args.logs, args.name or '')} cannot be written to ({error.strerror}); make room and {again}, or "
-                "choose another --logs."
+                f"{folder} cannot be written to ({error.strerror}); make room and {again}, or choose another --logs."
             )
     # gloo's errors have no type of their own
     elif isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error):
@@ -209,13 +188,17 @@ def _explain(error: Exception, args: Namespace) -> InputError | None:
 
 
 class _Seams:
-    """The functions that replace open_clip_train's during one call of its main()."""
+    """The functions that replace open_clip_train's during one call of its main().
+
+    Each gets the arguments by name, which it may change, and `proceed`, which calls the original with them.
+    """
 
     def __init__(self, flyp: TrainingRun, stack: ExitStack):
         self.flyp, self.args, self.stack = flyp, flyp.args, stack
         self.named = bool(self.args.name)  # else main() makes up a name
         self.resumes_latest = self.args.resume == "latest"  # which main() replaces by a path
         self.newest: Path | None = None  # on rank 0: the checkpoint to resume from
+        self.takes_dicts = False  # open_clip 4
         self.called: set[str] = set()
         self.started = False
         self.model: Any = None
@@ -226,11 +209,9 @@ class _Seams:
         self.evaluated = 0  # the last epoch that was evaluated
 
     def install(self) -> None:
-        """Replace open_clip's functions until `stack` is closed.
-
-        Raises:
-            InputError: one of them is missing or lacks a parameter.
-        """
+        """Replace open_clip's functions until `stack` is closed; InputError if one is missing or lacks a parameter."""
+        main = import_module("open_clip_train.main")
+        patches.install(self.stack, main, self.args.device.startswith("cpu") or not torch.cuda.is_available())
         for name, (module, *alternatives) in SEAMS.items():
             original = _find(module, name)
             signature = inspect.signature(original)
@@ -238,31 +219,22 @@ class _Seams:
                 needed = " or ".join(alternatives)
                 raise _changed(f"open_clip_train.{module}.{name} lacks one of the parameters {needed}")
             place = sys.modules[f"open_clip_train.{module}"]
-            self.replace(place, name, partial(self.call, name, original, signature))
-        main = sys.modules["open_clip_train.main"]
+            patches.replace(self.stack, place, name, partial(self.call, name, original, signature))
+            if name == "get_data":
+                self.takes_dicts = "naflex_data_config" in signature.parameters
         if self.flyp.changes:
             if not hasattr(main, "create_loss"):  # open_clip 4 has tasks
                 raise InputError(
                     f"open_clip_torch {version('open_clip_torch')} takes no other loss, which {self.flyp.changes[0]} "
                     "needs; install open_clip_torch 2.28 to 3.3, or leave the flag out."
                 )
-            self.replace(main, "create_loss", lambda args: self.flyp.create_loss())
-        if self.args.device.startswith("cpu") or not torch.cuda.is_available():
-            self.replace(torch.nn.parallel, "DistributedDataParallel", _CpuDistributedDataParallel)
-        self.replace(torch, "save", partial(_save_completely, torch.save))
-        self.replace(main, "start_sync_process", partial(_start_daemon, _find("main", "start_sync_process")))
-        self.replace(logging.FileHandler, "handleError", _warn_once)
+            patches.replace(self.stack, main, "create_loss", lambda args: self.flyp.create_loss())
 
-    def replace(self, place: Any, name: str, value: object) -> None:
-        self.stack.callback(setattr, place, name, getattr(place, name))
-        setattr(place, name, value)
-
-    def call(
-        self, name: str, original: Callable, signature: inspect.Signature, *args: Any, **kwargs: Any
-    ) -> Any:
-        """A call by open_clip, passed on to the method of this name with its arguments by name."""
+    def call(self, name: str, original: Callable, signature: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call by open_clip, passed on to the method of this name."""
         self.called.add(name)
-        return getattr(self, name)(original, signature.bind(*args, **kwargs))
+        bound = signature.bind(*args, **kwargs)
+        return getattr(self, name)(lambda: original(*bound.args, **bound.kwargs), bound.arguments)
 
     def check_called(self, name: str) -> None:
         if name not in self.called:
@@ -273,39 +245,32 @@ class _Seams:
             raise _changed(f"main() did not call evaluate after epoch {epoch}")
 
     def claim_folder(self) -> None:
-        """On rank 0, when the run has a name: let no other process write to its folder."""
+        """On rank 0, when the run has a name: lock its folder, and find the checkpoint to resume from."""
         self.folder = Path(self.args.logs, self.args.name)
         self.stack.enter_context(run_folder.folder_lock(self.folder, inherited=False))
         if not self.named or not run_folder.contains_run(self.folder):
             self.stack.callback(self.remove_unless_started)
+        if self.named and self.resumes_latest:
+            self.newest = run_folder.find_newest(self.folder)
 
     def remove_unless_started(self) -> None:
         if not self.started:
             run_folder.remove_unstarted(self.folder)
 
-    def find_newest(self) -> None:
-        """On rank 0: the checkpoint to resume from. Incomplete ones are set aside."""
-        run_folder.check_free(self.args)
-        run_folder.set_aside_incomplete(self.folder)
-        if self.resumes_latest:
-            run_folder.check_checkpoints(self.folder)
-            self.newest = newest_checkpoint(self.folder)
-
-    def parse_args(self, original: Callable, given: BoundArguments) -> Namespace:
+    def parse_args(self, proceed: Callable, arguments: dict) -> Namespace:
         return self.args
 
-    def create_model_and_transforms(self, original: Callable, given: BoundArguments) -> tuple:
+    def create_model_and_transforms(self, proceed: Callable, arguments: dict) -> tuple:
         self.check_called("parse_args")
-        name = given.arguments["model_name"]
+        name, pretrained = arguments["model_name"], arguments.get("pretrained") or ""
         if self.model is None:
             self.resume_newest()
             if self.args.rank == 0 and not self.named:  # by now main() has made up a name
                 self.claim_folder()
         elif not is_place(name):  # the teacher of --distill-model
-            pretrained = given.arguments.get("pretrained") or ""
-            given.arguments["force_quick_gelu"] = ModelSpec.of(name, pretrained).quick_gelu
+            arguments["force_quick_gelu"] = ModelSpec.of(name, pretrained).quick_gelu
         with use_reader():
-            created = original(*given.args, **given.kwargs)
+            created = proceed()
         if self.model is None:
             self.model, _, _ = created
             self.flyp.on_model(self.model)
@@ -326,22 +291,19 @@ class _Seams:
         if "resume_is_sharded" in args:  # open_clip 4
             args.resume_is_sharded = newest is not None and newest.is_dir()
 
-    def get_data(self, original: Callable, given: BoundArguments) -> dict:
+    def get_data(self, proceed: Callable, arguments: dict) -> dict:
         self.check_called("create_model_and_transforms")
-        args, epoch = given.arguments["args"], given.arguments.get("epoch", 0)
+        args, epoch = arguments["args"], arguments.get("epoch", 0)
         if args.rank == 0:
             if epoch < args.epochs:  # else nothing is trained
                 run_folder.write_record(self.flyp.record(epoch), self.flyp.resumed, self.folder)
             run_folder.drop_results_after(epoch, self.folder)
-            if self.resumes_latest:
-                run_folder.log_start(epoch, args)
-        preprocess_train, self.preprocess_val = given.arguments["preprocess_fns"]
+        preprocess_train, self.preprocess_val = arguments["preprocess_fns"]
         self.tokenizer = self.flyp.spec.tokenizer()
-        given.arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
-        _try_own_sets(original, given)
-        data = original(*given.args, **given.kwargs)
-        as_dict = "naflex_data_config" in given.signature.parameters  # open_clip 4
-        dataset = self.flyp.train_data(preprocess_train, self.tokenizer, as_dict)
+        arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
+        _try_own_sets(proceed, arguments)
+        data = proceed()
+        dataset = self.flyp.train_data(preprocess_train, self.tokenizer, self.takes_dicts)
         data["train"] = self.train = _find("data", "DataInfo")(dataloader=dataset)
         self.train.set_epoch = self.set_epoch
         if self.flyp.evaluates:  # main() evaluates only if this key exists; zero_shot_eval below answers
@@ -349,10 +311,8 @@ class _Seams:
         return data
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by open_clip at the start of each epoch.
-
-        Seeds everything random: open_clip does not restore random states when it resumes, and a resumed run must equal
-        an uninterrupted one.
+        """Called by open_clip at the start of each epoch. Seeds everything random, so that a resumed run equals an
+        uninterrupted one: open_clip does not restore random states.
         """
         self.check_called("train_one_epoch")
         self.called.add("set_epoch")
@@ -362,8 +322,7 @@ class _Seams:
         random.seed(seed)
         np.random.seed(seed % 2**32)
 
-    def train_one_epoch(self, original: Callable, given: BoundArguments) -> Any:
-        arguments = given.arguments
+    def train_one_epoch(self, proceed: Callable, arguments: dict) -> Any:
         state = arguments.get("state")  # open_clip 4: one object for model, optimizer and epoch
         model, epoch = (state.task, state.epoch) if state else (arguments["model"], arguments["epoch"])
         data, args = arguments["data"], arguments["args"]
@@ -377,36 +336,36 @@ class _Seams:
         self.started = True
         if not self.flyp.before_epoch(self.model, self.preprocess_val, epoch):
             return None
-        result = original(*given.args, **given.kwargs)
+        result = proceed()
         self.check_called("set_epoch")
         self.flyp.after_epoch(self.model, epoch + 1)
         return result
 
-    def evaluate(self, original: Callable, given: BoundArguments) -> dict:
-        epoch = self.evaluated = given.arguments["epoch"]
+    def evaluate(self, proceed: Callable, arguments: dict) -> dict:
+        epoch = self.evaluated = arguments["epoch"]
         if self.flyp.evaluates:
             self.metrics = self.flyp.evaluate(self.model, self.preprocess_val, self.tokenizer, epoch)
-        logged = original(*given.args, **given.kwargs)
+        logged = proceed()
         if self.args.rank == 0 and not self.metrics.keys() <= logged.keys():
             raise _changed("evaluate() does not log what zero_shot_eval returns")
         return logged
 
-    def zero_shot_eval(self, original: Callable, given: BoundArguments) -> dict:
-        data = {name: info for name, info in given.arguments["data"].items() if info is not None}
+    def zero_shot_eval(self, proceed: Callable, arguments: dict) -> dict:
+        data = {name: info for name, info in arguments["data"].items() if info is not None}
         if not {"imagenet-val", "imagenet-v2"} & data.keys():
             return self.metrics
-        given.arguments["data"] = data
-        return {**original(*given.args, **given.kwargs), **self.metrics}
+        arguments["data"] = data
+        return {**proceed(), **self.metrics}
 
 
-def _try_own_sets(get_data: Callable, given: BoundArguments) -> None:
+def _try_own_sets(get_data: Callable, arguments: dict) -> None:
     """Read a batch of each of open_clip's own evaluation sets: else a bad one costs the first epoch, unsaved."""
-    args = given.arguments["args"]
+    args = arguments["args"]
     for name in (name for name in _OWN_SETS if getattr(args, name)):
         only = {**dict.fromkeys(_OWN_SETS), name: getattr(args, name), "workers": 0}
-        given.arguments["args"] = Namespace(**{**vars(args), **only})
+        arguments["args"] = Namespace(**{**vars(args), **only})
         try:
-            for info in get_data(*given.args, **given.kwargs).values():
+            for info in get_data().values():
                 if next(iter(info.dataloader), None) is None:
                     raise ValueError("it has no image with a text in .txt")
             if name != "val_data":  # before open_clip 4 this needs NumPy before 2.4
@@ -417,46 +376,4 @@ def _try_own_sets(get_data: Callable, given: BoundArguments) -> None:
                 f"open_clip cannot evaluate --{name.replace('_', '-')} {getattr(args, name)} ({reason}); give a labelled set "
                 "with --eval-data NAME=SHARDS instead."
             ) from error
-    given.arguments["args"] = args
-
-
-def _restore_logging(handlers: list[logging.Handler]) -> None:
-    """Undo what main() does: it adds handlers, and torch's loggers at INFO would report compile times at exit."""
-    for handler in set(logging.root.handlers) - set(handlers):
-        logging.root.removeHandler(handler)
-        with suppress(OSError):  # no room for what it still holds
-            handler.close()
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("torch"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _warn_once(handler: Any, record: logging.LogRecord) -> None:
-    """For a log file that cannot be written: one warning, where logging prints a traceback for each line."""
-    if not getattr(handler, "warned", False):
-        handler.warned = True
-        error = sys.exc_info()[1]
-        reason = getattr(error, "strerror", None) or error
-        _log.warning(f"{handler.baseFilename} cannot be written to ({reason}): it will lack lines.")
-
-
-def _save_completely(torch_save: Callable, content: object, file: Any, *args: Any, **kwargs: Any) -> None:
-    """torch.save() that leaves no partial file, whenever it is killed."""
-    if isinstance(file, (str, os.PathLike)):
-        save(content, file)
-    else:
-        torch_save(content, file, *args, **kwargs)
-
-
-def _start_daemon(start_sync_process: Callable, *args: Any) -> Any:
-    """The endless process of --remote-sync as a daemon: else Python waits for it after an error in training."""
-    process = start_sync_process(*args)
-    process.daemon = True
-    return process
-
-
-class _CpuDistributedDataParallel(torch.nn.parallel.DistributedDataParallel):
-    """Without device_ids: open_clip passes [cpu], which DistributedDataParallel refuses."""
-
-    def __init__(self, module: torch.nn.Module, device_ids: object = None, **kwargs: Any):
-        super().__init__(module, **kwargs)
+    arguments["args"] = args

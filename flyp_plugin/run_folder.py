@@ -26,7 +26,7 @@ from flyp_plugin import record
 from flyp_plugin.errors import InputError
 from flyp_plugin.model_spec import ModelSpec
 from flyp_plugin.record import RESULTS, Record
-from flyp_plugin.sources import is_url, write_atomically
+from flyp_plugin.sources import write_atomically
 
 LOCK = ".lock"  # in a folder that is being written to
 _RECORDS = ("out.log", "params.txt", record.FILE)
@@ -49,43 +49,41 @@ def check_free(args: Namespace) -> None:
         )
 
 
-def check_checkpoints(folder: Path) -> None:
-    """InputError if open_clip would resume from a foreign file: it takes the last .pt by name, whatever it is."""
-    for path in sorted(folder.glob("checkpoints/*.pt")):
-        if not re.match(r"epoch_(\d+|latest)\.", path.name):
-            raise InputError(
-                f"{path} is not a checkpoint of this run, but --resume latest would take it; move it elsewhere."
-            )
+def find_newest(folder: Path) -> Path | None:
+    """The checkpoint that --resume latest continues from. Cleans up after a killed run: partial files are deleted, and
+    incomplete checkpoints renamed.
 
-
-def set_aside_incomplete(folder: Path) -> None:
-    """Delete the partial files of a killed run and rename incomplete checkpoints, so that none is resumed from."""
+    Raises:
+        InputError: a foreign file. open_clip would take the last .pt by name, whatever it is.
+    """
     for path in folder.glob("checkpoints/.*.part"):  # written by checkpoints.atomic_path
         path.unlink()
     for path in sorted(folder.glob("checkpoints/**/*.pt")):
         if not zipfile.is_zipfile(path):  # torch writes a zip file, whose directory comes last
             aside = path.rename(path.with_suffix(".pt.incomplete"))
             _log.warning(f"{path} is incomplete and will not be used: it is now {aside}.")
+        elif path.parent.name == "checkpoints" and not re.match(r"epoch_(\d+|latest)\.", path.name):
+            raise InputError(
+                f"{path} is not a checkpoint of this run, but --resume latest would take it; move it elsewhere."
+            )
+    return record.newest_checkpoint(folder)
 
 
 def resumed_record(args: Namespace) -> Record | None:
     """The record of the run that --resume continues; None for a new run, or one without a record."""
-    if not args.resume or is_url(args.resume):
-        return None
     if args.resume == "latest":
         return record.read(Path(args.logs, args.name)) if args.name else None
-    return record.find(args.resume)
+    return record.find(args.resume or "")
 
 
 def refuse_other_run(resumed: Record, args: Namespace, spec: ModelSpec) -> None:
     """InputError if the flags would change what the weights of the resumed run mean."""
-    for name in ("model", "objective"):
-        if resumed.get(name) != getattr(args, name):
-            raise InputError(
-                f"the run in {resumed.folder} was started with --{name} {resumed.get(name)}, not {getattr(args, name)}; "
-                "choose another --name, or give the same flags."
-            )
-    if changed := resumed.spec.differences(spec):
+    changed = [
+        f"--{name} is {getattr(args, name)}, but the run was started with --{name} {resumed.get(name)}"
+        for name in ("model", "objective")
+        if resumed.get(name) != getattr(args, name)
+    ]
+    if changed := changed + resumed.spec.differences(spec):
         raise InputError(
             f"your flags would change what the weights of {resumed.folder} mean ({changed[0]}); leave them out, or start a "
             "new run with another --name."
@@ -106,8 +104,6 @@ def write_record(now: Record, before: Record | None, folder: Path) -> None:
         )
         if others.keys() & {"workers", "ranks", "batch_size"}:
             _log.warning("The batches, and so the weights, will differ from those of an uninterrupted run.")
-    if not before and (folder / "params.txt").exists() and any(folder.glob("checkpoints/epoch_*.pt")):
-        _log.warning(f"{folder} has no {record.FILE}, so its settings cannot be compared with these.")
     now.write(folder)
 
 
@@ -120,74 +116,62 @@ def _set_aside(path: Path) -> Path:
 def drop_results_after(epoch: int, folder: Path) -> None:
     """Remove from results.jsonl what a run resumed after `epoch` will write again, and a line that was cut off.
 
-    open_clip evaluates before it saves, so there may be rows without a checkpoint. If no checkpoint is left (epoch 0),
-    the file is kept under another name.
+    open_clip evaluates before it saves, so a row may have no checkpoint. If none is left (epoch 0), the file is renamed.
     """
-    results = folder / RESULTS
-    if not results.exists():
-        return
-    epochs = {}
-    for line in results.read_text().splitlines(keepends=True):
+    results, epochs = folder / RESULTS, {}
+    for line in results.read_text().splitlines(keepends=True) if results.exists() else ():
         with suppress(ValueError):
             epochs[line] = json.loads(line).get("epoch", 0)
     if epoch == 0 and any(epochs.values()):
-        aside = _set_aside(results)
-        _log.warning(f"The results of a run without checkpoints are now in {aside}.")
-    write_atomically(results, "".join(line for line, number in epochs.items() if epoch and number <= epoch))
-
-
-def log_start(epoch: int, args: Namespace) -> None:
-    """Say so if --resume latest has found no checkpoint (epoch 0), or the one of a finished run."""
-    folder = Path(args.logs, args.name)
-    if epoch == 0:
-        _log.warning(f"There is no checkpoint in {folder} to resume from: this run starts at the beginning.")
-    elif epoch >= args.epochs:
-        _log.info(f"The run in {folder} is finished: it has {epoch} epochs, and --epochs is {args.epochs}.")
+        _log.warning(f"The results of a run without checkpoints are now in {_set_aside(results)}.")
+    elif results.exists():
+        write_atomically(
+            results, "".join(line for line, number in epochs.items() if epoch and number <= epoch)
+        )
 
 
 def remove_unstarted(folder: Path) -> None:
     """Delete what open_clip has written for a run that never started to train, so that its name stays free."""
-    if any(folder.glob("checkpoints/*.*")):
-        return
-    for name in _RECORDS:
-        (folder / name).unlink(missing_ok=True)
-    for path in (folder / "checkpoints", folder / "tensorboard", folder):
-        with suppress(OSError):  # it does not exist, or is not empty
-            path.rmdir()
+    if not any(folder.glob("checkpoints/*.*")):
+        for name in _RECORDS:
+            (folder / name).unlink(missing_ok=True)
+        for path in (folder / "checkpoints", folder / "tensorboard", folder):
+            with suppress(OSError):  # it does not exist, or is not empty
+                path.rmdir()
 
 
 @contextmanager
 def folder_lock(folder: Path, inherited: bool = True) -> Iterator[int]:
     """Hold a lock on a folder, which is created if need be, and deleted again if it stays empty.
 
-    The lock ends with the process, however it is killed. On a filesystem without locks there is only a warning. filelock
-    does not fit: it has no public descriptor to pass on, and without locks it leaves a file that outlives the process.
+    The lock ends with the process, however it is killed. On a filesystem without locks there is only a warning. (filelock
+    has no public descriptor to pass on, and without locks leaves a file that outlives the process.)
 
     Args:
-        inherited: commands that are given the descriptor (`pass_fds`) hold the lock too, so that one that outlives its
-            killed parent is noticed. Otherwise only this process holds it, and none that it forks.
+        inherited: whether child processes can hold the lock too, by its descriptor (`pass_fds`), so that one that
+            outlives its killed parent is noticed.
 
     Raises:
         InputError: another process holds the lock, or the folder cannot be written to.
     """
-    new, path = not folder.exists(), folder / LOCK
+    new, path, lock_file = not folder.exists(), folder / LOCK, fcntl.flock if inherited else fcntl.lockf
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = path.open("a")
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another one.") from None
     with lock:
+        free = True
         try:
-            (fcntl.flock if inherited else fcntl.lockf)(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))  # else its last holder deletes it
         except (BlockingIOError, FileNotFoundError):
             free = False
         except OSError as error:
-            free = True
             _log.warning(f"{folder} cannot be locked ({error.strerror}); let nothing else write to it.")
         if not free:
             raise InputError(
-                f"another process is writing to {folder} (perhaps one that a killed run left behind); wait for it or end it."
+                f"another process (perhaps left behind by a killed run) is writing to {folder}; wait for it or end it."
             )
         try:
             yield lock.fileno()

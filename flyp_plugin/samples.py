@@ -6,7 +6,6 @@ Anything unreadable is left out and reported to `skip`, because one bad image in
 label raises InputError, because then the class list is wrong for all samples. Batches, epochs and workers are data.py's.
 """
 
-import io
 import json
 import logging
 import random
@@ -14,8 +13,6 @@ import re
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -27,51 +24,12 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys
 
 from flyp_plugin.errors import InputError, escape_control_chars
-from flyp_plugin.sources import (
-    IMAGE_KEY,
-    RETRIES,
-    Header,
-    backoff_delays,
-    find_scattered_sample,
-    is_member,
-    is_remote,
-    is_transient,
-    open_source,
-)
+from flyp_plugin.images import FORMATS, open_image, to_rgb
+from flyp_plugin.sources import IMAGE_KEY, RETRIES, backoff_delays, is_remote, is_transient, open_source
+from flyp_plugin.tars import Header, find_scattered_sample, is_member
 
 Sample = dict[str, Any]
-# Image formats that are read, whatever the member's name. Not PostScript: Pillow runs another program for it
-FORMATS = ("JPEG", "PNG", "WEBP", "MPO", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Skipped:
-    """What was unreadable: images and tars, the samples lost with them (estimated for a tar), and the first message."""
-
-    number: int = 0
-    lost: int = 0
-    first: str = ""
-
-    def __call__(self, message: str, lost: int = 1) -> None:
-        self.add(Skipped(1, lost, message))
-
-    def add(self, other: "Skipped") -> None:
-        self.first = self.first or other.first
-        self.number += other.number
-        self.lost += other.lost
-
-    def drain(self) -> "Skipped":
-        """Return what was added so far, and start again from nothing."""
-        drained = replace(self)
-        self.number, self.lost, self.first = 0, 0, ""
-        return drained
-
-    def report(self, where: str) -> None:
-        """Log what was skipped, if anything."""
-        if self.number:
-            things = "image or tar" if self.number == 1 else "images or tars"
-            _log.warning(f"{where}: skipped {self.number} unreadable {things}, the first: {self.first}")
 
 
 def sample_seed(*values: object) -> int:
@@ -248,28 +206,6 @@ def draw_prompts(samples: Iterable[Sample], num_templates: int, *seed: object) -
         yield {**sample, "template": drawn % num_templates, "seed": drawn >> 1}
 
 
-def open_image(raw: bytes) -> Image.Image:
-    """Open, without decoding it, an image of one of FORMATS."""
-    Image.init()
-    return Image.open(io.BytesIO(raw), formats=[name for name in FORMATS if name in Image.OPEN])
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The RGB image that a transform gets, in training and evaluation, from a PIL image of any mode.
-
-    Of 16-bit grey the upper 8 bits are kept, where `image.convert("RGB")` makes nearly all of it white. A lazily opened
-    file is decoded here, which may raise nearly anything if it is broken.
-    """
-    if is_deep(image):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def is_deep(image: Image.Image) -> bool:
-    """Whether an image has 16-bit grey values (which Pillow may hold in 32 bits)."""
-    return image.mode.startswith("I")
-
-
 def decode_images(
     samples: Iterable[Sample], preprocess: Callable, skip: Callable[[str], None], jpeg_draft: int = 0
 ) -> Iterator[Sample]:
@@ -294,15 +230,3 @@ def decode_images(
             random.seed(sample["seed"])
             np.random.seed(sample["seed"] % 2**32)
         yield {**sample, "image": preprocess(image)}
-
-
-@contextmanager
-def preserve_random_states() -> Iterator[None]:
-    """Restore the CPU's random states afterwards: transforms seed them, also in the training process itself."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])

@@ -37,9 +37,8 @@ from flyp_plugin.sources import (
     write_sizes,
 )
 
-if (
-    TYPE_CHECKING
-):  # what imports torch (prompts, samples, webdataset) is imported in functions, for a fast --help
+# prompts, samples and webdataset import torch: they are imported in functions, for a fast --help
+if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -70,9 +69,6 @@ def write(
         seed: of the shuffle before writing. The same source and seed give the same bytes.
         workers: number of processes.
         columns: for a CSV: image_col, label_col, split_col, split, group_col and root of rows.read_table.
-
-    Raises:
-        InputError: `dest` is not empty, an image is missing, a class is not in the list, the disk is full, ...
     """
     folder = _resolve_dest(dest)
     if not os.path.isdir(source):
@@ -85,15 +81,15 @@ def write(
     else:
         rows, found = read_folder(source)
     prompts = _resolve_lists(found, folder.parent, classnames, templates)
-    indices = _to_indices({label for _, label, _ in rows}, prompts.classnames)
+    labels = {label for _, label, _ in rows}
+    indices = _to_indices(labels, prompts.classnames)
     random.Random(seed).shuffle(rows)
     samples = ((number, path, indices[label], group) for number, (path, label, group) in enumerate(rows))
     sizes = _shard_sizes(len(rows), shard_size)
-    with _create_split(folder, sizes) as part:
+    with _create_split(folder, sizes, {CLASSNAMES: prompts.classnames, TEMPLATES: prompts.templates}) as part:
         jobs = [(part / name, list(islice(samples, size))) for name, size in sizes.items()]
         map_parallel(_write_shard, jobs, workers, "writing")
-        _write_lists(folder.parent, {CLASSNAMES: prompts.classnames, TEMPLATES: prompts.templates})
-    classes = f"{len({label for _, label, _ in rows})} of {len(prompts.classnames)} classes"
+    classes = f"{len(labels)} of {len(prompts.classnames)} classes"
     _log.info(f"Wrote {len(rows)} images of {classes} in {len(sizes)} shards to {dest}.")
     _log.info(f"Next: flyp shards check {os.path.relpath(folder.parent)}")
 
@@ -115,8 +111,7 @@ def subset(
         source: local shards: a brace pattern, a split folder, a data folder (then its `split`), '::' between several.
         dest: the split folder to write; class names and templates are copied into the folder above it.
 
-    Returns:
-        The number of samples in each shard.
+    Returns the number of samples in each shard.
     """
     from flyp_plugin.samples import read_samples
 
@@ -135,11 +130,10 @@ def subset(
                 chosen.remove(identity)
                 yield sample | ({"__key__": f"s{len(chosen):07d}"} if rename else {})
 
-    samples = read_chosen()
-    with _create_split(folder, sizes) as part:
+    with _create_split(folder, sizes, lists) as part:
+        samples = read_chosen()
         for name, size in sizes.items():
             _write_tar(part / name, islice(samples, size))
-        _write_lists(folder.parent, lists)
     return sizes
 
 
@@ -153,20 +147,12 @@ def few_shot_keys(
 ) -> set[tuple[str, str]]:
     """(shard, key) of `shots` random samples of each class. Fewer shots of a seed are a subset of more shots.
 
-    A class with fewer samples gives all it has and is named in a warning.
-
-    Args:
-        shards: local tars; the choice depends on their order, not on their paths.
-        label_key, image_key: as in ClassPromptDataset.
-        classnames: names of the classes, if known: then labels beyond them are errors.
-
-    Raises:
-        InputError: a label is missing or not an integer, or a key is repeated in a shard.
+    A class with fewer samples gives all it has and is named in a warning. A wrong label or a key that is repeated in a
+    shard raises InputError. The choice depends on the order of the local tars `shards`, not on their paths.
     """
     from flyp_plugin.samples import label_samples, read_samples
 
-    classes = defaultdict(list)
-    seen = set()
+    classes, seen = defaultdict(list), set()
     read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
     for sample in label_samples(read, len(classnames) or 2**63, _warn, image_key, label_key):
         identity = (sample["shard"], sample["key"])
@@ -179,13 +165,11 @@ def few_shot_keys(
     names = dict(enumerate(classnames)) or {label: str(label) for label in sorted(classes)}
     few = [f"{name} ({len(classes[label])})" for label, name in names.items() if len(classes[label]) < shots]
     if few:
-        more = ", ..." if len(few) > 20 else ""
-        _log.warning(f"{len(few)} classes have fewer than {shots} images: {', '.join(few[:20])}{more}.")
-    chosen: set[tuple[str, str]] = set()
+        named = ", ".join(few[:20]) + (", ..." if len(few) > 20 else "")
+        _log.warning(f"{len(few)} classes have fewer than {shots} images: {named}.")
     for label, identities in classes.items():
         random.Random(f"{seed} {label}").shuffle(identities)
-        chosen.update(identities[:shots])
-    return chosen
+    return {identity for identities in classes.values() for identity in identities[:shots]}
 
 
 def _warn(message: str, lost: int = 1) -> None:
@@ -208,7 +192,7 @@ def list_splits(source: str, split: str | None) -> list[str]:
 
 def _resolve_lists(found: list, data: Path, classnames: str | None, templates: str | None) -> "ClassPrompts":
     """Class names and templates: those given, else those in the folder `data`, else the names found and the default."""
-    from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts, read_templates
+    from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts
 
     existing = {name: str(data / name) for name in (CLASSNAMES, TEMPLATES) if (data / name).exists()}
     templates = templates or existing.get(TEMPLATES) or DEFAULT_TEMPLATE
@@ -219,7 +203,7 @@ def _resolve_lists(found: list, data: Path, classnames: str | None, templates: s
         numbers = all(re.fullmatch(r"-?[0-9]+(\.[0-9]*)?", name) for name in found)
         if not numbers and (syntax := detect_syntax(found)):
             raise InputError(f"the class names found, {found[0]!r}, ..., are {syntax}; write plain names.")
-        prompts = ClassPrompts(sorted(found, key=float if numbers else str), read_templates(templates))
+        prompts = ClassPrompts.from_files(sorted(found, key=float if numbers else str), templates)
         _log.info(f"Class order: sorted, {len(found)} names, written to {data / CLASSNAMES}.")
         if numbers:
             _log.warning(f"The class names are numbers ({prompts(0, 0)!r}); name them by --classnames FILE.")
@@ -234,9 +218,7 @@ def _to_indices(labels: set[str], classnames: Sequence[str]) -> dict[str, int]:
     keys = to_unique_keys(classnames)
     if repeated := sorted(label for label in labels if (label, 2) in keys):
         lines = " and ".join(f"line {keys.index((repeated[0], n)) + 1}" for n in (1, 2))
-        raise InputError(
-            f"the class {repeated[0]!r} is {lines} of the class names; give a CSV with class indices as labels."
-        )
+        raise InputError(f"the class {repeated[0]!r} is {lines} of the class names; give a CSV of indices.")
     indices = {name: index for index, (name, _) in enumerate(keys)}
     if labels.isdisjoint(indices) and not labels.isdisjoint(map(str, range(len(keys)))):
         indices = {str(index): index for index in range(len(keys))}
@@ -244,13 +226,10 @@ def _to_indices(labels: set[str], classnames: Sequence[str]) -> dict[str, int]:
     if unknown := sorted(labels - indices.keys()):
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise InputError(
-            f"the class {unknown[0]!r}{more} is not in the list of {len(keys)} class names; remove its images, or "
-            "write to another data folder with a list that contains it."
+            f"the class {unknown[0]!r}{more} is not in the list of {len(keys)} class names; remove its images, or write to "
+            "another data folder with a list that contains it."
         )
     return indices
-
-
-# Writing
 
 
 def _shard_sizes(samples: int, shard_size: int | None) -> dict[str, int]:
@@ -267,26 +246,28 @@ def _resolve_dest(dest: str) -> Path:
 
 
 @contextmanager
-def _create_split(folder: Path, sizes: dict[str, int]) -> Iterator[Path]:
-    """FOLDER.part to write to. It is renamed to `folder` at the end, or deleted after an error.
+def _create_split(folder: Path, sizes: dict[str, int], lists: dict[str, list[str]]) -> Iterator[Path]:
+    """FOLDER.part to write to, renamed to `folder` at the end and deleted after an error.
 
-    nshards.txt is written first: expand_source refuses a folder with fewer shards, as a killed run leaves it.
+    nshards.txt comes first: expand_source refuses a folder with fewer shards, as a killed run leaves it.
     """
     part = folder.with_name(f"{folder.name}.part")
     try:
         part.mkdir(parents=True)
+        try:
+            write_atomically(part / "nshards.txt", f"{len(sizes)}\n")
+            yield part
+            _check_lists(folder.parent, lists)
+            for name, lines in lists.items():
+                if not (folder.parent / name).exists():
+                    write_atomically(folder.parent / name, "\n".join(lines) + "\n")
+            write_sizes(part, sizes)
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        fix = "delete it, unless another run is writing it" if part.exists() else "choose another place"
-        raise InputError(f"{part} could not be created ({error.strerror}); {fix}.") from None
-    try:
-        write_atomically(part / "nshards.txt", f"{len(sizes)}\n")
-        yield part
-        write_sizes(part, sizes)
-        os.replace(part, folder)
-    except OSError as error:
-        raise InputError(f"{folder} was not written: {error}.") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        fix = f"delete {part}, unless another run is writing it" if part.exists() else "try another place"
+        raise InputError(f"{folder} was not written: {error}; {fix}.") from None
 
 
 def _write_shard(job: tuple[Path, list[tuple[int, str, int, str | None]]]) -> None:
@@ -318,14 +299,6 @@ def _check_lists(data: Path, lists: dict[str, list[str]]) -> None:
         existing = read_lines(str(data / name))
         if existing is not None and not same_names(existing, lines):
             raise InputError(f"{data / name} differs from this set's list; write to another data folder.")
-
-
-def _write_lists(data: Path, lists: dict[str, list[str]]) -> None:
-    """Write the lists that do not exist yet."""
-    _check_lists(data, lists)
-    for name, lines in lists.items():
-        if not (data / name).exists():
-            write_atomically(data / name, "\n".join(lines) + "\n")
 
 
 def map_parallel(function: Callable, items: Sequence, workers: int, what: str) -> list:

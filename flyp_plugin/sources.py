@@ -10,15 +10,11 @@ import logging
 import os
 import random
 import re
-import tarfile
 import time
 import urllib.request
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from http.client import HTTPException, IncompleteRead
-from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,15 +23,14 @@ from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import same_names
+from flyp_plugin.tars import TAR_ERRORS, keys_with_image
 
 IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as in open_clip
-TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)  # what reading a broken tar raises
 TIMEOUT = 30  # seconds without an answer, over http
 RETRIES, BACKOFF = 6, 1.0  # retry after at most 1, 2, 4, ... 32 seconds: about a minute in all
 TEXT_RETRIES = 4  # for a text file, which a person may be waiting for
-MAX_TEXT, MAX_MEMBER = 100 << 20, 1 << 30  # bytes of a text file, and of a tar's member
+MAX_TEXT = 100 << 20  # bytes of a text file
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)  # HTTP errors that may pass
-_MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and ending, split at the first dot as in webdataset
 _log = logging.getLogger(__name__)
 
 
@@ -291,7 +286,7 @@ def _count_folder(folder: str, names: Sequence[str], image_key: str) -> dict[str
     for name in tqdm(dict.fromkeys(names), desc=f"counting {folder}", unit="shard", disable=None, delay=3):
         path, sizes[name] = os.path.join(folder, name), 0
         try:
-            for _ in _keys_with_image(path, image_key):
+            for _ in keys_with_image(path, image_key):
                 sizes[name] += 1  # an error after these does not lose them
         except TAR_ERRORS as error:
             complete = False
@@ -325,82 +320,6 @@ def write_sizes(folder: str | Path, sizes: dict[str, int]) -> None:
             return
         time.sleep(0.005)
         os.utime(path)
-
-
-class Header(tarfile.TarInfo):
-    """A member's header that raises when it is damaged: tarfile would take it for the end of the tar."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
-            kind = type(error).__name__
-            if kind == "EOFHeaderError":  # the end mark
-                raise
-            cut = kind == "EmptyHeaderError"
-            raise tarfile.ReadError("no end mark, the file is cut short" if cut else str(error)) from None
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
-        header = super().frombuf(buf, encoding, errors)
-        if header.size > MAX_MEMBER:
-            raise tarfile.ReadError(f"member {header.name[:80]} claims to have {header.size} bytes")
-        return header
-
-
-def is_member(name: str) -> bool:
-    """Whether a file in a tar belongs to a sample: not a hidden one, such as macOS' ._ files, or webdataset's __NAME__."""
-    return not re.match(r"__[^/]*__($|/)", name) and not name.rpartition("/")[2].startswith(".")
-
-
-def _group_members(path: str) -> Iterator[tuple[str, Iterator[str]]]:
-    """(key, endings of the members) of each sample in a local tar, grouped as by samples.read_samples."""
-    with tarfile.open(path, tarinfo=Header) as tar:
-        files = (member.name for member in tar if member.isreg() and is_member(member.name))
-        parts = (found.groups() for found in map(_MEMBER.fullmatch, files) if found)
-        for key, members in groupby(parts, lambda part: part[0]):
-            yield key, (ending.lower() for _, ending in members)
-
-
-def _keys_with_image(path: str, image_key: str) -> Iterator[str]:
-    images = set(image_key.split(";"))
-    return (key for key, endings in _group_members(path) if any(ending in images for ending in endings))
-
-
-def count_shard(path: str, image_key: str = IMAGE_KEY) -> int:
-    """Number of samples with an image in a local tar, from its headers."""
-    return sum(1 for _ in _keys_with_image(path, image_key))
-
-
-def first_endings(path: str) -> list[str]:
-    """Endings of the members of the first sample in a local tar."""
-    return next((sorted(endings) for _, endings in _group_members(path)), [])
-
-
-def find_scattered_sample(path: str) -> str | None:
-    """A message if some sample's members are not next to each other in a local tar; None if all are, or for remote tars.
-
-    Two samples with the same key and the same members are another matter.
-    """
-    known = not is_remote(path) and os.path.isfile(path)
-    return _find_scattered_sample(path, os.stat(path).st_mtime_ns) if known else None
-
-
-@lru_cache(64)  # asked again for each sample that lacks something
-def _find_scattered_sample(path: str, modified: int) -> str | None:
-    first: dict[str, set[str]] = {}
-    try:
-        for key, members in _group_members(path):
-            endings = set(members)
-            if first.setdefault(key, endings) is not endings and first[key].isdisjoint(endings):
-                return (
-                    f"the members of sample {key} ({', '.join(sorted(first[key] | endings)[:5])}) are not next to each "
-                    f"other in {path}; make the tar again, sorted by name: tar --sort=name -cf {path} FOLDER"
-                )
-    except TAR_ERRORS:
-        pass  # everything before the damage is in order
-    return None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -56,11 +56,7 @@ def train(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, str], list[str]]:
-    """Parse FLYP's and open_clip's flags.
-
-    Returns:
-        all of them; FLYP's defaults that are in use; and which of open_clip's flags the user typed.
-    """
+    """All flags, FLYP's and open_clip's; FLYP's defaults in use; and which of open_clip's flags the user typed."""
     ours, rest = parser().parse_known_args(argv)
     user = openclip.parse_args(rest)
     without_defaults = ArgumentParser(argument_default=SUPPRESS, add_help=False)
@@ -68,15 +64,14 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
         without_defaults.add_argument(*to_argv({name: True}), nargs="*")
     typed = list(vars(without_defaults.parse_known_args(rest)[0]))
 
-    defaults = {name: value for name, value in DEFAULTS.items() if name not in typed}
-    if user.precision in checks.FP16 and "eps" in defaults:
+    # FLYP's batch is the number of images in one loss
+    defaults = {**DEFAULTS, "batch_size": str(max(1, GLOBAL_BATCH // max(1, world_size * user.accum_freq)))}
+    if user.precision in checks.FP16:
         defaults["eps"] = checks.FP16_EPS
+    skipped = {*typed, *DEFAULTS} if ours.no_flyp_defaults else {*typed}
     if "timm" in getattr(user, "opt", ""):  # timm's optimizers have betas of their own
-        defaults = {name: value for name, value in defaults.items() if name not in ("beta1", "beta2")}
-    if "batch_size" in defaults:  # FLYP's is the number of images in one loss
-        defaults["batch_size"] = str(max(1, GLOBAL_BATCH // max(1, world_size * user.accum_freq)))
-    if ours.no_flyp_defaults:
-        defaults = {}
+        skipped |= {"beta1", "beta2"}
+    defaults = {name: value for name, value in defaults.items() if name not in skipped}
     across_ranks = ["--local-loss", "--gather-with-grad"] if defaults and world_size > 1 else []
     # open_clip's default is cuda, with a warning if there is none
     device = ["--device", checkpoints.default_device()]
@@ -85,17 +80,10 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
 
 
 class FlypRun:
-    """One training run. Making it checks the flags and the data; openclip.py then calls its methods on every rank.
+    """One training run: an openclip.TrainingRun. Making it checks the flags and the data, on every rank.
 
     Args:
         argv: the command line, with FLYP's and open_clip's flags.
-
-    Attributes:
-        args: all flags; open_clip's main() adds rank, world_size, name and others.
-        spec: the model that is trained.
-        resumed: the record of the run that is resumed; None for a new run.
-        changes: the flags that need another loss than open_clip's, as the user writes them.
-        evaluates: whether there are evaluation sets.
 
     Raises:
         InputError: a mistake in the flags, the class names, the templates or the first samples.
@@ -122,16 +110,19 @@ class FlypRun:
 
         self.shards, self.weights = _find_shards(args)
         self.prompts = resolve_prompts(self.shards, args.classnames, args.templates)
-        lists = {"classnames": args.classnames, "templates": args.templates}
-        self.eval_sets = parse_eval_sets(args.eval_data, fallback=lists)
+        fallback = {"classnames": args.classnames, "templates": args.templates}
+        self.eval_sets = parse_eval_sets(args.eval_data, fallback=fallback)
         self.evaluates = bool(self.eval_sets)
         if self.objective.learned_head:
-            for eval_set in self.eval_sets:
-                names = eval_set.prompts.classnames
-                find_class_rows(self.prompts.classnames, names, f"--eval-data {eval_set.name}")
-        self.few_shot: tempfile.TemporaryDirectory | None = None
+            for name, prompts in ((eval_set.name, eval_set.prompts) for eval_set in self.eval_sets):
+                find_class_rows(self.prompts.classnames, prompts.classnames, f"--eval-data {name}")
         if args.shots:
-            self._draw_shots()
+            self.few_shot = tempfile.TemporaryDirectory(prefix="flyp-shots-")  # lives as long as the run
+            folder = f"{self.few_shot.name}/train"
+            keys = {"label_key": args.label_key, "image_key": args.image_key}
+            shards.subset(args.train_data, folder, shots=args.shots, seed=args.shots_seed or 0, **keys)
+            self.shards = shards.local_shards(folder, "train")
+            self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None
         self.num_samples = args.train_num_samples or count_samples(self.shards, args.image_key)
         first = self.shards if self.num_samples else self.shards[:3]  # peek says why there are none
         self.pairs = peek(first, self.prompts, args.seed, args.image_key, args.label_key)
@@ -148,16 +139,6 @@ class FlypRun:
             self.defaults.pop("warmup", None)
         self.settings = record.training_settings(vars(args), samples=self.num_samples, ranks=world_size)
         self.monitor: Monitor | None = None
-        self.image_size = 0
-
-    def _draw_shots(self) -> None:
-        """Write the few-shot set to a temporary folder, from which this process trains."""
-        args, self.few_shot = self.args, tempfile.TemporaryDirectory(prefix="flyp-shots-")
-        folder = f"{self.few_shot.name}/train"
-        keys = {"label_key": args.label_key, "image_key": args.image_key}
-        shards.subset(args.train_data, folder, shots=args.shots, seed=args.shots_seed or 0, **keys)
-        self.shards = shards.local_shards(folder, "train")
-        self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None
 
     def on_model(self, model: Any) -> None:
         """Check the model that open_clip built, shorten its text tower and install the objective."""
@@ -183,8 +164,9 @@ class FlypRun:
         args = self.args
         lists, keys = ("classnames", "templates"), ("image_key", "label_key", "group_key")
         content = record.describe_model(self.spec) | {"training": self.settings}
-        for name in ("model_config", "precision", "objective", "eval_data"):
-            content[name] = getattr(args, name)
+        content |= {
+            name: getattr(args, name) for name in ("model_config", "precision", "objective", "eval_data")
+        }
         content |= {name: getattr(self.prompts, name) for name in lists}
         content["classes_given"] = [name for name in lists if getattr(args, name)]
         content["keys"] = {name: getattr(args, name) for name in keys}
@@ -217,17 +199,16 @@ class FlypRun:
 
     def _describe(self, workers: int) -> None:
         args, prompts = self.args, self.prompts
-        fewer = "" if workers == args.workers else f" (not {args.workers}: each worker needs a shard)"
-        steps = f"Steps: {self.steps} an epoch, {args.epochs} epochs; {workers} workers a rank{fewer}."
-        steps = steps if self.objective.loop else "Steps: none; one fit to the features of all images."
         defaults = ", ".join(f"{name} {value}" for name, value in self.defaults.items()) or "none"
+        fewer = "" if workers == args.workers else f" (not {args.workers}: each worker needs a shard)"
+        steps = f"{self.steps} an epoch, {args.epochs} epochs; {workers} workers a rank{fewer}"
         for line in (
             f"FLYP's defaults in use: {defaults}. All other settings are open_clip's or yours.",
             f"Model: {self.spec}; weights: {args.pretrained or 'random or its own'}.",
             f"Objective: {', '.join(self.changes) or 'FLYP'}.",
             f"Samples: {self.num_samples} an epoch, in {len(self.shards)} shards.",
             f"Prompts: {len(prompts.classnames)} classes x {len(prompts.templates)} templates = {len(prompts)}.",
-            steps,
+            f"Steps: {steps if self.objective.loop else 'none; one fit to the features of all images'}.",
             *(f"  {key}: {prompt!r}" for key, prompt in self.pairs),
         ):
             _log.info(line)
@@ -262,7 +243,7 @@ class FlypRun:
             wider = "--precision amp_bf16, " if self.args.precision in ("amp", *checks.FP16) else ""
             raise InputError(
                 f"training has diverged: epoch {epoch} left non-finite weights (NaN or inf) in {bad}; start a new run with "
-                f"{wider}a --lr below {self.args.lr:g} or --grad-clip-norm 1. Earlier epochs are untouched."
+                f"{wider}a --lr below {self.args.lr:g} or --grad-clip-norm 1."
             )
 
     def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
@@ -273,14 +254,12 @@ class FlypRun:
     def finish(self) -> None:
         """Log where the checkpoints are, which epoch was best and what to do next."""
         args = self.args
-        if self.few_shot:
+        if args.shots:
             self.few_shot.cleanup()
         if getattr(args, "save_logs", False):  # on rank 0 only
             readers = "open_clip loads them with pretrained=PATH"
             if self.objective.learned_head or self.spec.differences(ModelSpec.of(args.model)):
-                readers = (
-                    "flyp's commands read them; for open_clip alone, use `flyp export --format open_clip`"
-                )
+                readers = "flyp's commands read them; `flyp export --format open_clip` is for open_clip alone"
             _log.info(f"Checkpoints are in {args.checkpoint_path}; {readers}.")
         if args.rank == 0:
             for line in self.monitor.summary() if self.monitor else ():

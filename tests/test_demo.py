@@ -89,7 +89,7 @@ def test_a_second_start_runs_only_what_is_missing(finished):
 
 
 def test_it_refuses_another_demos_or_any_other_folder(finished, tmp_path):
-    with pytest.raises(InputError, match=r"epochs 1 .*2.*--demo-dir"):
+    with pytest.raises(InputError, match=r"epochs 1\b.*2.*--demo-dir"):
         commands.call(
             ["demo", "--demo-dir", str(finished[0] / "flyp-demo"), "--pretrain-epochs", "1", "--epochs", "2"]
         )

@@ -61,7 +61,7 @@ def test_a_resumed_run_says_where_it_starts_and_keeps_figures(again):
     assert figures.read_text() == rows
     (again.folder / "checkpoints" / "epoch_1.pt").unlink()
     said = again("--resume", "latest")
-    assert says(said, "no checkpoint", again.folder)
+    assert says(said, "No latest resume checkpoint", again.folder)  # open_clip's
     assert says(said, figures.with_name("results.1.jsonl"))
     assert figures.with_name("results.1.jsonl").read_text() == rows
 
@@ -117,7 +117,7 @@ def test_a_stale_epoch_latest_does_not_win_over_newer_epochs(again):
     assert "epoch_2.pt' (epoch 2)" in said and (checkpoints / "epoch_2.pt").read_bytes() == before
     rows = (checkpoints / "results.jsonl").read_text().splitlines()
     assert [json.loads(row)["epoch"] for row in rows] == [0, 1, 2, 3]
-    (checkpoints / "epoch_latest.pt").unlink()  # without which open_clip would begin at the beginning
+    (checkpoints / "epoch_latest.pt").unlink()  # without which open_clip would start from the beginning
     said = again("--resume", "latest", "--epochs", "3", "--save-most-recent", "--delete-previous-checkpoint")
     assert says(said, "finished", "3")
     assert sorted(path.name for path in checkpoints.glob("*.pt")) == [

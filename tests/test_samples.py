@@ -11,16 +11,9 @@ from PIL import Image
 from torchvision.transforms import ColorJitter, Compose, RandomResizedCrop, ToTensor
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.samples import (
-    Skipped,
-    decode_images,
-    draw_prompts,
-    label_samples,
-    preserve_random_states,
-    read_samples,
-    sample_seed,
-    to_rgb,
-)
+from flyp_plugin.images import to_rgb
+from flyp_plugin.samples import decode_images, draw_prompts, label_samples, read_samples, sample_seed
+from flyp_plugin.workers import Skipped, preserve_random_states
 from tests import tars
 from tests.naming import naming, says
 

@@ -13,7 +13,15 @@ import pytest
 from flyp_plugin import sources
 from flyp_plugin.errors import InputError
 from flyp_plugin.prompts import resolve_prompts
-from flyp_plugin.sources import count_samples, expand_source, expand_sources, find_beside, read_text
+from flyp_plugin.sources import (
+    IMAGE_KEY,
+    count_samples,
+    expand_source,
+    expand_sources,
+    find_beside,
+    read_text,
+)
+from flyp_plugin.tars import count_shard, find_scattered_sample
 from tests import tars
 from tests.naming import naming, says
 
@@ -272,18 +280,16 @@ def test_remote_counts_are_believed_but_no_len_for_a_part():
 def test_hidden_members_are_not_part_of_samples(tmp_path):
     members = {"t/._1.cls": b"", "t/1.cls": b"0", "t/._1.png": b"", "t/1.png": b"", "t/.DS_Store": b""}
     shard = tars.write(tmp_path / "0.tar", members | {"__meta__/x.png": b"", "._2.png": b""})
-    assert sources.count_shard(shard) == 1 and sources.find_scattered_sample(shard) is None
+    assert count_shard(shard, IMAGE_KEY) == 1 and find_scattered_sample(shard) is None
 
 
 def test_members_apart_are_told_from_keys_that_come_twice(tmp_path):
     apart = tars.write(tmp_path / "a.tar", {"1.png": b"", "2.png": b"", "1.cls": b"", "2.cls": b""})
-    assert says(sources.find_scattered_sample(apart), "sample 1", "cls, png", f"tar --sort=name -cf {apart}")
+    assert says(find_scattered_sample(apart), "sample 1", "cls, png", f"tar --sort=name -cf {apart}")
     twice = [("1.png", b""), ("1.cls", b""), ("2.png", b""), ("2.cls", b""), ("1.png", b""), ("1.cls", b"")]
-    assert sources.find_scattered_sample(tars.write(tmp_path / "b.tar", tars.tar_of(twice))) is None
+    assert find_scattered_sample(tars.write(tmp_path / "b.tar", tars.tar_of(twice))) is None
     assert (
-        sources.find_scattered_sample("pipe:cat x.tar")
-        is sources.find_scattered_sample(str(tmp_path / "gone.tar"))
-        is None
+        find_scattered_sample("pipe:cat x.tar") is find_scattered_sample(str(tmp_path / "gone.tar")) is None
     )
 
 
@@ -310,8 +316,8 @@ def test_a_sample_is_counted_once_and_only_with_an_image(tmp_path):
         "h.v1.png",
     ]
     shard = tars.write(tmp_path / "0.tar", dict.fromkeys(names, b"0"))
-    assert sources.count_shard(shard) == 3  # a, b and d/e.f/g: webdataset ends a key at the first dot
-    assert sources.count_shard(shard, "cls") == 3
+    assert count_shard(shard, IMAGE_KEY) == 3  # a, b and d/e.f/g: webdataset ends a key at the first dot
+    assert count_shard(shard, "cls") == 3
 
 
 def test_a_shard_given_twice_counts_twice(tmp_path):

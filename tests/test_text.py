@@ -288,6 +288,23 @@ def test_equal_rows_are_encoded_once(monkeypatch):
     assert seen == [(3, 12), (6, 12), (3, 16)]
 
 
+@KINDS
+def test_a_fixed_length_is_one_shape_with_open_clips_features(kind):
+    model, seen = make(kind), []
+    short = shortened(model, length=12)
+    tower = getattr(short, "text", short)
+    tower.token_embedding.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    for tokens in (prompts(5, 9, 12)[[0, 0, 1, 2]], prompts(4, 7), prompts(3)):
+        assert_close(short.encode_text(tokens), model.encode_text(tokens))
+    assert seen == [(4, 12), (2, 12), (1, 12)]
+
+
+@KINDS
+def test_a_text_longer_than_the_fixed_length_is_an_error(kind):
+    with pytest.raises(ValueError, match="longer than 12 tokens: 13"):
+        shortened(make(kind), length=12).encode_text(prompts(5, 13, 12))
+
+
 def test_without_gradient_rows_go_in_chunks_of_similar_length(monkeypatch):
     monkeypatch.setitem(text.CHUNK, "cpu", 4)
     model, seen = make().eval(), []

@@ -13,15 +13,18 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import starmap
+from operator import iadd
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from flyp_plugin.commands.flags import add_key_flags, count
 from flyp_plugin.errors import InputError, escape_control_chars
-from flyp_plugin.names import same_names
+from flyp_plugin.names import describe_same_tokens, same_names
 from flyp_plugin.shards import list_splits, local_shards, map_parallel
-from flyp_plugin.sources import IMAGE_KEY, find_scattered_sample, read_counts
+from flyp_plugin.sources import IMAGE_KEY, read_counts
+from flyp_plugin.tars import find_scattered_sample
 
 if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
@@ -58,11 +61,8 @@ class Findings:
 
     def add(self, other: "Findings") -> None:
         self.images |= other.images  # not a sum: a tar may be listed twice
-        self.labels += other.labels
-        self.formats += other.formats
-        self.pixels += other.pixels
-        self.deep += other.deep
-        self.keys += other.keys
+        for name in ("labels", "formats", "pixels", "deep", "keys"):
+            setattr(self, name, iadd(getattr(self, name), getattr(other, name)))
         for kind, problems in other.problems.items():
             self.problems[kind] += problems
 
@@ -70,7 +70,6 @@ class Findings:
 def check(
     shards: Sequence[str],
     num_classes: int,
-    *,
     label_key: str = "cls",
     image_key: str = IMAGE_KEY,
     workers: int = 1,
@@ -79,70 +78,68 @@ def check(
 
     The latter count samples with one of the default image members, so they are ignored with another `image_key`.
     """
-    found = Findings()
+    found, first = Findings(), dict[tuple[str, str], str]()
     check_one = partial(_check_shard, num_classes=num_classes, label_key=label_key, image_key=image_key)
     for part in map_parallel(check_one, shards, workers, "checking"):
         found.add(part)
-    first: dict[tuple[str, str], str] = {}
     for shard, key in found.keys:
         identity = (os.path.dirname(shard), key)
         if identity in first:
             found.problems["repeated keys"].append(f"{shard}, sample {key}, also in {first[identity]}")
         first.setdefault(identity, shard)
     if image_key == IMAGE_KEY:
-        _check_counts(shards, found)
+        for folder in dict.fromkeys(map(os.path.dirname, shards)):
+            _check_counts(folder, [shard for shard in shards if os.path.dirname(shard) == folder], found)
     return found
 
 
-def _check_counts(shards: Sequence[str], found: Findings) -> None:
+def _check_counts(folder: str, shards: Sequence[str], found: Findings) -> None:
     """Compare the images found with sizes.json or, where a folder without one is checked as a whole, with __len__."""
-    for folder in dict.fromkeys(os.path.dirname(shard) or "." for shard in shards):
-        here = [shard for shard in shards if (os.path.dirname(shard) or ".") == folder]
-        counted = {os.path.basename(shard): found.images[shard] for shard in here}
-        kind = "wrong sizes.json"
-        try:
-            stated = read_counts(folder, "sizes.json")
-            if stated is None:
-                kind, length = "wrong __len__", read_counts(folder, "__len__")
-                whole = counted.keys() == {tar.name for tar in Path(folder).glob("[!.]*.tar")}
-                stated = {"__len__": length} if whole and length is not None else {}
-                counted = {"__len__": sum(counted.values())}
-        except InputError as error:
-            found.problems[kind].append(str(error))
-            continue
-        for name, images in counted.items():
-            if stated.get(name, images) != images:
-                place = os.path.join(folder, name)
-                found.problems[kind].append(f"{place}: {images} images, not {stated[name]}")
+    counted, kind = {os.path.basename(shard): found.images[shard] for shard in shards}, "wrong sizes.json"
+    folder = folder or "."
+    try:
+        stated = read_counts(folder, "sizes.json")
+        if stated is None:
+            kind, length = "wrong __len__", read_counts(folder, "__len__")
+            whole = counted.keys() == {tar.name for tar in Path(folder).glob("[!.]*.tar")}
+            stated = {"__len__": length} if whole and length is not None else {}
+            counted = {"__len__": sum(counted.values())}
+    except InputError as error:
+        found.problems[kind].append(str(error))
+        return
+    for name, number in counted.items():
+        if stated.get(name, number) != number:
+            found.problems[kind].append(f"{os.path.join(folder, name)}: {number} images, not {stated[name]}")
 
 
 def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -> Findings:
     from flyp_plugin.samples import label_samples, read_samples
 
     found = Findings()
-    if (
-        apart := find_scattered_sample(shard)
-    ) is not None:  # otherwise each of its samples would lack something
-        found.problems["shards that are not sorted by name"].append(escape_control_chars(apart))
+    problems = found.problems
+    apart = find_scattered_sample(shard)
+    if apart is not None:  # otherwise each of its samples would lack something
+        problems["shards that are not sorted by name"].append(escape_control_chars(apart))
         return found
-    unreadable: list[str] = []
-    no_image: list[str] = []
-    for sample in read_samples([shard], lambda message, lost: unreadable.append(message)):
+
+    def skip(message: str) -> None:
+        problems["samples without image"].append(message)
+
+    for sample in read_samples([shard], lambda message, lost: problems["unreadable shards"].append(message)):
         found.keys.append((shard, sample["__key__"]))
         found.images[shard] += any(name in sample for name in image_key.split(";"))
         try:
-            for one in label_samples([sample], num_classes, no_image.append, image_key, label_key):
+            for one in label_samples([sample], num_classes, skip, image_key, label_key):
                 found.labels[one["label"]] += 1
                 _check_image(one, found)
         except InputError as error:
-            found.problems["labels that are missing or wrong"].append(str(error))
-    found.problems |= {"unreadable shards": unreadable} if unreadable else {}
-    found.problems |= {"samples without image": no_image} if no_image else {}
+            problems["labels that are missing or wrong"].append(str(error))
     return found
 
 
 def _check_image(sample: dict[str, Any], found: Findings) -> None:
-    from flyp_plugin.samples import describe_error, is_deep, locate, open_image
+    from flyp_plugin.images import is_deep, open_image
+    from flyp_plugin.samples import describe_error, locate
 
     try:
         with warnings.catch_warnings():
@@ -169,21 +166,15 @@ def run(args: argparse.Namespace) -> int:
         if names is not None and not same_names(names, prompts.classnames):
             _log.warning(f"The class names of {shards[0]} differ from those of the split before.")
         names = prompts.classnames
-        keys = {"label_key": args.label_key, "image_key": args.image_key}
-        found = check(shards, len(names), workers=args.workers, **keys)
+        found = check(shards, len(names), args.label_key, args.image_key, args.workers)
         reports[os.path.dirname(shards[0]) or "."] = _to_report(shards, found, prompts)
-    print(
-        json.dumps(reports, indent=1) if args.json else "\n\n".join(map(_format, reports, reports.values()))
-    )
-    wrong = sum(len(problems) for report in reports.values() for problems in report["problems"].values())
-    if wrong:
+    print(json.dumps(reports, indent=1) if args.json else "\n\n".join(starmap(_format, reports.items())))
+    if wrong := sum(len(kind) for report in reports.values() for kind in report["problems"].values()):
         _log.info(f"{wrong} problems.")
         return 1
     empty = {name for report in reports.values() for name in report["classes without images"]}
-    _log.info(
-        "No problems"
-        + (f", but {len(empty)} classes have no images in a split (see above)." if empty else ".")
-    )
+    but = f", but {len(empty)} classes have no images in a split (see above)" if empty else ""
+    _log.info(f"No problems{but}.")
     if any(os.path.basename(folder) in ("train", ".") for folder in reports):
         _log.info(f"Next: flyp train --model ViT-B-16 --pretrained openai --train-data {args.source}")
     return 0
@@ -202,11 +193,10 @@ def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") 
     # names that the tokenizer does not distinguish have equal tokens in all templates; the shortest is fastest
     shortest = ClassPrompts(names, [min(prompts.templates, key=len)])
     same = PromptTokens(shortest, open_clip.tokenizer.SimpleTokenizer()).same
-    notes = [prompts.describe_same_tokens(same)] if same else []
+    notes = [note] if (note := describe_same_tokens(names, same)) else []
     if found.deep:
         notes.append(
-            f"{found.deep} images of 16 bits: the plugin uses their upper 8; loaders of timm and torchvision, and so "
-            "an exported classifier there, make them white."
+            f"{found.deep} images of 16 bits: only their upper 8 are used; timm and torchvision would make them white."
         )
     return {
         "samples": sum(per_class),

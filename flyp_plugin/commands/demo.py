@@ -57,7 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--demo-dir", default="flyp-demo", metavar="DIR", help="output folder (default: %(default)s)")
     epochs: dict[str, Any] = {"type": positive, "metavar": "N"}
-    add("--pretrain-epochs", default=18, help="of the pretraining (default: %(default)s)", **epochs)
+    add("--pretrain-epochs", default=24, help="of the pretraining (default: %(default)s)", **epochs)
     add("--epochs", default=10, help="of the fine-tuning with FLYP (default: %(default)s)", **epochs)
 
 

@@ -66,5 +66,7 @@ def add_data_flags(parser: ArgumentParser) -> None:
 def add_key_flags(add, of_run: bool = False) -> None:
     """--image-key and --label-key; with `of_run`, the run's record supplies what is not given."""
     run = "the run's, else " if of_run else ""
-    add("--image-key", default=None if of_run else IMAGE_KEY, metavar="KEYS", help=f"default: {run}{IMAGE_KEY}")
-    add("--label-key", default=None if of_run else "cls", metavar="KEY", help=f"or json:FIELD (default: {run}cls)")
+    add("--image-key", default=None if of_run else IMAGE_KEY, metavar="KEYS",
+        help=f"members that may hold the image, separated by ';': the first present is used (default: {run}{IMAGE_KEY})")
+    add("--label-key", default=None if of_run else "cls", metavar="KEY",
+        help=f"member with the class index, or json:FIELD (default: {run}cls)")

@@ -13,7 +13,8 @@ from flyp_plugin.commands import check
 from flyp_plugin.commands.flags import add_key_flags, count, positive
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.shards import list_splits, local_shards, subset, write
-from flyp_plugin.sources import IMAGE_KEY, TAR_ERRORS, count_shard, find_scattered_sample, first_endings
+from flyp_plugin.sources import IMAGE_KEY
+from flyp_plugin.tars import TAR_ERRORS, count_shard, find_scattered_sample, first_endings
 
 EXAMPLE = "  flyp shards write photos/train data/train\n  flyp shards check data"
 WRITE_EXAMPLE = """  flyp shards write photos/train data/train

@@ -25,8 +25,9 @@ from flyp_plugin import ClassPrompts
 from flyp_plugin.checkpoints import read_state_dict
 from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import CONTROLS, InputError
+from flyp_plugin.images import open_image
 from flyp_plugin.prompts import fill
-from flyp_plugin.samples import open_image, read_samples
+from flyp_plugin.samples import read_samples
 from flyp_plugin.shards import subset
 from flyp_plugin.sources import count_samples, expand_source, read_text
 from tests import tars

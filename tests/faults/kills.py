@@ -235,7 +235,7 @@ def signalled(
 
 def cut_checkpoints(whole: Path, folder: Path, times: int, rng: random.Random) -> int:
     """How many of a checkpoint's truncations are set aside."""
-    from flyp_plugin.run_folder import set_aside_incomplete
+    from flyp_plugin.run_folder import find_newest
 
     logging.disable()  # it names each
     content = (whole / f"checkpoints/epoch_{EPOCHS}.pt").read_bytes()
@@ -246,7 +246,7 @@ def cut_checkpoints(whole: Path, folder: Path, times: int, rng: random.Random) -
         # the last bytes, which make it whole, more often
         size = rng.randrange(len(content)) if number % 2 else len(content) - 1 - rng.randrange(200)
         path.write_bytes(content[:size])
-        set_aside_incomplete(folder)
+        find_newest(folder)
         noticed += not path.exists()
     logging.disable(logging.NOTSET)
     return noticed
