@@ -126,26 +126,33 @@ class Comparison:
                 raise InputError(f"{word} is set by `flyp compare` for each run; leave it out (see --help).")
         if not (find_spec("matplotlib") and find_spec("scipy")):
             raise InputError("matplotlib and scipy are missing: pip install 'flyp-plugin[train,compare]'.")
+        self.train_args = {
+            (block, method): self._checked(Run(block, method, self.values[method][0], self.seeds[0]))
+            for block, method in product(self.blocks, self.methods)
+        }
+
+    def _checked(self, run: Run) -> argparse.Namespace:
+        """The run's flags as `flyp train` parses and checks them."""
         from flyp_plugin.train import FlypRun
 
-        self.train_args = {}  # of each block and method, as `flyp train` parses and checks them
-        for block, method in product(self.blocks, self.methods):
-            all_images = replace(block, shots=None)  # drawing shots would read all the data
-            run = Run(all_images, method, self.values[method][0], self.seeds[0])
-            self.train_args[block, method] = FlypRun(self.flags(run)).args
+        all_images = replace(run.block, shots=None)  # drawing shots would read all the data
+        return FlypRun(self.flags(replace(run, block=all_images))).args
 
     def flags(self, run: Run) -> list[str]:
         """The flags of a training, except where it goes. The user's come last, so that they win."""
         args, block = self.args, run.block
-        flags = ["--model", args.model, "--pretrained", args.pretrained, "--train-data", args.train_data]
-        for spec in args.eval_data:
-            flags += ["--eval-data", spec]
-        flags += ["--templates", block.templates] if block.templates else []
-        flags += ["--shots", str(block.shots), "--shots-seed", str(run.seed)] if block.shots else []
-        flags += ["--objective", run.method] if run.method != "flyp" else []
-        flags += [f"--{tuned(run.method)}", str(run.value), "--seed", str(run.seed)]
-        flags += ["--eval-frequency", "0"]  # only before training and after the last epoch
-        return flags + args.train_flags
+        flags = {name: getattr(args, name) for name in ("model", "pretrained", "train_data")}
+        flags |= {"templates": block.templates, "shots": block.shots, "shots_seed": block.shots and run.seed}
+        flags |= {"objective": run.method if run.method != "flyp" else None, tuned(run.method): run.value}
+        flags |= {"seed": run.seed, "eval_frequency": 0}  # only before training and after the last epoch
+        sets = [word for spec in args.eval_data for word in ("--eval-data", spec)]
+        return [*to_argv(flags), *sets, *args.train_flags]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of trainings and of sweeps."""
+        tables, values, seeds = len(self.train_args), len(self.values[self.methods[0]]), len(self.seeds)
+        return {"training": tables * (values + seeds - 1), "sweep": tables * seeds}
 
     def folder(self, run: Run) -> Path:
         return self.out / "runs" / run.name
@@ -249,9 +256,8 @@ def run(args: argparse.Namespace) -> None:
         InputError: a mistake in the flags; or a method failed, in which case the tables have the others.
     """
     comparison = Comparison(args)
-    out, first, others = comparison.out, comparison.seeds[0], len(comparison.seeds) - 1
-    tables, tried = len(comparison.train_args), len(comparison.values[comparison.methods[0]])
-    counts = {"training": tables * (tried + others), "sweep": tables * (1 + others)}
+    out, counts, first = comparison.out, comparison.counts, comparison.seeds[0]
+    tried, others = len(comparison.values[comparison.methods[0]]), len(comparison.seeds) - 1
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
     # only the first seed chooses: others may be added and left out
     claim_folder(out, {**settings, "seeds": first})
@@ -271,7 +277,7 @@ def run(args: argparse.Namespace) -> None:
                 failed += 1
     _write(comparison, settings, results)
     if failed:
-        what = f"{failed} of {tables} methods and settings failed (see above)"
+        what = f"{failed} of {len(comparison.train_args)} methods and settings failed (see above)"
         raise InputError(f"{what} and are missing in {out}/compare.md; the same command tries them again.")
 
 

@@ -156,6 +156,8 @@ def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) ->
         raise InputError("choosing alpha needs data; pass --eval-data NAME=SHARDS, or a single --alpha.")
     if draw and find_spec("matplotlib") is None:
         raise InputError("frontier.png needs matplotlib: pip install 'flyp-plugin[plot]'.")
+    if out.is_file():
+        raise InputError(f"{out} is a file, not a folder; choose another --out.")
     if any(out.glob("epoch_*.pt")):  # a merged file there would be resumed as the newest checkpoint
         raise InputError(f"{out} holds a run's checkpoints; choose another --out.")
     for name in [*map(merged_name, alphas), "wiseft.json", *(["frontier.png"] if draw else [])]:
