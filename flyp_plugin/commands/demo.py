@@ -5,7 +5,7 @@
 A small CLIP is pretrained from random weights on scikit-learn's handwritten digits, white on black and black on white,
 with classes such as "three, black on white". It is then fine-tuned with FLYP on digits in white on black alone, and scored
 on such images (ID) and on two shifts (OOD). `near` is the same turned a little: fine-tuning helps there too. `far` is
-black on white: fine-tuning forgets it, and WiSE-FT brings most of it back.
+black on white: fine-tuning forgets some of it, and WiSE-FT brings part of that back.
 
 Each step is a command that a user could type, run in this process, so that torch is imported only once. Seeds,
 workers and threads are fixed: everyone gets the same table, except for the rounding of another CPU or version of torch.
