@@ -13,6 +13,9 @@ few places where it enters open_clip's script. Read these eight modules in this 
     openclip.py   the seams: what is replaced in open_clip's script while its main() runs. No other module knows it
     train.py      FLYP's flags and defaults, the data of a run, and the run as openclip.py sees it (checks: checks.py)
 
+Helpers stand beside them: names.py and tars.py, images.py, workers.py, short_tower.py and patches.py hold the mechanics of
+prompts, samples, data, text and openclip; checks.py what a run is checked for; errors.py how a mistake is reported.
+
 The way of a training sample: `sources.py` finds the tars and the text files beside them; `samples.py` reads a member
 pair, takes its label, draws its prompt and decodes its image; `data.py` shuffles and batches; open_clip's loop does the
 rest. After each epoch `monitor.py` scores the evaluation sets (`evalsets.py`) through `heads.py` and `metrics.py`, the same code

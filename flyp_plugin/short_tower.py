@@ -42,7 +42,10 @@ def _short_class(base: type, name: str) -> type:
     full: Callable[..., Tensor] = getattr(base, name)
 
     def short(self: Any, text: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts, index = _split_rows(text, get_pooling(self), self.short_options)
+        options = self.short_options
+        if not self.training:  # the fixed length is the training prompts': evaluation may have longer texts
+            options = options._replace(length=0)
+        parts, index = _split_rows(text, get_pooling(self), options)
         features = [full(_Trimmed(self, part.shape[1]), part, *args, **kwargs) for part in parts]
         joined = torch.cat(features) if len(features) > 1 else features[0]
         return joined if index is None else joined[index]

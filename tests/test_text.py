@@ -291,7 +291,7 @@ def test_equal_rows_are_encoded_once(monkeypatch):
 @KINDS
 def test_a_fixed_length_is_one_shape_with_open_clips_features(kind):
     model, seen = make(kind), []
-    short = shortened(model, length=12)
+    short = shortened(model, length=12).train()
     tower = getattr(short, "text", short)
     tower.token_embedding.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     for tokens in (prompts(5, 9, 12)[[0, 0, 1, 2]], prompts(4, 7), prompts(3)):
@@ -301,8 +301,13 @@ def test_a_fixed_length_is_one_shape_with_open_clips_features(kind):
 
 @KINDS
 def test_a_text_longer_than_the_fixed_length_is_an_error(kind):
+    model, tokens = make(kind), prompts(5, 13, 12)
+    short = shortened(model, length=12).train()
     with pytest.raises(ValueError, match="longer than 12 tokens: 13"):
-        shortened(make(kind), length=12).encode_text(prompts(5, 13, 12))
+        short.encode_text(tokens)
+    assert_close(
+        short.eval().encode_text(tokens), model.eval().encode_text(tokens)
+    )  # open_clip's own evaluation
 
 
 def test_without_gradient_rows_go_in_chunks_of_similar_length(monkeypatch):

@@ -475,6 +475,8 @@ def bad(digits, tmp_path):
         (["--objective", "CE"], r"^Error: .*--objective: invalid choice: 'CE'.*--help"),
         (["--pretrained", "{digits}"], r"(folder|directory).*checkpoint"),
         (["--wd", "-1"], r"--wd\b.*-1\b"),
+        (["--epochs", "0"], r"--epochs\b.*\b0\b"),
+        (["--log-every-n-steps", "0"], r"--log-every-n-steps\b.*\b0\b"),
         (["--warmup", "-3"], r"--warmup\b.*-3\b"),
         (["--lr", "fast"], r"^Error: .*--lr: invalid float value: 'fast'.*--help"),
         (["--learning-rate", "1"], r"^Error: .*--learning-rate 1.*--help"),
