@@ -1,5 +1,6 @@
 """flyp.json: a run is one thing, and every command reads it as it was trained."""
 
+import functools
 import json
 import re
 import shutil
@@ -305,6 +306,7 @@ def test_a_teacher_has_its_tags_activation(digits, tmp_path, monkeypatch):
     made = []
     original = open_clip.create_model_and_transforms
 
+    @functools.wraps(original)  # the names of parameters are checked
     def create(*args, **kwargs):
         made.append(original(*args, **kwargs))
         return made[-1]
