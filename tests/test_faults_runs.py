@@ -183,7 +183,7 @@ def test_a_folder_in_use_is_refused_and_an_empty_one_removed(tmp_path):
     with pytest.raises(InputError, match=naming(out, "seed", "1", "2", "--demo-dir")):
         claim_folder(out, {"seed": 2}, "--demo-dir")
     with folder_lock(out), pytest.raises(InputError, match=naming("process", out)):
-        (out / "settings.json").write_text(json.dumps({"pretrain_epochs": 20, "epochs": 10}))
+        (out / "settings.json").write_text(json.dumps({"pretrain_epochs": 24, "epochs": 10}))
         commands.call(["demo", "--demo-dir", str(out)])
     assert os.listdir(out) == ["settings.json"]
 

@@ -219,9 +219,9 @@ def parse_values(methods: Sequence[str], texts: Mapping[str, str]) -> dict[str, 
 
 
 def parse_seeds(text: str) -> list[int]:
-    """A:B (excluding B) or A,B,...; InputError if it is neither."""
+    """A:B (excluding B, at most 1,000 seeds) or A,B,...; InputError if it is neither."""
     start, colon, end = text.partition(":")
-    if colon and start.isdecimal() and end.isdecimal() and int(start) < int(end):
+    if colon and start.isdecimal() and end.isdecimal() and int(start) < int(end) <= int(start) + 1000:
         return list(range(int(start), int(end)))
     return _numbers("--seeds", text, int, "0:3 or 0,1,2")
 
