@@ -286,6 +286,7 @@ def test_kill_ends_the_current_run_with_one_line_and_status_143(argv, tmp_path):
         (["--methods", "flyp,lora"], ["--methods", "flyp,lora", "lp-ft", "flyp-ce"]),
         (["--methods", "flyp,flyp"], ["--methods", "flyp,flyp"]),
         (["--seeds", "3:1"], ["--seeds", "3:1"]),
+        (["--seeds", "0:10000000000"], ["--seeds", "0:10000000000"]),
         (["--lr", "0"], ["--lr", "0"]),
         (["--methods", "flyp,lp", "--lp-c", "1"], ["--lr", "2", "--lp-c", "1"]),
         (["--id-test", "val"], ["--id-test", "val", "--eval-data", "odd"]),
