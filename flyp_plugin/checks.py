@@ -83,7 +83,7 @@ def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
     """Warnings about flags with which the `steps` optimizer steps of a run are larger or smaller than they seem."""
     precision = f"--precision {args.precision}"
     if args.precision in FP16:
-        yield f"{precision} keeps weights and AdamW's state in 16 bits, too few for small gradients; amp does not."
+        yield f"{precision} keeps weights and AdamW's state in 16 bits, too few for small gradients; --precision amp does not."
         # of a smaller gradient the mean square is rounded to 0
         gradient = math.sqrt(2**-25 / (1 - (args.beta2 or 0)))
         if args.eps is not None and gradient > 10 * args.eps:

@@ -119,15 +119,14 @@ def drop_results_after(epoch: int, folder: Path) -> None:
     open_clip evaluates before it saves, so a row may have no checkpoint. If none is left (epoch 0), the file is renamed.
     """
     results, epochs = folder / RESULTS, {}
-    for line in results.read_text().splitlines(keepends=True) if results.exists() else ():
+    if not results.exists():
+        return
+    for line in results.read_text().splitlines(keepends=True):
         with suppress(ValueError):
             epochs[line] = json.loads(line).get("epoch", 0)
     if epoch == 0 and any(epochs.values()):
         _log.warning(f"The results of a run without checkpoints are now in {_set_aside(results)}.")
-    elif results.exists():
-        write_atomically(
-            results, "".join(line for line, number in epochs.items() if epoch and number <= epoch)
-        )
+    write_atomically(results, "".join(line for line, number in epochs.items() if epoch and number <= epoch))
 
 
 def remove_unstarted(folder: Path) -> None:

@@ -537,7 +537,7 @@ def test_a_class_of_fewer_images_gives_all_and_is_named(launch, digits, caplog):
         (["--shots", "0"], ("0", "shots")),
         (["--shots-seed", "1"], ("--shots-seed", "--shots")),
         (["--shots", "1", "--train-data", "pipe:cat x.tar", "--classnames", "{digits}/classnames.txt"], ("pipe:cat x.tar",)),
-        (["--objective", "ce", "--eval-data", "val={digits}", "--classnames", "{names}"], ("'zero'", "9 more", "--eval-data val", "10")),
+        (["--objective", "ce", "--eval-data", "val={digits}", "--classnames", "{names}"], ("'zero'", "10 missing", "--eval-data val", "10")),
         (["--model", "digits-coca", "--collisions", "mask"], ("--collisions mask", "CoCa", "digits-coca")),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     root = Path(args.demo_dir)
     claim_folder(root, {"pretrain_epochs": args.pretrain_epochs, "epochs": args.epochs}, "--demo-dir")
     torch.set_num_threads(1)  # like OMP_NUM_THREADS=1: a sum over several threads rounds differently
-    with folder_lock(root, inherited=False):
+    with folder_lock(root):
         _log.info(
             f"One thread (as with OMP_NUM_THREADS=1). Full logs of the trainings: {root}/logs/*/out.log"
         )
