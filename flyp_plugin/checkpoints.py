@@ -156,7 +156,7 @@ def build_model(spec: ModelSpec, pretrained: str, precision: str = "fp32", devic
             the spec says, to which open_clip would resize them silently.
     """
     path = locate_weights(spec, pretrained)
-    state = {} if path.endswith(_JAX) else read_state_dict(path)
+    state = read_torch_file(path)
     head, towers = load_head(state), drop_head(state)
     images = {key: value for key, value in spec.preprocess_cfg.items() if key != "size"}
     name, options = spec.registered_name(), {"force_preprocess_cfg": images, "pretrained_hf": False}

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,7 +13,7 @@ from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.record import Record
-from flyp_plugin.sources import RETRIES, expand_sources, find_beside, shard_sizes
+from flyp_plugin.sources import RETRIES, expand_sources, find_beside
 
 _FILES = {"classnames": "classnames.txt", "templates": "zeroshot_classification_templates.txt"}  # of a set
 
@@ -84,8 +83,7 @@ def loader_from_args(
 
 def with_progress(loader: Iterable[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
     """The batches of a loader, with a progress bar in images; its total is shown if the shards state their sizes."""
-    shards = getattr(loader, "shards", ())
-    sizes = shard_sizes(shards) if sys.stderr.isatty() else {}
+    shards, sizes = getattr(loader, "shards", ()), getattr(loader, "sizes", {})
     total = sum(sizes[shard] for shard in shards) if sizes.keys() >= set(shards) else 0
     with tqdm(desc=name, unit="image", total=total or None, disable=None) as bar:
         for batch in loader:

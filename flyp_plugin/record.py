@@ -31,7 +31,7 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from mmap import ACCESS_READ, mmap
+from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -101,9 +101,18 @@ def describe_weights(pretrained: str) -> dict[str, str | None]:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file in hex."""
-    with open(path, "rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    """The SHA-256 of a file in hex; of a file that has not changed, computed once."""
+    file = os.stat(path)
+    return _sha256(os.fspath(path), file.st_size, file.st_mtime_ns)
+
+
+@lru_cache
+def _sha256(path: str, size: int, modified: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def training_settings(args: Mapping[str, Any], **more: Any) -> dict[str, Any]:
