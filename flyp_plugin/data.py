@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 class ClassPromptDataset(IterableDataset):
     """Batches of (images, class prompts) from class-labelled webdataset shards, for FLYP (arXiv 2212.00638, sec. 3).
 
-    Each image comes with its class name in one of the templates, by the rule of an epoch above. Iterate over the data set
+    Each image comes with one of the prompts of its class, by the rule of an epoch above. Iterate over the data set
     directly: it starts its own workers. Every pass is a new epoch; `set_epoch` chooses which.
 
     Yields:
@@ -57,13 +57,15 @@ class ClassPromptDataset(IterableDataset):
         preprocess: PIL image -> float (3, H, W), as from open_clip.create_model_and_transforms.
         tokenizer: as from open_clip.get_tokenizer.
         batch_size: images per batch and rank.
-        prompts: class names and templates; None takes those in the text files beside the shards.
+        prompts: those of the classes; None takes what the text files beside the shards say.
         num_samples: N, over all ranks: more than there are repeats the set, fewer cuts it. None counts.
         num_workers: worker processes, at most one per shard; 0 reads in this one.
         rank, world_size: None asks torch.distributed.
         shard_weights: sample shards with replacement, with these weights (open_clip's --dataset-resampled).
         image_key: members that may hold the image, joined by `;`.
         label_key: member that holds the class index, or `json:FIELD`.
+        template_order: "random" draws a prompt of the class anew each time; with "table", an image meets all of them
+            before it meets one again (exactly so where each epoch is one pass over the samples; see samples.draw_prompts).
         retries: how often a remote shard that breaks off is read again.
         max_lost: largest share of an epoch's samples, on each rank, that may be unreadable.
         jpeg_draft: decode large JPEGs at a fraction of their size, at least this many pixels; 0 decodes in full.
@@ -97,6 +99,7 @@ class ClassPromptDataset(IterableDataset):
         shard_weights: Sequence[float] | None = None,
         image_key: str = IMAGE_KEY,
         label_key: str = "cls",
+        template_order: str = "random",
         retries: int = RETRIES,
         max_lost: float = MAX_LOST,
         jpeg_draft: int = 0,
@@ -130,9 +133,13 @@ class ClassPromptDataset(IterableDataset):
         self.preprocess, self.batch_size, self.num_workers = preprocess, batch_size, num_workers
         self.rank, self.world_size, self.seed, self.shard_weights = rank, world_size, seed, shard_weights
         self.image_key, self.label_key, self.retries, self.max_lost = image_key, label_key, retries, max_lost
+        self.template_order = template_order
         self.jpeg_draft, self.with_labels, self.as_dict = jpeg_draft, with_labels, as_dict
         self.num_classes, self._tokens = len(self.prompts.classnames), self.prompts.tokenize(tokenizer)
-        self.text_length = self._tokens.table.shape[2]  # tokens of the longest prompt
+        self.text_length = self._tokens.length
+        self._passes_per_epoch = math.ceil(
+            num_samples / max(1, sum(self.sizes[shard] for shard in self.shards))
+        )
         # In shared memory: (epoch, repeat), set before each pass, and the classes whose images the workers have met
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._occurs = torch.zeros(self.num_classes, dtype=torch.bool).share_memory_()
@@ -155,12 +162,13 @@ class ClassPromptDataset(IterableDataset):
         samples = steps.label_samples(samples, self.num_classes, skip, self.image_key, self.label_key)
         rng = random.Random(repr((self.seed, epoch, repeat, self.rank, worker)))
         samples = wds.shuffle(SHUFFLE, initial=SHUFFLE_INITIAL, rng=rng)(samples)
-        samples = steps.draw_prompts(samples, self._tokens.table.shape[1], self.seed, epoch, repeat)
+        passes = self._passes_per_epoch if self.template_order == "table" else 0
+        samples = steps.draw_prompts(samples, self._tokens.counts.tolist(), self.seed, epoch, repeat, passes)
         samples = steps.decode_images(samples, self.preprocess, skip, self.jpeg_draft)
         for batch in batch_samples(samples, self.batch_size):
             labels = [sample["label"] for sample in batch]
             self._occurs[labels] = True
-            tokens = self._tokens.take(labels, [sample["template"] for sample in batch])
+            tokens = self._tokens.take(labels, [sample["prompt"] for sample in batch])
             if self.with_labels:
                 tokens = torch.cat([tokens, torch.tensor(labels)[:, None]], dim=1)
             yield default_collate([sample["image"] for sample in batch]), tokens
@@ -248,7 +256,9 @@ def _join(batches: Sequence[Batch], size: int) -> tuple[Batch, list[Batch]]:
     return (images[:size], tokens[:size]), rest
 
 
-def peek(shards: Sequence[str], prompts: ClassPrompts, seed: int, *keys: str) -> list[tuple[str, str]]:
+def peek(
+    shards: Sequence[str], prompts: ClassPrompts, seed: int, *keys: str, passes: int = 0
+) -> list[tuple[str, str]]:
     """(key, prompt) of the first 3 samples in the first 3 shards, as epoch 0 pairs them.
 
     `keys` are image_key and label_key, as in samples.label_samples.
@@ -259,8 +269,8 @@ def peek(shards: Sequence[str], prompts: ClassPrompts, seed: int, *keys: str) ->
     skip = Skipped()
     samples = steps.read_samples(shards[:3], skip)
     samples = steps.label_samples(samples, len(prompts.classnames), skip, *keys)
-    samples = islice(steps.draw_prompts(samples, len(prompts.templates), seed, 0, 0), 3)
-    pairs = [(sample["key"], prompts(sample["label"], sample["template"])) for sample in samples]
+    samples = islice(steps.draw_prompts(samples, prompts.counts(), seed, 0, 0, passes), 3)
+    pairs = [(sample["key"], prompts(sample["label"], sample["prompt"])) for sample in samples]
     if not pairs and len(shards) <= 3:
         raise _nothing_readable(shards, skip)
     return pairs

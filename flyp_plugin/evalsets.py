@@ -1,6 +1,12 @@
-"""Evaluation sets: from --eval-data NAME=SHARDS to class names, templates and a loader."""
+"""Evaluation sets: from --eval-data NAME=SHARDS to class names, prompts and a loader.
+
+A set's own text files say what its classes and prompts are. Flags of `flyp eval` and `flyp wiseft` override them for all
+sets. Flags of the training are a fallback, here and in later commands on the run: --classnames and --templates for sets
+without such files; but class descriptions (--prompts) for each set whose classes all have some.
+"""
 
 import argparse
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +17,24 @@ from tqdm import tqdm
 
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
-from flyp_plugin.prompts import ClassPrompts, resolve_prompts
+from flyp_plugin.names import normalize_name
+from flyp_plugin.prompts import (
+    CLASSNAMES,
+    DEFAULT_TEMPLATE,
+    DESCRIPTIONS,
+    TEMPLATES,
+    ClassPrompts,
+    resolve_prompts,
+)
 from flyp_plugin.record import Record
 from flyp_plugin.sources import RETRIES, expand_sources, find_beside
 
-_FILES = {"classnames": "classnames.txt", "templates": "zeroshot_classification_templates.txt"}  # of a set
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A labelled set with its own class names and templates; the first set of a run is the ID validation set."""
+    """A labelled set with its own class names and prompts; the first set of a run is the ID validation set."""
 
     name: str
     shards: list[str]  # tar URLs
@@ -32,14 +46,15 @@ def parse_eval_sets(
     specs: Sequence[str],
     classnames: str | None = None,
     templates: str | None = None,
-    fallback: Mapping[str, str | Sequence[str] | None] | None = None,
+    descriptions: str | None = None,
+    fallback: Mapping[str, Any] = {},
 ) -> list[EvalSet]:
     """Evaluation sets from NAME=SHARDS; of a data folder, the `test` split is used.
 
     Args:
         specs: the values of --eval-data.
-        classnames, templates: used for all sets, whatever text files are beside the shards.
-        fallback: `classnames` and `templates`, paths or lines, for sets without such a file: the training set's.
+        classnames, templates, descriptions: used for all sets, whatever text files are beside the shards.
+        fallback: what was given for the training set, under the same names.
 
     Raises:
         InputError: not NAME=SHARDS, a repeated name, no shards, or no class names.
@@ -54,11 +69,30 @@ def parse_eval_sets(
         if name in sets:
             raise InputError(f"--eval-data names two sets {name!r}, {sets[name].source} and {source}.")
         shards = list(chain.from_iterable(expand_sources(source, "test")))
-        given: dict[str, Any] = {"classnames": classnames, "templates": templates}
-        for name_of_list, other in (fallback or {}).items():
-            given[name_of_list] = given[name_of_list] or find_beside(shards, _FILES[name_of_list]) or other
-        sets[name] = EvalSet(name, shards, resolve_prompts(shards, *given.values()), source)
+        names: Any = classnames or find_beside(shards, CLASSNAMES) or fallback.get("classnames")
+        lists: tuple[Any, Any] = (templates, descriptions)
+        if not any(lists):
+            lists = _fallback_prompts(name, shards, names, fallback)
+        sets[name] = EvalSet(name, shards, resolve_prompts(shards, names, *lists), source)
     return list(sets.values())
+
+
+def _fallback_prompts(
+    name: str, shards: list[str], classnames: Any, fallback: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """The templates and descriptions of the training that a set is scored with; (None, None): its own files are."""
+    templates, descriptions = fallback.get("templates"), fallback.get("descriptions")
+    if descriptions and classnames:
+        names = ClassPrompts.from_files(classnames, DEFAULT_TEMPLATE).classnames
+        described = set(map(normalize_name, descriptions))
+        if not (missing := [one for one in names if normalize_name(one) not in described]):
+            return templates, descriptions
+        _log.info(
+            f"--eval-data {name}: --prompts describes {len(names) - len(missing)} of its {len(names)} classes, not "
+            f"{missing[0]!r}, so its own prompts are used."
+        )
+    own = any(find_beside(shards, file) for file in (DESCRIPTIONS, TEMPLATES))
+    return (None, None) if own else (templates, None)
 
 
 def loader_from_args(
@@ -95,4 +129,4 @@ def eval_sets_from_args(args: argparse.Namespace, known: Record | None) -> list[
     """The sets of --eval-data, else those of the run; a set without class names uses the run's --classnames."""
     specs = args.eval_data or (known.get("eval_data", []) if known else [])
     fallback = {name: known.get(name) for name in known.get("classes_given", [])} if known else {}
-    return parse_eval_sets(specs, args.classnames, args.templates, fallback)
+    return parse_eval_sets(specs, args.classnames, args.templates, args.prompts, fallback)

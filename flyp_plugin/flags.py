@@ -76,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
         "the shards)")
     add("--templates", metavar="FILE", help="prompt templates with {c}, one per line, or: openai, simple, or a single "
         "template (default: zeroshot_classification_templates.txt beside the shards)")
+    add("--prompts", metavar="FILE.json", help="class descriptions, {class name: [prompt, ...]} with lists of any length; "
+        "with --templates, in addition to these (default: prompts.json beside the shards, instead of the templates)")
+    add("--template-order", choices=("random", "table"), default="random", help="random: each image gets a prompt of its "
+        "class at random each time; table: all of them in a random order before any comes again, as in the authors' "
+        "code (default: %(default)s)")
     add("--label-key", default="cls", help="member with the class index, or json:FIELD (default: %(default)s)")
     add("--image-key", default=IMAGE_KEY, help="members that may hold the image, separated by ';': the first "
         "present is used (default: %(default)s)")

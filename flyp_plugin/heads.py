@@ -9,6 +9,7 @@ evaluation, `flyp eval`, `flyp wiseft` and `flyp export` all score through Image
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from flyp_plugin.checkpoints import Model, build_model
 from flyp_plugin.errors import InputError
@@ -36,15 +38,30 @@ def build_zeroshot_head(model: Model, tokenizer: Callable, prompts: ClassPrompts
     Args:
         model: an open_clip CLIP model; runs in eval mode and is then restored.
         tokenizer: open_clip.get_tokenizer's for that model.
-        prompts: C class names in T templates.
+        prompts: those of C classes.
         kwargs: open_clip's num_classes_per_batch (default: 10), use_tqdm, and device (default: the model's).
 
     Returns:
         float (D, C) with D the width of the joint space; columns have norm 1.
     """
-    templates, kwargs = prompts.template_functions(), {"device": model.logit_scale.device} | kwargs
+    names, kwargs = prompts.classnames, {"device": model.logit_scale.device} | kwargs
     with eval_mode(model), short_text(model):
-        return open_clip.build_zero_shot_classifier(model, tokenizer, prompts.classnames, templates, **kwargs)
+        if prompts.descriptions is None:
+            templates: list[Callable] = prompts.template_functions()
+            return open_clip.build_zero_shot_classifier(model, tokenizer, names, templates, **kwargs)
+        columns = []  # open_clip takes one list of templates for all classes, so each class is a call of its own
+        for label in tqdm(
+            range(len(names)), desc="head", unit="class", disable=not kwargs.pop("use_tqdm", False)
+        ):
+            templates = [partial(_ignore_name, text) for text in prompts.texts(label)]
+            columns.append(
+                open_clip.build_zero_shot_classifier(model, tokenizer, [names[label]], templates, **kwargs)
+            )
+        return torch.cat(columns, dim=1)
+
+
+def _ignore_name(text: str, name: str) -> str:
+    return text
 
 
 def zeroshot_as_learned(

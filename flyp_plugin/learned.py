@@ -29,12 +29,12 @@ class ClassHead(nn.Module):
     """A learned linear head: logits = weight @ normalised image feature, one row per class.
 
     It has no bias, like the head of WiSE-FT's code (arXiv 2109.01903): so a timm classifier, which does not normalise
-    features, still ranks the classes the same. Class names and templates are JSON in a uint8 tensor, so that a state_dict
+    features, still ranks the classes the same. Class names and prompts are JSON in a uint8 tensor, so that a state_dict
     with a head holds only tensors.
 
     Args:
         weight: float (C, D), including the factor logit_scale.exp().
-        prompts: the C class names, and the templates of the zero-shot head from which training starts.
+        prompts: the C class names, and the prompts of the zero-shot head from which training starts.
     """
 
     prompts: Tensor
@@ -42,8 +42,7 @@ class ClassHead(nn.Module):
     def __init__(self, weight: Tensor, prompts: ClassPrompts):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format).float())
-        text = json.dumps({"classnames": prompts.classnames, "templates": prompts.templates})
-        raw = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        raw = torch.frombuffer(bytearray(json.dumps(prompts.lists()).encode()), dtype=torch.uint8)
         self.register_buffer("prompts", raw.to(weight.device))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -52,7 +51,7 @@ class ClassHead(nn.Module):
 
     @property
     def class_prompts(self) -> ClassPrompts:
-        """The class names and templates as text."""
+        """The class names and prompts as text."""
         return _decode_prompts(self.prompts)
 
     def restricted(self, classnames: Sequence[str]) -> Tensor:
@@ -68,7 +67,8 @@ def load_head(state: Mapping[str, Tensor]) -> ClassHead | None:
 
 
 def _decode_prompts(prompts: Tensor) -> ClassPrompts:
-    places = ("the learned head's class names, entry", "the learned head's templates, entry")
+    lists = ("class names, entry", "templates, entry", "descriptions")
+    places = [f"the learned head's {name}" for name in lists]
     return ClassPrompts(**json.loads(bytes(prompts.cpu().numpy())), places=places)
 
 

@@ -1,10 +1,10 @@
-"""Lists of class names and templates: which names count as equal, and what is wrong with a list."""
+"""Lists of class names, templates and descriptions: which names count as equal, and what is wrong with a list."""
 
 import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 from flyp_plugin.errors import CONTROLS, InputError, escape_control_chars
@@ -95,6 +95,38 @@ def check_list(entries: Sequence[str], place: str, what: str) -> None:
         if occurrence == 2:
             first = f"{place.rpartition(' ')[2]} {keys.index((name, 1)) + 1}"
             _warn_once(f"{place} {number}, repeats {first}, {name!r}: no prompt can distinguish them.")
+
+
+def check_descriptions(
+    descriptions: Mapping[str, Sequence[str]], classnames: Sequence[str], place: str
+) -> None:
+    """Raise InputError if a class has no list of prompts, or if the list of any class is not one of proper texts."""
+    for name, texts in descriptions.items():
+        where = f"{place}, {name[:80]!r},"
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise InputError(f'{where} has {repr(texts)[:40]}, not a list of prompts; write ["prompt", ...].')
+        if not texts:
+            raise InputError(f"{where} has an empty list; give at least one prompt.")
+        for number, text in enumerate(texts, 1):
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(
+                    f"{where} prompt {number}, is {text!r}, not a text; write one, or delete it."
+                )
+            if CONTROLS.search(" ".join(text.split())):
+                raise InputError(
+                    f"{where} prompt {number}, {text[:80]!r}, contains a control character; delete it."
+                )
+    known = Counter(map(normalize_name, descriptions))
+    if twice := [name for name, number in known.items() if number > 1]:
+        raise InputError(
+            f"{place} has {twice[0]!r} twice, in two spellings that look alike; join the two lists."
+        )
+    if missing := [name for name in classnames if normalize_name(name) not in known]:
+        some = ", ".join(repr(name[:40]) for name in [*descriptions][:_SHOWN]) or "none"
+        raise InputError(
+            f"{place} has no prompts for {len(missing)} of {len(classnames)} classes, the first {missing[0][:80]!r} (it has "
+            f"{some}{', ...' if len(known) > _SHOWN else ''}); add them, or correct the names."
+        )
 
 
 @cache  # the same list is read for every set that has it

@@ -117,9 +117,10 @@ def _head_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor,
 
 
 def _text_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
-    """Logits over the current text features of all classes, each in a random template, as in the paper's code."""
-    classes, templates = model.class_tokens.table.shape[:2]
-    prompts = model.class_tokens.take(range(classes), torch.randint(templates, (classes,)).tolist())
+    """Logits over the current text features of all classes, each in a random prompt of its own, as in the paper's code."""
+    counts = torch.from_numpy(model.class_tokens.counts)
+    numbers = torch.randint(2**62, counts.shape) % counts
+    prompts = model.class_tokens.take(range(len(counts)), numbers.tolist())
     head = model.encode_text(prompts.to(images.device), normalize=True)
     scale = model.logit_scale.exp()
     logits = scale.float() * exact_logits(model.encode_image(images, normalize=True), head)

@@ -1,16 +1,19 @@
-"""Class names x templates -> prompts, and the token table of all prompts.
+"""What the text tower reads for each class: templates, descriptions, and the tokens of all prompts.
 
-FLYP writes a label as a sentence: the class name in a template, "a photo of a {c}." (section 3). Prompts are text, not
-code: `{c}` and `{}` are replaced, nothing is evaluated or formatted. All prompts are tokenised once, into a table that
-the loader's workers share, so that a batch's text is an array lookup. Training (data.py), the zero-shot head (heads.py)
-and every command get their prompts here.
+FLYP pairs an image with a description of its class (section 3). The simplest one is the class name in a template, "a
+photo of a {c}."; a class may also have a list of its own, such as a language model's descriptions (CuPL, arXiv 2209.03320).
+Prompts are text, not code: `{c}` and `{}` are replaced, nothing is evaluated or formatted. All prompts are tokenised
+once, so that a batch's text is an array lookup. Training (data.py), the zero-shot head (heads.py) and every command get
+their prompts here.
 """
 
+import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -19,9 +22,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.names import PLACEHOLDER, check_list, check_order, check_syntax, describe_same_tokens
-from flyp_plugin.sources import find_all_beside, find_beside, read_lines
+from flyp_plugin.names import (
+    PLACEHOLDER,
+    check_descriptions,
+    check_list,
+    check_order,
+    check_syntax,
+    describe_same_tokens,
+    normalize_name,
+)
+from flyp_plugin.sources import find_all_beside, find_beside, read_lines, read_text
 
+Descriptions = Mapping[str, Sequence[str]]  # class name -> prompts of its own
+# the files beside shards
+CLASSNAMES, TEMPLATES, DESCRIPTIONS = (
+    "classnames.txt",
+    "zeroshot_classification_templates.txt",
+    "prompts.json",
+)
 DEFAULT_TEMPLATE = "a photo of a {c}."
 _BUILT_IN = {
     "class names": {"imagenet": open_clip.IMAGENET_CLASSNAMES},
@@ -30,62 +48,126 @@ _BUILT_IN = {
         "simple": [template("{c}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES],
     },
 }
+_FORM = '{"class name": ["prompt", ...], ...}'
 _CHUNK = 16384  # prompts tokenised at once; a process for each in larger sets
 _log = logging.getLogger(__name__)
 
 
 class ClassPrompts:
-    """The prompts of a classification set: every class name in every template (FLYP, section 3).
+    """The prompts of each class: its name in every template, and then its own descriptions.
 
     Args:
         classnames: C names; the position of a name is its class index. Repeated names are logged as a warning.
         templates: T templates; `{c}` or `{}` marks the class name. Any other braces are text.
+        descriptions: {class name: [prompt, ...]}, lists of any length; names are compared as in names.py. Prompts are
+            taken as they are; a `{c}` in one is replaced. Names that are not in `classnames` are kept but not used.
         places: where the lists come from, for messages.
 
     Raises:
-        InputError: a list is empty or a single string, an entry is blank or has control characters, or a template has
-            no place for the class name.
+        InputError: a list is empty or a single string, an entry is blank or has control characters, a template has no
+            place for the class name, or a class has no description.
 
     Example:
-        >>> prompts = ClassPrompts(["cat", "dog"], ["a photo of a {c}.", "a sketch of a {c}."])
-        >>> prompts(1, 0)
-        'a photo of a dog.'
+        >>> prompts = ClassPrompts(["cat", "dog"], ["a photo of a {c}."], {"cat": ["a purring pet."], "dog": ["a pet."]})
+        >>> prompts.texts(1)
+        ['a photo of a dog.', 'a pet.']
     """
 
     def __init__(
         self,
         classnames: Sequence[str],
-        templates: Sequence[str],
-        places: tuple[str, str] = ("the list of class names, entry", "the list of templates, entry"),
+        templates: Sequence[str] = (),
+        descriptions: Descriptions | None = None,
+        *,
+        places: Sequence[str] = (
+            "the list of class names, entry",
+            "the list of templates, entry",
+            "descriptions",
+        ),
     ):
         if isinstance(classnames, str) or isinstance(templates, str):
             raise InputError("classnames and templates must be lists such as ['cat', 'dog'], got a string.")
         self.classnames, self.templates = list(classnames), list(templates)
         check_list(self.classnames, places[0], "class names")
-        check_list(self.templates, places[1], "templates")
+        if templates or descriptions is None:
+            check_list(self.templates, places[1], "templates")
+        if descriptions is not None:
+            check_descriptions(descriptions, self.classnames, places[2])
+        self.descriptions = None if descriptions is None else dict(descriptions)
+        self._own = {normalize_name(name): texts for name, texts in (descriptions or {}).items()}
 
     @classmethod
-    def from_files(cls, classnames: str | Sequence[str], templates: str | Sequence[str]) -> "ClassPrompts":
-        """Read class names and templates from text files or URLs, one per line.
+    def from_files(
+        cls,
+        classnames: str | Sequence[str],
+        templates: str | Sequence[str] | None = None,
+        descriptions: str | Descriptions | None = None,
+    ) -> "ClassPrompts":
+        """Read class names and templates from text files or URLs, one per line, and descriptions from JSON.
 
         Args:
             classnames: a path, a URL, `imagenet` (open_clip's list), or the names themselves.
             templates: a path, a URL, `openai` or `simple` (open_clip's lists), one template with its `{c}`, or a list.
+            descriptions: a path, a URL (see `read_descriptions`), or a mapping.
 
         Raises:
             InputError: a file is missing, is not UTF-8, holds Python or JSON, or has a bad line, which is named.
         """
         names, names_place = _read_list(classnames, "class names")
-        lines, lines_place = _read_list(templates, "templates")
-        return cls(names, lines, (names_place, lines_place))
+        lines, lines_place = _read_list(templates or [], "templates")
+        if isinstance(descriptions, str):
+            return cls(
+                names, lines, read_descriptions(descriptions), places=(names_place, lines_place, descriptions)
+            )
+        return cls(names, lines, descriptions, places=(names_place, lines_place, "descriptions"))
 
-    def __call__(self, label: int, template: int) -> str:
-        """The prompt of class index `label` in template number `template`."""
-        return fill(self.templates[template], self.classnames[label])
+    @classmethod
+    def from_json(
+        cls,
+        path: str,
+        classnames: str | Sequence[str] | None = None,
+        templates: str | Sequence[str] | None = None,
+    ) -> "ClassPrompts":
+        """The descriptions in a JSON file, {class name: [prompt, ...]}, after `templates` if these are given.
+
+        Args:
+            path: a path or a URL, as for `read_descriptions`.
+            classnames: the class order, as for `from_files`; by default that of the file.
+        """
+        descriptions = read_descriptions(path)
+        return cls.from_files(classnames or list(descriptions), templates, descriptions)
+
+    def texts(self, label: int) -> list[str]:
+        """All prompts of class index `label`."""
+        name = self.classnames[label]
+        own = self._own.get(normalize_name(name), ())
+        return [fill(text, name) for text in (*self.templates, *own)]
+
+    def __call__(self, label: int, number: int) -> str:
+        """Prompt `number` of class index `label`."""
+        return self.texts(label)[number]
 
     def __len__(self) -> int:
-        """Number of prompts, C x T."""
-        return len(self.classnames) * len(self.templates)
+        """Number of prompts of all classes."""
+        return sum(self.counts())
+
+    def counts(self) -> list[int]:
+        """Number of prompts of each class."""
+        own = [len(self._own.get(normalize_name(name), ())) for name in self.classnames]
+        return [len(self.templates) + number for number in own]
+
+    def describe(self) -> str:
+        """How many prompts there are, for a log."""
+        counts, classes = self.counts(), f"{len(self.classnames)} classes"
+        if self.descriptions is None:
+            return f"{classes} x {len(self.templates)} templates = {len(self)}"
+        few = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
+        templates = f" (of which {len(self.templates)} templates)" if self.templates else ""
+        return f"{classes} with {few} prompts each{templates}, {sum(counts)} in all"
+
+    def lists(self) -> dict[str, Any]:
+        """The arguments that make an equal ClassPrompts, as JSON has them."""
+        return {name: getattr(self, name) for name in ("classnames", "templates", "descriptions")}
 
     def template_functions(self) -> list[Callable[[str], str]]:
         """The templates as functions of a class name, as open_clip.build_zero_shot_classifier takes them."""
@@ -105,97 +187,146 @@ class ClassPrompts:
 
 
 class PromptTokens:
-    """The tokens of all prompts: an integer table (C, T, W) in memory that worker processes share.
+    """The tokens of all prompts, end to end in one array, without padding: 21,000 classes x 80 prompts are about 40 MB.
 
-    W is the length of the longest prompt, and the type is the smallest that holds every token. `take` returns exactly
-    what the tokenizer returned, padded to the context length.
+    The array's type is the smallest that holds every token. `take` returns exactly what the tokenizer returned, padded
+    to the context length. Worker processes that are forked share the memory; /dev/shm, small in containers, is not used.
 
     Args:
         tokenizer: list of N texts -> int64 (N, context length), as open_clip.get_tokenizer returns.
 
     Attributes:
+        counts: int64 (C,), the number of prompts of each class.
+        length: tokens of the longest prompt.
         cut: the prompts that are longer than the context.
-        same: groups of class indices whose prompts have the same tokens in every template.
+        same: groups of class indices whose prompts all have the same tokens.
     """
 
     def __init__(self, prompts: ClassPrompts, tokenizer: Callable):
         empty = tokenizer([""])[0]
         self.context_length, self._pad = len(empty), int(empty[-1])
+        self.counts = np.array(prompts.counts())
+        per_class = max(1, int(self.counts.mean()))
         loader: DataLoader = DataLoader(
-            prompts.classnames,  # type: ignore[arg-type]  # a list is a map-style dataset
-            batch_size=max(1, _CHUNK // len(prompts.templates)),
-            collate_fn=partial(_tokenize_chunk, prompts.templates, tokenizer, self._pad),
-            num_workers=min(len(prompts) // _CHUNK, torch.get_num_threads(), 8),
+            range(len(self.counts)),  # type: ignore[arg-type]  # a range is a map-style dataset
+            batch_size=max(1, _CHUNK // per_class),
+            collate_fn=partial(_tokenize_classes, prompts, tokenizer, self._pad),
+            num_workers=min(int(self.counts.sum()) // _CHUNK, torch.get_num_threads(), 8),
             generator=torch.Generator(),  # otherwise it would draw from the global generator
         )
         chunks = list(tqdm(loader, desc="tokenising", unit="chunk", disable=None, delay=3))
-        width = max(tokens.shape[1] for tokens, _ in chunks)
-        padded = [np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=self._pad) for t, _ in chunks]
-        table = np.concatenate(padded).reshape(len(prompts.classnames), len(prompts.templates), width)
-        # shared as bytes, which numpy reads: torch supports few operations on unsigned types
-        self._type, self._bytes = table.dtype, torch.from_numpy(table.view(np.uint8)).share_memory_()
-        self.cut = [text for _, cut in chunks for text in cut]
-        self.same = _group_equal_classes(table)
+        tokens, lengths, cut = zip(*chunks)
+        self._tokens = np.concatenate(tokens)
+        self._ends = np.concatenate(lengths).cumsum()  # of each prompt in _tokens
+        self._starts = self._ends - np.concatenate(lengths)
+        self._first = self.counts.cumsum() - self.counts  # each class's first prompt
+        self.length = int((self._ends - self._starts).max())
+        self.cut = [text for some in cut for text in some]
+        self.same = self._group_equal_classes()
 
-    @property
-    def table(self) -> np.ndarray:
-        """The tokens, shape (C, T, W)."""
-        return self._bytes.numpy().view(self._type)
-
-    def take(self, labels: Sequence[int], templates: Sequence[int]) -> torch.Tensor:
-        """The prompts of B (class index, template number) pairs: int64 (B, context length)."""
-        tokens = np.full((len(labels), self.context_length), self._pad, dtype=np.int64)
-        tokens[:, : self.table.shape[2]] = self.table[np.asarray(labels), np.asarray(templates)]
+    def take(self, labels: Sequence[int], numbers: Sequence[int]) -> torch.Tensor:
+        """The prompts of B (class index, number of a prompt) pairs: int64 (B, context length)."""
+        prompts = self._first[np.asarray(labels)] + np.asarray(numbers)
+        positions = self._starts[prompts][:, None] + np.arange(self.length)
+        inside = positions < self._ends[prompts][:, None]
+        tokens = np.full((len(prompts), self.context_length), self._pad, dtype=np.int64)
+        tokens[:, : self.length][inside] = self._tokens[positions[inside]]
         return torch.from_numpy(tokens)
 
+    def _group_equal_classes(self) -> list[list[int]]:
+        """Groups of class indices with equal tokens; hashed, because the keys would be a copy of the tokens."""
+        groups: dict[bytes, list[int]] = defaultdict(list)
+        for label, (first, count) in enumerate(zip(self._first, self.counts)):
+            starts, ends = self._starts[first : first + count], self._ends[first : first + count]
+            tokens = self._tokens[starts[0] : ends[-1]]
+            groups[blake2b((ends - starts).tobytes() + tokens.tobytes()).digest()].append(label)
+        return [group for group in groups.values() if len(group) > 1]
 
-def _tokenize_chunk(
-    templates: list[str], tokenizer: Callable, pad: int, names: list[str]
-) -> tuple[np.ndarray, list[str]]:
-    """Tokens (rows, width) of some classes' prompts, without common padding, and the prompts that were truncated."""
-    texts = [fill(template, name) for name in names for template in templates]
+
+def _tokenize_classes(
+    prompts: ClassPrompts, tokenizer: Callable, pad: int, labels: list[int]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The tokens of some classes' prompts end to end, their lengths, and the prompts that were truncated."""
+    texts = [text for label in labels for text in prompts.texts(label)]
     tokens = tokenizer(texts).numpy()
-    length, width = tokens.shape[1], int(np.flatnonzero((tokens != pad).any(axis=0))[-1]) + 1
-    full = [texts[row] for row in np.flatnonzero(tokens[:, -1] != pad)]  # as long as the context, or longer
-    cut = [text for text in full if (tokenizer([text], context_length=2 * length)[0, length:] != pad).any()]
-    return tokens[:, :width].astype(np.min_scalar_type(max(int(tokens.max()), pad))), cut
-
-
-def _group_equal_classes(table: np.ndarray) -> list[list[int]]:
-    """Groups of class indices with equal tokens; hashed, because the keys would be a copy of the table."""
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for label, tokens in enumerate(table):
-        groups[blake2b(tokens.tobytes()).digest()].append(label)
-    return [group for group in groups.values() if len(group) > 1]
+    context, columns = tokens.shape[1], np.arange(tokens.shape[1])
+    lengths = np.where(tokens != pad, columns + 1, 0).max(axis=1)
+    full = [texts[row] for row in np.flatnonzero(lengths == context)]  # as long as the context, or longer
+    cut = [text for text in full if (tokenizer([text], context_length=2 * context)[0, context:] != pad).any()]
+    flat = tokens[columns < lengths[:, None]]
+    return flat.astype(np.min_scalar_type(max(int(tokens.max()), pad))), lengths, cut
 
 
 def resolve_prompts(
     shards: Sequence[str],
     classnames: str | Sequence[str] | None = None,
     templates: str | Sequence[str] | None = None,
+    descriptions: str | Descriptions | None = None,
 ) -> ClassPrompts:
-    """The prompts of `shards`: the lists given, or else the text files beside the shards or one folder above.
+    """The prompts of `shards`: those given, or else by the text files beside the shards or one folder above.
+
+    Templates and descriptions that are given add up, and replace what is beside the shards. Of what is beside them,
+    prompts.json replaces the templates.
 
     Args:
         shards: tar URLs.
-        classnames, templates: as for `ClassPrompts.from_files`; by default, classnames.txt and
-            zeroshot_classification_templates.txt of the shards. Without templates, 'a photo of a {c}.'.
+        classnames, templates, descriptions: as for `ClassPrompts.from_files`; by default, classnames.txt, and prompts.json
+            or zeroshot_classification_templates.txt of the shards. Without any, 'a photo of a {c}.'.
 
     Raises:
         InputError: there are no class names, a file has a mistake in it, or `classnames` orders a name differently than
             classnames.txt of the shards: their labels, which are line numbers there, would mean other classes.
     """
-    own = find_all_beside(shards, "classnames.txt") if classnames else []
-    classnames = classnames or find_beside(shards, "classnames.txt")
+    own = find_all_beside(shards, CLASSNAMES) if classnames else []
+    classnames = classnames or find_beside(shards, CLASSNAMES)
     if classnames is None:
         raise InputError(f"no classnames.txt beside {shards[0]} or one folder above; pass --classnames FILE.")
-    templates = templates or find_beside(shards, "zeroshot_classification_templates.txt")
-    if templates is None:
-        _log.info(f"No templates beside {shards[0]}; the prompts are '{DEFAULT_TEMPLATE}'.")
-    prompts = ClassPrompts.from_files(classnames, templates or DEFAULT_TEMPLATE)
+    if not templates and descriptions is None:
+        descriptions = find_beside(shards, DESCRIPTIONS)
+        if descriptions is None:
+            templates = find_beside(shards, TEMPLATES)
+            if templates is None:
+                _log.info(f"No templates beside {shards[0]}; the prompts are '{DEFAULT_TEMPLATE}'.")
+                templates = DEFAULT_TEMPLATE
+    prompts = ClassPrompts.from_files(classnames, templates, descriptions)
     for path in own:
         check_order(prompts.classnames, str(classnames), read_lines(path) or [], path)
     return prompts
+
+
+def read_descriptions(path: str) -> dict[str, list[str]]:
+    """{class name: [prompt, ...]} from a JSON file or URL, as CuPL and DCLIP publish them.
+
+    CLIP_benchmark's cupl_prompts.json, {set: {class name: [prompt, ...]}}, is read as well, if it has one set.
+
+    Raises:
+        InputError: there is no such file, it holds other JSON, or a class occurs twice.
+    """
+    text = read_text(path)
+    if text is None:
+        raise InputError(f"there is no file {path} with class descriptions; check --prompts.")
+
+    def refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(content := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path} has {repeated!r} twice; join the two lists.")
+        return content
+
+    try:
+        content = json.loads(text, object_pairs_hook=refuse_repeated)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); --prompts takes {_FORM}.") from None
+    if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
+        if len(content) > 1:
+            sets = ", ".join(map(repr, [*content][:5]))
+            raise InputError(
+                f"{path} has the prompts of several sets ({sets}); copy one of them to a file of its own."
+            )
+        (content,) = content.values()
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}; --prompts takes {_FORM}.")
+    return content
 
 
 def fill(template: str, name: str) -> str:

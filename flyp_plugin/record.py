@@ -13,8 +13,10 @@ export` into its folder. All values are as resolved, not as typed:
     pretrained       {"given": tag or path, "sha256": of the file, null for a tag}: what training started from
     precision        open_clip's --precision, under which the run was evaluated
     objective        flyp, ce, lp, lp-ft or flyp-ce
-    classnames, templates  of the training set, in the order of the class indices
-    classes_given    which of the two were given by flags: evaluation sets without files of their own use those too
+    classnames, templates, descriptions
+                     the prompts of the training set: class names in the order of the class indices, templates, and
+                     {class name: [prompt, ...]} or null
+    classes_given    which of the three were given by flags: evaluation sets may use them too, see evalsets.py
     eval_data        ["NAME=SHARDS", ...] as given; the first is the ID validation set
     keys             members of a sample: {"image_key", "label_key", "group_key"}
     training         every other flag that changes the weights, and the number of ranks: what --resume compares
@@ -53,7 +55,7 @@ RESULTS = "checkpoints/results.jsonl"
 _NOT_TRAINING = re.compile(
     "resume.*|name|logs|.*_path|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
     "wandb.*|tensorboard|log_.*|debug|save_.*|delete_.*|remote_.*|copy_codebase|retries|max_lost|.*_key|cache_dir|"
-    "imagenet_.*|demo|help_.*|no_flyp_defaults|model|model_config|pretrained|objective|precision|classnames|templates|"
+    "imagenet_.*|demo|help_.*|no_flyp_defaults|model|model_config|pretrained|objective|precision|classnames|templates|prompts|"
     + "|".join(FLAGS)
 )
 
@@ -72,9 +74,9 @@ class Record:
 
     @property
     def prompts(self) -> ClassPrompts | None:
-        """The training set's class names and templates; None in a record of the model alone."""
+        """The training set's prompts; None in a record of the model alone."""
         names = self.get("classnames")
-        return ClassPrompts(names, self.content["templates"]) if names else None
+        return ClassPrompts(names, self.content["templates"], self.get("descriptions")) if names else None
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.content.get(key, default)
@@ -151,7 +153,7 @@ def differences(before: Record, now: Record) -> dict[str, tuple[Any, Any]]:
 
     def settings(record: Record) -> dict[str, Any]:
         keys = {name: key for name, key in record.get("keys", {}).items() if name != "group_key"}
-        others = {name: record.get(name) for name in ("classnames", "templates", "precision")}
+        others = {name: record.get(name) for name in ("classnames", "templates", "descriptions", "precision")}
         return {**record.get("training", {}), **others, **keys, "pretrained": record.pretrained}
 
     old, new = settings(before), settings(now)

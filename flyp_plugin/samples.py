@@ -12,7 +12,7 @@ import random
 import re
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -199,11 +199,28 @@ def describe_error(error: BaseException) -> str:
     return escape_control_chars(": ".join([type(error).__name__, *text.splitlines()[:1]]))
 
 
-def draw_prompts(samples: Iterable[Sample], num_templates: int, *seed: object) -> Iterator[Sample]:
-    """Add a template number and the augmentation's seed, both pure functions of (*seed, key)."""
+def draw_prompts(
+    samples: Iterable[Sample], counts: Sequence[int], seed: int, epoch: int, repeat: int, passes: int = 0
+) -> Iterator[Sample]:
+    """Add the number of a prompt and the augmentation's seed, both pure functions of (seed, epoch, repeat, key).
+
+    Args:
+        counts: number of prompts of each class.
+        repeat: which pass over the samples of the epoch this is.
+        passes: 0 draws each time anew (--template-order random). Otherwise the number of passes in an epoch: each image
+            goes through a permutation of its class's prompts, over the passes of all epochs, and then through another
+            (--template-order table). So no (image, prompt) pair repeats before all have been seen.
+    """
     for sample in samples:
-        drawn = sample_seed(*seed, sample["key"])
-        yield {**sample, "template": drawn % num_templates, "seed": drawn >> 1}
+        drawn = sample_seed(seed, epoch, repeat, sample["key"])
+        count = counts[sample["label"]]
+        number = drawn % count
+        if passes:
+            cycle, position = divmod(epoch * passes + repeat, count)
+            order = list(range(count))
+            random.Random(sample_seed(seed, "order", cycle, sample["key"])).shuffle(order)
+            number = order[position]
+        yield {**sample, "prompt": number, "seed": drawn >> 1}
 
 
 def decode_images(

@@ -116,7 +116,7 @@ def subset(
     from flyp_plugin.samples import read_samples
 
     folder, shards = _resolve_dest(dest), local_shards(source, split)
-    paths = {name: find_beside(shards, name) for name in (CLASSNAMES, TEMPLATES)}
+    paths = {name: find_beside(shards, name) for name in (CLASSNAMES, TEMPLATES, "prompts.json")}
     lists = {name: read_lines(path) or [] for name, path in paths.items() if path}
     _check_lists(folder.parent, lists)
     chosen = few_shot_keys(shards, shots, seed, label_key, image_key, lists.get(CLASSNAMES, []))

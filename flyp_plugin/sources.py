@@ -29,7 +29,7 @@ IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as in
 TIMEOUT = 30  # seconds without an answer, over http
 RETRIES, BACKOFF = 6, 1.0  # retry after at most 1, 2, 4, ... 32 seconds: about a minute in all
 TEXT_RETRIES = 4  # for a text file, which a person may be waiting for
-MAX_TEXT = 100 << 20  # bytes of a text file
+MAX_TEXT = 512 << 20  # bytes of a text file, the largest of which are class descriptions
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)  # HTTP errors that may pass
 _log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def find_beside(shards: Sequence[str], name: str) -> str | None:
     paths = find_all_beside(shards, name)
     for path in paths[1:]:
         if not same_names(read_lines(path) or [], read_lines(paths[0]) or []):
-            flag = "--classnames" if name == "classnames.txt" else "--templates"
+            flag = {"classnames.txt": "--classnames", "prompts.json": "--prompts"}.get(name, "--templates")
             raise InputError(
                 f"{path} differs from {paths[0]}, so their shards cannot be used together; give {flag}, or write the "
                 "sets again with one list."

@@ -29,7 +29,7 @@ from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.monitor import Monitor
-from flyp_plugin.prompts import resolve_prompts
+from flyp_plugin.prompts import read_descriptions, resolve_prompts
 from flyp_plugin.record import Record
 from flyp_plugin.sources import count_samples, expand_sources
 from flyp_plugin.text import shorten
@@ -109,9 +109,10 @@ class FlypRun:
         self.changes = objectives.changed_flags(args)
 
         self.shards, self.weights = _find_shards(args)
-        self.prompts = resolve_prompts(self.shards, args.classnames, args.templates)
-        fallback = {"classnames": args.classnames, "templates": args.templates}
-        self.eval_sets = parse_eval_sets(args.eval_data, fallback=fallback)
+        self.given = {"classnames": args.classnames, "templates": args.templates}
+        self.given["descriptions"] = read_descriptions(args.prompts) if args.prompts else None
+        self.prompts = resolve_prompts(self.shards, **self.given)
+        self.eval_sets = parse_eval_sets(args.eval_data, fallback=self.given)
         self.evaluates = bool(self.eval_sets)
         if self.objective.learned_head:
             for name, prompts in ((eval_set.name, eval_set.prompts) for eval_set in self.eval_sets):
@@ -125,7 +126,14 @@ class FlypRun:
             self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None
         self.num_samples = args.train_num_samples or count_samples(self.shards, args.image_key)
         first = self.shards if self.num_samples else self.shards[:3]  # peek says why there are none
-        self.pairs = peek(first, self.prompts, args.seed, args.image_key, args.label_key)
+        self.pairs = peek(
+            first,
+            self.prompts,
+            args.seed,
+            args.image_key,
+            args.label_key,
+            passes=int(args.template_order == "table"),
+        )
 
         if not self.objective.loop:
             self.defaults.pop("epochs", None)
@@ -162,13 +170,13 @@ class FlypRun:
     def record(self, epoch: int) -> Record:
         """The content of flyp.json (record.py) for a run that starts after `epoch`."""
         args = self.args
-        lists, keys = ("classnames", "templates"), ("image_key", "label_key", "group_key")
+        keys = ("image_key", "label_key", "group_key")
         content = record.describe_model(self.spec) | {"training": self.settings}
         content |= {
             name: getattr(args, name) for name in ("model_config", "precision", "objective", "eval_data")
         }
-        content |= {name: getattr(self.prompts, name) for name in lists}
-        content["classes_given"] = [name for name in lists if getattr(args, name)]
+        content |= self.prompts.lists()
+        content["classes_given"] = [name for name, value in self.given.items() if value]
         content["keys"] = {name: getattr(args, name) for name in keys}
         content["pretrained"] = record.describe_weights(args.pretrained)
         if epoch and self.resumed and args.pretrained in ("", self.resumed.pretrained):
@@ -178,7 +186,16 @@ class FlypRun:
     def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
         """The training batches; on rank 0, log a description of the run."""
         args = self.args
-        same = ("seed", "rank", "world_size", "image_key", "label_key", "retries", "max_lost")
+        same = (
+            "seed",
+            "rank",
+            "world_size",
+            "image_key",
+            "label_key",
+            "template_order",
+            "retries",
+            "max_lost",
+        )
         dataset = ClassPromptDataset(
             self.shards,
             preprocess,
@@ -209,7 +226,7 @@ class FlypRun:
             f"Model: {self.spec}; weights: {args.pretrained or 'random or its own'}.",
             f"Objective: {', '.join(self.changes) or 'FLYP'}.",
             f"Samples: {self.num_samples} an epoch, in {len(self.shards)} shards.",
-            f"Prompts: {len(prompts.classnames)} classes x {len(prompts.templates)} templates = {len(prompts)}.",
+            f"Prompts: {prompts.describe()}.",
             f"Steps: {steps if self.objective.loop else 'none; one fit to the features of all images'}.",
             *(f"  {key}: {prompt!r}" for key, prompt in self.pairs),
         ):

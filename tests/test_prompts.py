@@ -1,16 +1,22 @@
 """Class names x templates: what is filled in, what is an error and where, and the table of tokens."""
 
+import json
 import logging
 import multiprocessing
+import pickle
+from pathlib import Path
 
+import clip_benchmark
 import numpy as np
 import open_clip
 import pytest
 import torch
+from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 from torch.utils.data import DataLoader, Dataset
 
 from flyp_plugin import ClassPrompts
 from flyp_plugin.errors import InputError
+from flyp_plugin.heads import build_zeroshot_head
 from flyp_plugin.names import normalize_name, same_names, to_unique_keys
 from flyp_plugin.prompts import PromptTokens, fill, resolve_prompts
 from tests.naming import naming, says
@@ -322,11 +328,13 @@ def test_take_gives_what_the_tokenizer_gives(tokenizer):
     assert torch.equal(tokens, tokenizer([prompts(*pair) for pair in zip(labels, templates)]))
 
 
-def test_the_table_fits_the_longest_prompt_at_two_bytes_a_token(tokenizer):
+def test_tokens_take_two_bytes_each_without_padding(tokenizer):
     prompts = ClassPrompts(["cat", "great white shark"], ["a photo of a {c}.", "{c}"])
-    table = prompts.tokenize(tokenizer).table
+    tokens = prompts.tokenize(tokenizer)
     longest = len(tokenizer.encode("a photo of a great white shark.")) + 2  # with start and end of text
-    assert (table.shape, table.dtype) == ((2, 2, longest), np.uint16)
+    assert tokens.length == longest
+    used = sum(len(tokenizer.encode(text)) + 2 for label in range(2) for text in prompts.texts(label))
+    assert tokens._tokens.nbytes == 2 * used  # no padding, two bytes each
 
 
 def test_a_small_vocabulary_takes_one_byte_and_a_large_one_four():
@@ -343,7 +351,7 @@ def test_a_small_vocabulary_takes_one_byte_and_a_large_one_four():
     prompts = ClassPrompts(["cat"], ["{c}"])
     for highest, dtype in ((255, np.uint8), (256, np.uint16), (65536, np.uint32)):
         tokens = PromptTokens(prompts, tokenizer_up_to(highest))
-        assert (tokens.table.dtype, tokens.table.shape) == (dtype, (1, 1, 2))
+        assert (tokens._tokens.dtype, tokens.length) == (dtype, 2)
         assert tokens.take([0], [0]).tolist() == [[1, highest, 0, 0, 0, 0, 0, 0]]
 
 
@@ -353,7 +361,7 @@ def test_padding_may_be_another_token_than_zero():
 
     prompts = ClassPrompts(["cat", "mouse"], ["{c}"])
     tokens = PromptTokens(prompts, tokenize)
-    assert tokens.table.shape == (2, 1, 3)
+    assert tokens.length == 3
     assert tokens.take([1], [0]).tolist() == [[5, 5, 2, 1, 1, 1]]
 
 
@@ -361,20 +369,26 @@ def test_several_processes_give_the_same_table(tokenizer, monkeypatch):
     prompts = ClassPrompts(
         [f"class {i}" + " long" * (i % 7) for i in range(40)], ["a {c}.", "some {c} of mine"]
     )
-    alone = prompts.tokenize(tokenizer).table.copy()
+    alone = prompts.tokenize(tokenizer)
     monkeypatch.setattr("flyp_plugin.prompts._CHUNK", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert np.array_equal(prompts.tokenize(tokenizer).table, alone)
+    several = prompts.tokenize(tokenizer)
+    assert np.array_equal(several._tokens, alone._tokens) and np.array_equal(several._ends, alone._ends)
 
 
-def test_a_large_table_is_no_wider_than_its_prompts(tokenizer):
-    names, templates = (
-        [f"species number {i}" for i in range(420)],
-        [f"view {i} of a {{c}}." for i in range(80)],
-    )
-    table = ClassPrompts(names, templates).tokenize(tokenizer).table
-    assert table.nbytes == 420 * 80 * table.shape[2] * 2
-    assert table.nbytes * 50 < 300 * 2**20  # so 21,000 classes fit in 300 MB
+def test_ragged_prompts_of_21000_classes_fit_in_300_mb(tokenizer):
+    names = [f"species number {i}" for i in range(420)]  # a fiftieth, of 40 to 120 prompts each
+    own = {
+        name: [f"{name} seen from view {k}, in the rain." for k in range(40 + 80 * (i % 2))]
+        for i, name in enumerate(names)
+    }
+    tokens = ClassPrompts(names, [], own).tokenize(tokenizer)
+    assert tokens.counts.tolist() == [40, 120] * 210
+    held = sum(array.nbytes for array in vars(tokens).values() if isinstance(array, np.ndarray))
+    assert 50 * held < 300 * 2**20
+    labels, numbers = [0, 419, 7, 1], [39, 119, 0, 80]
+    texts = [own[names[label]][number] for label, number in zip(labels, numbers)]
+    assert torch.equal(tokens.take(labels, numbers), tokenizer(texts))
 
 
 def test_tokenizing_leaves_the_global_generator_alone(tokenizer):
@@ -423,12 +437,12 @@ def test_a_prompt_that_just_fits_is_not_reported(tokenizer, caplog):
         tokens = ClassPrompts(["cat", "word " * 75], ["{c}"]).tokenize(
             tokenizer
         )  # 75 words, start and end: 77
-    assert tokens.table.shape[2] == 77
+    assert tokens.length == 77
     assert not caplog.records
 
 
-class _Overwrites(Dataset):
-    """Writes into the table in a worker process."""
+class _Peeks(Dataset):
+    """The address of the tokens' memory, and the files of /dev/shm that a worker has mapped."""
 
     def __init__(self, tokens):
         self.tokens = tokens
@@ -437,13 +451,129 @@ class _Overwrites(Dataset):
         return 1
 
     def __getitem__(self, item):
-        self.tokens.table[0, 0, 0] = 7
-        return 0
+        shared = "/dev/shm" in Path("/proc/self/maps").read_text()
+        return self.tokens._tokens.ctypes.data, shared
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_share_the_table_and_do_not_copy_it(tokenizer, method):
+def test_forked_workers_share_the_tokens_without_dev_shm(tokenizer):
     tokens = ClassPrompts(["cat"], ["{c}"]).tokenize(tokenizer)
-    context = multiprocessing.get_context(method)
-    list(DataLoader(_Overwrites(tokens), num_workers=1, multiprocessing_context=context))
-    assert tokens.table[0, 0, 0] == 7
+    loader = DataLoader(
+        _Peeks(tokens), num_workers=1, multiprocessing_context=multiprocessing.get_context("fork")
+    )
+    ((address, shared),) = loader
+    assert (int(address), int(shared)) == (tokens._tokens.ctypes.data, 0)
+
+
+def test_spawned_workers_get_the_tokens(tokenizer):
+    tokens = ClassPrompts(["cat"], ["{c}"]).tokenize(tokenizer)
+    assert torch.equal(pickle.loads(pickle.dumps(tokens)).take([0], [0]), tokens.take([0], [0]))
+
+
+# class descriptions
+
+
+def write_json(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+OWN = {
+    "cat": ["a purring pet.", "whiskers\nand a tail", "a {c} asleep"],
+    "dog": ["it barks."],
+    "owl": ["it hoots."],
+}
+
+
+def test_each_class_has_its_own_prompts(tmp_path):
+    path = write_json(tmp_path / "own.json", OWN)
+    prompts = ClassPrompts.from_json(path, ["dog", "cat"])
+    assert [prompts.texts(label) for label in (0, 1)] == [
+        ["it barks."],
+        ["a purring pet.", "whiskers\nand a tail", "a cat asleep"],
+    ]
+    assert (len(prompts), prompts.counts(), prompts(1, 2)) == (4, [1, 3], "a cat asleep")
+    both = ClassPrompts.from_json(path, ["dog", "cat"], "the {c}.")
+    assert both.texts(0) == ["the dog.", "it barks."]
+    assert ClassPrompts(**both.lists()).texts(1) == both.texts(1)
+    assert ClassPrompts.from_json(path).classnames == ["cat", "dog", "owl"]
+    nested = write_json(tmp_path / "nested.json", {"pets": OWN})
+    assert ClassPrompts.from_json(nested).texts(2) == ["it hoots."]
+
+
+def test_names_of_descriptions_are_compared_by_how_they_look():
+    prompts = ClassPrompts(
+        ["caf\u00e9", "sea lion", "sea lion"], [], {"cafe\u0301": ["x"], "sea\u00a0 lion": ["y", "z"]}
+    )
+    assert [prompts.texts(label) for label in range(3)] == [["x"], ["y", "z"], ["y", "z"]]
+
+
+@pytest.mark.parametrize(
+    "content,named",
+    [
+        ({"cat": ["x"]}, ["own.json", "1 of 2", "'dog'", "'cat'"]),
+        ({"cat": ["x"], "dog": []}, ["own.json", "'dog'", "empty"]),
+        ({"cat": ["x"], "dog": "it barks"}, ["own.json", "'dog'", "it barks", "list"]),
+        ({"cat": ["x"], "dog": ["y", 3]}, ["own.json", "'dog'", "prompt 2", "3"]),
+        ({"cat": ["x"], "dog": [" "]}, ["own.json", "'dog'", "prompt 1"]),
+        ({"cat": ["x"], "dog": ["\x1b[2J"]}, ["own.json", "'dog'", "prompt 1", "control"]),
+        ({"cat": ["x"], "dog": None}, ["own.json", "'dog'", "None"]),
+        (["cat", "dog"], ["own.json", "list", "--prompts"]),
+        ("3", ["own.json", "int", "--prompts"]),
+        ("{}", ["own.json", "2 of 2"]),
+        ("a photo of a {c}.", ["own.json", "JSON", "--prompts"]),
+        ('{"cat": ["x"], "dog": ["y"], "cat": ["z"]}', ["own.json", "'cat'", "twice"]),
+        ({"pets": OWN, "birds": OWN}, ["own.json", "'pets'", "'birds'"]),
+        ({"cat": ["x"], "dog": ["y"], "do\u200bg": ["z"]}, ["own.json", "'dog'", "twice"]),
+    ],
+)
+def test_other_json_is_one_sentence(tmp_path, content, named):
+    path = write_json(tmp_path / "own.json", content)
+    with pytest.raises(InputError, match=naming(*named)) as error:
+        ClassPrompts.from_files(["cat", "dog"], None, path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_descriptions_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=naming("gone.json", "--prompts")):
+        ClassPrompts.from_json(str(tmp_path / "gone.json"))
+
+
+def test_descriptions_beside_shards_replace_the_templates(tmp_path):
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("one {c}\n")
+    shards = [str(tmp_path / "train" / "0.tar")]
+    assert resolve_prompts(shards).texts(1) == ["one dog"]
+    write_json(tmp_path / "prompts.json", OWN)
+    assert resolve_prompts(shards).texts(1) == ["it barks."]
+    assert resolve_prompts(shards, templates="my {c}").texts(1) == ["my dog"]  # what is given wins
+    other = write_json(tmp_path / "other.json", {"cat": ["x"], "dog": ["y"]})
+    assert resolve_prompts(shards, descriptions=other).texts(1) == ["y"]
+    assert resolve_prompts(shards, None, "my {c}", other).texts(1) == ["my dog", "y"]
+
+
+@pytest.fixture(scope="module")
+def cupl():
+    """CLIP_benchmark's file of GPT-3's descriptions of ImageNet: 998 names for 1,000 classes, 150 prompts each."""
+    return str(Path(clip_benchmark.__file__).parent / "datasets" / "cupl_prompts.json")
+
+
+def test_cupls_file_is_read_as_it_is(cupl):
+    prompts = ClassPrompts.from_files("imagenet", None, cupl)
+    content = json.loads(Path(cupl).read_text())["imagenet1k"]
+    assert len(prompts) == 150_000 and prompts.descriptions == content
+    assert all(prompts.texts(i) == content[name] for i, name in enumerate(prompts.classnames))
+
+
+def test_the_head_of_descriptions_is_clip_benchmarks(cupl):
+    torch.manual_seed(0)
+    config = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    model = open_clip.CLIP(
+        16, {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8}, config
+    ).eval()
+    content, tokenizer = json.loads(Path(cupl).read_text())["imagenet1k"], open_clip.get_tokenizer("ViT-B-32")
+    names = ["tench", "missile", "sunglasses", "goldfish", "sunglasses"]
+    ragged = {name: content[name][: 10 + 35 * i] for i, name in enumerate(names[:4])}
+    for own in (content, ragged):
+        theirs = zero_shot_classifier(model, tokenizer, names, own, "cpu", amp=False)
+        ours = build_zeroshot_head(model, tokenizer, ClassPrompts(names, [], own))
+        assert ours.shape == (16, 5) and torch.allclose(ours, theirs, rtol=0, atol=1e-6)

@@ -40,6 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--split", default=None, metavar="NAME", help="split of a data folder (default: all)")
     add("--classnames", default=None, metavar="FILE", help="default: classnames.txt of the set")
     add("--templates", default=None, metavar="FILE", help="default: those of the set")
+    add("--prompts", default=None, metavar="FILE.json", help="class descriptions (default: prompts.json of the set)")
     add_key_flags(add)
     add("--workers", type=count, default=min(4, os.cpu_count() or 1), metavar="N",
         help="processes (default: %(default)s)")
@@ -162,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     names = None
     for split in list_splits(args.source, args.split):
         shards = local_shards(args.source, split)
-        prompts = resolve_prompts(shards, args.classnames, args.templates)
+        prompts = resolve_prompts(shards, args.classnames, args.templates, args.prompts)
         if names is not None and not same_names(names, prompts.classnames):
             _log.warning(f"The class names of {shards[0]} differ from those of the split before.")
         names = prompts.classnames
@@ -186,13 +187,15 @@ def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") 
     from flyp_plugin.prompts import ClassPrompts, PromptTokens
 
     names = prompts.classnames
+    texts = [prompts.texts(i * len(names) // 5) for i in range(5)]
     per_class = [found.labels[label] for label in range(len(names))]
     by_area = sorted(found.pixels, key=lambda size: size[0] * size[1]) or [(0, 0)]
     if not any(per_class):
         found.problems["sets without samples"].append(f"nothing in {len(shards)} shards from {shards[0]} on")
-    # names that the tokenizer does not distinguish have equal tokens in all templates; the shortest is fastest
-    shortest = ClassPrompts(names, [min(prompts.templates, key=len)])
-    same = PromptTokens(shortest, open_clip.tokenizer.SimpleTokenizer()).same
+    if prompts.descriptions is None:
+        # names that the tokenizer does not distinguish have equal tokens in all templates; the shortest is fastest
+        prompts = ClassPrompts(names, [min(prompts.templates, key=len)])
+    same = PromptTokens(prompts, open_clip.tokenizer.SimpleTokenizer()).same
     notes = [note] if (note := describe_same_tokens(names, same)) else []
     if found.deep:
         notes.append(
@@ -206,7 +209,7 @@ def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") 
         "classes without images": [name for name, number in zip(names, per_class) if not number],
         "formats": dict(found.formats.most_common()),
         "sizes": [f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1])],
-        "prompts": [prompts(i * len(names) // 5, i % len(prompts.templates)) for i in range(5)],
+        "prompts": [" ".join(some[i % len(some)].split()) for i, some in enumerate(texts)],
         "notes": notes,
         "problems": found.problems,
     }

@@ -86,11 +86,13 @@ def _resolve_classes(args: argparse.Namespace, record: "Record | None") -> "Clas
     if args.data:
         only_train = Path(args.data, "train").is_dir() and not Path(args.data, "test").is_dir()
         shards = expand_source(args.data, "train" if only_train else "test")
-        return resolve_prompts(shards, args.classnames, args.templates)
+        return resolve_prompts(shards, args.classnames, args.templates, args.prompts)
     trained = record.content if record else {}
+    lists = [args.templates, args.prompts]
+    if not any(lists):
+        lists = [trained.get("templates"), trained.get("descriptions")]
     classnames = args.classnames or trained.get("classnames")
-    templates = args.templates or trained.get("templates")
-    return ClassPrompts.from_files(classnames, templates) if classnames and templates else None
+    return ClassPrompts.from_files(classnames, *lists) if classnames and any(lists) else None
 
 
 def save_open_clip(model: "Model", model_cfg: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:

@@ -244,7 +244,7 @@ def _record_of_merged(args: argparse.Namespace, ends: EndPoints, sets: "Sequence
 
     content = {**(ends.record.content if ends.record else {}), **record.describe_model(ends.spec)}
     if sets and not ends.record:
-        content |= {"classnames": sets[0].prompts.classnames, "templates": sets[0].prompts.templates}
+        content |= sets[0].prompts.lists()
     if args.pretrained is not None or not ends.record:
         content["pretrained"] = record.describe_weights(ends.pretrained)
     return record.Record(content)
