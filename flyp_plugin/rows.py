@@ -19,6 +19,7 @@ from flyp_plugin.names import normalize_name
 from flyp_plugin.sources import IMAGE_KEY, read_text
 
 EXTENSIONS = IMAGE_KEY.replace(";", ", ")
+SHOWN = 5  # names in a message
 MAX_SPLITS = 50  # a column with more values is not one of splits
 _SPLIT_NAME = re.compile(r"(?<![a-z])(train|test|val|dev)(?:ing|id|idation)?(?![a-z])")  # also in id_val
 _log = logging.getLogger(__name__)
@@ -37,8 +38,9 @@ class Row(NamedTuple):
 def read_folder(source: str) -> tuple[list[Row], list[str]]:
     """The images in a folder of class folders, at any depth, sorted by path; and the class names, sorted.
 
-    Other files, hidden ones (._a.jpg, .ipynb_checkpoints) and links to folders are left out and logged. torchvision's
-    make_dataset would read the hidden files and silently skip a folder that it may not read.
+    Other files, hidden ones (._a.jpg, .ipynb_checkpoints), links to folders, and class folders without images (__MACOSX)
+    are left out and logged. torchvision's make_dataset would read the hidden files and silently skip a folder that it may
+    not read.
     """
     entries = sorted(Path(source).iterdir())
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
@@ -69,6 +71,10 @@ def read_folder(source: str) -> tuple[list[Row], list[str]]:
         _log.info(
             f"Skipped {len(skipped)} files (hidden, links or not {EXTENSIONS}), such as {min(skipped)}."
         )
+    if empty := sorted(classes.keys() - {row.label for row in rows}):
+        few = ", ".join(classes[name] for name in empty[:SHOWN]) + (", ..." if len(empty) > SHOWN else "")
+        _log.warning(f"Left out {len(empty)} folders without images: {few}.")
+        classes = {name: folder for name, folder in classes.items() if name not in empty}
     return sorted(rows), list(classes)
 
 
@@ -145,6 +151,15 @@ def read_table(
         only = f" with {split_col} {split!r}, only {_list_values(values[split_col])}" if split else ""
         raise InputError(f"{path} has no lines{only}; there is nothing to write.")
     _report_splits(values, split_col, split, path)
+    if all(
+        re.fullmatch(r"-?[0-9]+\.0+", row.label) for row in rows
+    ):  # pandas', of integers of which one was missing
+        rows = [row._replace(label=row.label.partition(".")[0]) for row in rows]
+        _log.info(f"The {label_col} is read as integers: {rows[0].label}.0 is {rows[0].label}.")
+    once = {(os.path.normpath(row.image), row.label, row.group, row.by): row for row in reversed(rows)}
+    if len(once) < len(rows):
+        _log.warning(f"{len(rows) - len(once)} lines of {path} repeat others; their images are written once.")
+        rows = list(reversed(once.values()))
     labels = Counter(image for image, _ in {(row.image, row.label) for row in rows})
     if several := sorted(image for image, count in labels.items() if count > 1):
         _log.warning(

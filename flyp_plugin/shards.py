@@ -1,7 +1,9 @@
 """Write class-labelled shards from class folders or a CSV, and few-shot subsets of shards.
 
-A sample is two members of a tar, KEY.(jpg|jpeg|png|webp) and KEY.cls, the class index as text: the layout of
-CLIP_benchmark, which open_clip's and webdataset's own tools read too. Image bytes are copied, never re-encoded.
+A sample is some members of a tar, KEY.(jpg|jpeg|png|webp) and KEY.cls, the class index as text: the layout of
+CLIP_benchmark, which open_clip's and webdataset's own tools read too. Image bytes are copied, never re-encoded. KEY.path
+is the path of the user's file, for messages and predictions: relative, so that a source gives the same bytes everywhere,
+and a member, so that it stays with its sample in subsets and on servers, for 1 KiB in the tar.
 `flyp shards` (commands/shards.py) calls `write` and `subset`; train.py calls `subset` for --shots.
 
 A split folder appears complete or not at all: it is written as FOLDER.part, which is renamed at the end.
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.names import detect_syntax, same_names, to_unique_keys
+from flyp_plugin.names import detect_syntax, index_names, same_names, to_unique_keys
 from flyp_plugin.parallel import map_parallel
 from flyp_plugin.rows import Row, image_extension, read_folder, read_table
 from flyp_plugin.sources import (
@@ -125,12 +127,14 @@ def subset(
     shard_size: int | None = None,
     label_key: str = "cls",
     image_key: str = IMAGE_KEY,
+    classnames: Sequence[str] = (),
 ) -> dict[str, int]:
     """Write a few-shot set: `shots` images of each class (see few_shot_keys), with all their members unchanged.
 
     Args:
         source: local shards: a brace pattern, a split folder, a data folder (then its `split`), '::' between several.
         dest: the split folder to write; class names and templates are copied into the folder above it.
+        classnames: class names that labels may be. Default: those beside the shards.
 
     Returns the number of samples in each shard.
     """
@@ -140,7 +144,8 @@ def subset(
     paths = {name: find_beside(shards, name) for name in (CLASSNAMES, TEMPLATES)}
     lists = {name: read_lines(path) or [] for name, path in paths.items() if path}
     _check_lists(folder.parent, lists)
-    chosen = few_shot_keys(shards, shots, seed, label_key, image_key, lists.get(CLASSNAMES, []))
+    classnames = classnames or lists.get(CLASSNAMES, [])
+    chosen = few_shot_keys(shards, shots, seed, label_key, image_key, classnames)
     rename = len({key for _, key in chosen}) < len(chosen)  # sets joined by '::' may share keys
     sizes = _shard_sizes(len(chosen), shard_size)
 
@@ -175,7 +180,8 @@ def few_shot_keys(
 
     classes, seen = defaultdict(list), set()
     read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
-    for sample in label_samples(read, len(classnames) or 2**63, _warn, image_key, label_key):
+    keys, indices = (image_key, label_key), index_names(classnames)
+    for sample in label_samples(read, len(classnames) or 2**63, _warn, *keys, indices=indices):
         identity = (sample["shard"], sample["key"])
         if identity in seen:
             raise InputError(f"{identity[0]} has two samples with the key {identity[1]}; rename one.")
