@@ -130,4 +130,7 @@ def divide_rows(rows: Sequence[Row], shares: dict[str, Fraction], seed: int, wor
 
 
 def _hash_files(paths: Sequence[str]) -> list[bytes]:
-    return [blake2b(Path(path).read_bytes(), digest_size=16).digest() for path in paths]
+    try:
+        return [blake2b(Path(path).read_bytes(), digest_size=16).digest() for path in paths]
+    except OSError as error:
+        raise InputError(f"{error.filename} could not be read ({error.strerror}).") from None
