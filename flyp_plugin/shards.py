@@ -90,8 +90,7 @@ def write(
     else:
         rows, found = read_folder(source)
     prompts = _resolve_lists(found, folder.parent, classnames, templates)
-    labels = {row.label for row in rows}
-    indices = _to_indices(labels, prompts.classnames)
+    indices = _to_indices({row.label for row in rows}, prompts.classnames)
     if hold_out:
         rows.sort()  # so that a CSV's order does not matter
     splits = divide_rows(rows, shares, seed, workers) if hold_out else [folder.name] * len(rows)
@@ -106,15 +105,22 @@ def write(
             samples = enumerate((row, indices[row.label]) for row in rows)
             jobs += [(part / name, list(islice(samples, size))) for name, size in sizes[folder].items()]
         map_parallel(_write_shard, jobs, workers, "writing")
-    for folder, rows in by_split.items():
-        present = {row.label for row in rows}
-        classes = f"{len(present)} of {len(prompts.classnames)} classes"
-        place = os.path.relpath(folder) if hold_out else dest
-        _log.info(f"Wrote {len(rows)} images of {classes} in {len(sizes[folder])} shards to {place}.")
-        if absent := sorted(labels - present):
-            few = ", ".join(absent[:SHOWN]) + (", ..." if len(absent) > SHOWN else "")
-            _log.warning(f"{len(absent)} classes have too few images for {place}: {few}.")
+    _report_written(by_split, sizes, prompts.classnames)
     _log.info(f"Next: flyp shards check {os.path.relpath(folder.parent)}")
+
+
+def _report_written(
+    by_split: Mapping[Path, Sequence[Row]], sizes: Mapping[Path, dict[str, int]], classnames: Sequence[str]
+) -> None:
+    """Say how much is in each split, and which of the source's classes it lacks."""
+    labels = {row.label for rows in by_split.values() for row in rows}
+    for folder, rows in by_split.items():
+        place, absent = os.path.relpath(folder), sorted(labels - {row.label for row in rows})
+        classes = f"{len(labels) - len(absent)} of {len(classnames)} classes"
+        _log.info(f"Wrote {len(rows)} images of {classes} in {len(sizes[folder])} shards to {place}.")
+        if absent:
+            few = ", ".join(absent[:SHOWN]) + (", ..." if len(absent) > SHOWN else "")
+            _log.warning(f"{place} has no image of {len(absent)} classes: {few}.")
 
 
 def subset(
@@ -269,6 +275,8 @@ def _resolve_dest(dest: str) -> Path:
     folder = Path(os.path.abspath(dest))
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise InputError(f"{dest} is a file or is not empty; choose a new split folder, such as data/train.")
+    if (part := folder.with_name(f"{folder.name}.part")).exists():
+        raise InputError(f"{part} already exists; delete it, unless another run is writing it.")
     return folder
 
 
@@ -278,8 +286,7 @@ def _create_splits(sizes: Mapping[Path, dict[str, int]], lists: dict[str, list[s
 
     nshards.txt comes first: expand_source refuses a folder with fewer shards, as a killed run leaves it.
     """
-    made: list[Path] = []
-    data = next(iter(sizes)).parent
+    made, dest = list[Path](), next(iter(sizes))
     try:
         try:
             for folder, of_shards in sizes.items():
@@ -288,10 +295,10 @@ def _create_splits(sizes: Mapping[Path, dict[str, int]], lists: dict[str, list[s
                 made.append(part)
                 write_atomically(part / "nshards.txt", f"{len(of_shards)}\n")
             yield list(made)
-            _check_lists(data, lists)
+            _check_lists(dest.parent, lists)
             for name, lines in lists.items():
-                if not (data / name).exists():
-                    write_atomically(data / name, "\n".join(lines) + "\n")
+                if not (dest.parent / name).exists():
+                    write_atomically(dest.parent / name, "\n".join(lines) + "\n")
             for part, of_shards in zip(made, sizes.values()):
                 write_sizes(part, of_shards)
             for i, folder in reversed(list(enumerate(sizes))):  # the hold-outs first
@@ -302,20 +309,16 @@ def _create_splits(sizes: Mapping[Path, dict[str, int]], lists: dict[str, list[s
             for path in made:
                 shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
-        fix = f"delete {part}, unless another run is writing it" if part.exists() else "try another place"
-        raise InputError(f"{folder} was not written: {error}; {fix}.") from None
+        raise InputError(f"{dest} was not written: {error}; try another place.") from None
 
 
 def _write_shard(job: tuple[Path, list[tuple[int, tuple[Row, int]]]]) -> None:
     def read_images() -> Iterator[dict[str, Any]]:
         for number, (row, label) in samples:
-            members = {
-                str(image_extension(row.image)): Path(row.image).read_bytes(),
-                "cls": str(label).encode(),
-            }
+            image = {str(image_extension(row.image)): Path(row.image).read_bytes()}
+            members = {"cls": str(label).encode(), "path": row.shown.encode(errors="surrogateescape")}
             members |= {"group": row.group.encode()} if row.group is not None else {}
-            members |= {"path": row.shown.encode(errors="surrogateescape")}
-            yield {"__key__": f"s{number:07d}", **members}  # keys as in CLIP_benchmark
+            yield {"__key__": f"s{number:07d}", **image, **members}  # keys as in CLIP_benchmark
 
     shard, samples = job
     _write_tar(shard, read_images())

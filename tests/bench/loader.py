@@ -2,9 +2,9 @@
 
     python tests/bench/loader.py [--pixels 500 1024 2048] [--workers 0 1 2] [--rounds 5]
 
-The same shards have a .cls, a .path and a .txt member for each image: ours reads the first two, open_clip's the third. Both use
-open_clip's training transform for ViT-B-16 and batches of 100. An epoch's first pass starts the workers and is not
-timed; rounds alternate, and the ratio is the median of the rounds' ratios.
+The same shards have a .cls, a .path and a .txt member for each image: ours reads the first two, open_clip's the third.
+Both use open_clip's training transform for ViT-B-16 and batches of 100. An epoch's first pass starts the workers and is
+not timed; rounds alternate, and the ratio is the median of the rounds' ratios.
 """
 
 import argparse
