@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "the shards)")
     add("--templates", metavar="FILE", help="prompt templates with {c}, one per line, or: openai, simple, or a single "
         "template (default: zeroshot_classification_templates.txt beside the shards)")
-    add("--label-key", default="cls", help="member with the class index, or json:FIELD (default: %(default)s)")
+    add("--label-key", default="cls", help="member with the class index or name, or json:FIELD (default: %(default)s)")
     add("--image-key", default=IMAGE_KEY, help="members that may hold the image, separated by ';': the first "
         "present is used (default: %(default)s)")
     add("--retries", type=_number(int, 0), default=RETRIES, metavar="N", help="read a remote shard again after an error, "

@@ -73,7 +73,7 @@ def read_folder(source: str) -> tuple[list[Row], list[str]]:
         )
     if empty := sorted(classes.keys() - {row.label for row in rows}):
         few = ", ".join(classes[name] for name in empty[:SHOWN]) + (", ..." if len(empty) > SHOWN else "")
-        _log.warning(f"Left out {len(empty)} folders without images: {few}.")
+        _log.warning(f"Left out {len(empty)} folders without images: {escape_control_chars(few)}.")
         classes = {name: folder for name, folder in classes.items() if name not in empty}
     return sorted(rows), list(classes)
 
@@ -151,9 +151,8 @@ def read_table(
         only = f" with {split_col} {split!r}, only {_list_values(values[split_col])}" if split else ""
         raise InputError(f"{path} has no lines{only}; there is nothing to write.")
     _report_splits(values, split_col, split, path)
-    if all(
-        re.fullmatch(r"-?[0-9]+\.0+", row.label) for row in rows
-    ):  # pandas', of integers of which one was missing
+    # pandas writes the integers of a column with a missing value so
+    if all(re.fullmatch(r"-?[0-9]+\.0+", row.label) for row in rows):
         rows = [row._replace(label=row.label.partition(".")[0]) for row in rows]
         _log.info(f"The {label_col} is read as integers: {rows[0].label}.0 is {rows[0].label}.")
     once = {(os.path.normpath(row.image), row.label, row.group, row.by): row for row in reversed(rows)}

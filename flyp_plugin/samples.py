@@ -138,7 +138,9 @@ def label_samples(
         label = int(text) if integer else indices.get(normalize_name(text))
         if label is None:
             names = (
-                f" or one of the {num_classes} class names" if indices else ", and no class names are known"
+                f" or one of the {num_classes} class names"
+                if indices
+                else ", and there is no classnames.txt to find it in"
             )
             raise InputError(
                 f"{locate(labelled)}: the label {text[:40]!r} is not an integer{names}; --label-key names the member that "

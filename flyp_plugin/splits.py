@@ -13,6 +13,8 @@ from itertools import chain
 from math import ceil, floor
 from pathlib import Path
 
+from tqdm import tqdm
+
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.parallel import map_parallel
 from flyp_plugin.rows import Row
@@ -73,7 +75,7 @@ def divide(
     def priority(unit: Hashable) -> tuple[int, bytes]:
         return -len(members[unit]), blake2b(b"%d " % seed + identity[unit]).digest()
 
-    for unit in sorted(members, key=priority):
+    for unit in tqdm(sorted(members, key=priority), desc="dividing", disable=None, delay=3):
         counts = Counter(labels[image] for image in members[unit])
         preferences = []
         for share, already, room in zip(shares.values(), taken, rooms):
@@ -117,7 +119,7 @@ def divide_rows(rows: Sequence[Row], shares: dict[str, Fraction], seed: int, wor
         _log.info(
             f"{len(same)} images are byte for byte the same as another, such as {example}; they stay in one split."
         )
-    units = join_units(digests, *([[row.by for row in rows]] if rows[0].by else []))
+    units = join_units(digests, *([[row.by for row in rows]] if any(row.by for row in rows) else []))
     splits = divide(units, digests, [row.label for row in rows], shares, seed)
     for name in shares:
         if name not in splits:

@@ -22,6 +22,7 @@ EXAMPLE = (
     "  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1\n  flyp shards check data"
 )
 WRITE_EXAMPLE = """  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1
+  flyp shards write scans.csv data/train --image-col file --label-col finding --hold-out val=0.2 --by patient
   flyp shards write photos/train data/train
   flyp shards write photos/test data/test        # in the class order of data/classnames.txt
   flyp shards write iwildcam/metadata.csv data/test --image-col filename --label-col y --split test \\
@@ -88,7 +89,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--image-key", default=IMAGE_KEY, metavar="KEYS", help="count samples with one of these (default: %(default)s)")
     add("--json", action="store_true", default=False, help="print JSON instead of the table")
 
-    help = "read all shards and decode all images; list what is wrong, with exit status 1"
+    help = "read all shards, decode and compare all images; list what is wrong, with exit status 1"
     check.add_flags(command("check", check.run, help, "  flyp shards check data"))
 
 
