@@ -30,7 +30,7 @@ Where to add:
     a metric            metrics.py, a function of a Tally with the decorator @metric
     an objective        objectives.py, an entry of OBJECTIVES (learned.py has linear heads); flags.py for its flags
     a prompt source     prompts.py
-    a data source       sources.py (where shards are), rows.py (what `flyp shards write` reads)
+    a data source       sources.py (where shards are), rows.py (what `flyp shards write` reads), splits.py
     a command           commands/, a module with add_flags and run, and a line in commands.COMMANDS
     a seam              openclip.py, a line in its table
 

@@ -33,6 +33,7 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from flyp_plugin import samples as steps
 from flyp_plugin.errors import InputError
+from flyp_plugin.names import index_names
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.sources import IMAGE_KEY, RETRIES, count_samples, expand_sources, shard_sizes
 from flyp_plugin.workers import Skipped, batch_samples, receive_batches, start_workers
@@ -63,7 +64,7 @@ class ClassPromptDataset(IterableDataset):
         rank, world_size: None asks torch.distributed.
         shard_weights: sample shards with replacement, with these weights (open_clip's --dataset-resampled).
         image_key: members that may hold the image, joined by `;`.
-        label_key: member that holds the class index, or `json:FIELD`.
+        label_key: member that holds the class index or name, or `json:FIELD`.
         template_order: "random" draws a prompt of the class anew each time; with "table", an image meets all of them
             before it meets one again (exactly so where each epoch is one pass over the samples; see samples.draw_prompts).
         retries: how often a remote shard that breaks off is read again.
@@ -135,6 +136,7 @@ class ClassPromptDataset(IterableDataset):
         self.image_key, self.label_key, self.retries, self.max_lost = image_key, label_key, retries, max_lost
         self.template_order = template_order
         self.jpeg_draft, self.with_labels, self.as_dict = jpeg_draft, with_labels, as_dict
+        self._indices = index_names(self.prompts.classnames)
         self.num_classes, self._tokens = len(self.prompts.classnames), self.prompts.tokenize(tokenizer)
         self.text_length = self._tokens.length
         self._passes_per_epoch = math.ceil(
@@ -159,7 +161,9 @@ class ClassPromptDataset(IterableDataset):
         epoch, repeat = self._clock.tolist()
         shards = self._deal_shards(epoch, repeat, worker, num_workers)
         samples = steps.read_samples(shards, skip, self.retries, self.sizes)
-        samples = steps.label_samples(samples, self.num_classes, skip, self.image_key, self.label_key)
+        samples = steps.label_samples(
+            samples, self.num_classes, skip, self.image_key, self.label_key, indices=self._indices
+        )
         rng = random.Random(repr((self.seed, epoch, repeat, self.rank, worker)))
         samples = wds.shuffle(SHUFFLE, initial=SHUFFLE_INITIAL, rng=rng)(samples)
         passes = self._passes_per_epoch if self.template_order == "table" else 0
@@ -257,18 +261,22 @@ def _join(batches: Sequence[Batch], size: int) -> tuple[Batch, list[Batch]]:
 
 
 def peek(
-    shards: Sequence[str], prompts: ClassPrompts, seed: int, *keys: str, passes: int = 0
+    shards: Sequence[str],
+    prompts: ClassPrompts,
+    seed: int,
+    image_key: str = IMAGE_KEY,
+    label_key: str = "cls",
+    passes: int = 0,
 ) -> list[tuple[str, str]]:
     """(key, prompt) of the first 3 samples in the first 3 shards, as epoch 0 pairs them.
-
-    `keys` are image_key and label_key, as in samples.label_samples.
 
     Raises:
         InputError: one of their labels is wrong, or no shard has anything readable.
     """
     skip = Skipped()
     samples = steps.read_samples(shards[:3], skip)
-    samples = steps.label_samples(samples, len(prompts.classnames), skip, *keys)
+    names = prompts.classnames
+    samples = steps.label_samples(samples, len(names), skip, image_key, label_key, indices=index_names(names))
     samples = islice(steps.draw_prompts(samples, prompts.counts(), seed, 0, 0, passes), 3)
     pairs = [(sample["key"], prompts(sample["label"], sample["prompt"])) for sample in samples]
     if not pairs and len(shards) <= 3:
@@ -280,12 +288,13 @@ class LabelledDataset(IterableDataset):
     """Batches of labelled images, each image once and in the shards' order, for evaluation. Iterate over it directly.
 
     Yields:
-        {"images": float (B, 3, H, W), "labels": int64 (B,), "keys": list of B, "groups": list of B with `group_key`}.
-        Each of several ranks yields its part; together they are the set.
+        {"images": float (B, 3, H, W), "labels": int64 (B,), "keys", "paths": lists of B, "groups": list of B with
+        `group_key`}. A path is that of the user's own file, '' where it is not known, see samples.label_samples. Each of several ranks yields its part; together they are the set.
 
     Args:
         shards: tar URLs, see sources.expand_source.
         num_classes: labels are 0..num_classes-1.
+        classnames: their names, where labels may be class names.
         group_key: member with the group of a sample, or `json:FIELD`; None: no groups.
         The others are as for ClassPromptDataset.
 
@@ -300,6 +309,7 @@ class LabelledDataset(IterableDataset):
         batch_size: int,
         *,
         num_classes: int,
+        classnames: Sequence[str] = (),
         num_workers: int = 0,
         image_key: str = IMAGE_KEY,
         label_key: str = "cls",
@@ -313,6 +323,7 @@ class LabelledDataset(IterableDataset):
             raise InputError("the list of shards is empty; give at least one tar.")
         self.shards, self.sizes = list(shards), shard_sizes(shards, image_key)
         self.preprocess, self.batch_size, self.num_classes = preprocess, batch_size, num_classes
+        self._indices = index_names(classnames)
         self.image_key, self.label_key, self.group_key = image_key, label_key, group_key
         self.retries, self.max_lost, self.rank, self.world_size = retries, max_lost, rank, world_size
         self._loader = start_workers(self, num_workers)
@@ -325,13 +336,14 @@ class LabelledDataset(IterableDataset):
         unread = skip if enough or part == 0 else Skipped()  # what all of them meet, one counts
         keys = self.image_key, self.label_key, self.group_key
         samples = steps.read_samples(shards, unread, self.retries, self.sizes)
-        samples = steps.label_samples(samples, self.num_classes, unread, *keys)
+        samples = steps.label_samples(samples, self.num_classes, unread, *keys, indices=self._indices)
         samples = samples if enough else islice(samples, part, None, parts)
         for batch in batch_samples(steps.decode_images(samples, self.preprocess, skip), self.batch_size):
             yield {
                 "images": default_collate([sample["image"] for sample in batch]),
                 "labels": torch.tensor([sample["label"] for sample in batch]),
                 "keys": [sample["key"] for sample in batch],
+                "paths": [sample.get("path", "") for sample in batch],
                 **({"groups": [sample["group"] for sample in batch]} if self.group_key else {}),
             }
 

@@ -104,6 +104,7 @@ def loader_from_args(
         preprocess,
         args.batch_size,
         num_classes=len(eval_set.prompts.classnames),
+        classnames=eval_set.prompts.classnames,
         num_workers=args.workers,
         image_key=args.image_key,
         label_key=args.label_key,

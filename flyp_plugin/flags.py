@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add("--template-order", choices=("random", "table"), default="random", help="random: each image gets a prompt of its "
         "class at random each time; table: all of them in a random order before any comes again, as in the authors' "
         "code (default: %(default)s)")
-    add("--label-key", default="cls", help="member with the class index, or json:FIELD (default: %(default)s)")
+    add("--label-key", default="cls", help="member with the class index or name, or json:FIELD (default: %(default)s)")
     add("--image-key", default=IMAGE_KEY, help="members that may hold the image, separated by ';': the first "
         "present is used (default: %(default)s)")
     add("--retries", type=_number(int, 0), default=RETRIES, metavar="N", help="read a remote shard again after an error, "

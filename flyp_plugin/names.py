@@ -44,6 +44,14 @@ def to_unique_keys(names: Sequence[str]) -> list[tuple[str, int]]:
     return keys
 
 
+def index_names(names: Sequence[str]) -> dict[str, int]:
+    """{normalized name: class index}, with -1 for a name that occurs twice, as in ImageNet's list."""
+    indices: dict[str, int] = {}
+    for index, name in enumerate(map(normalize_name, names)):
+        indices[name] = -1 if name in indices else index
+    return indices
+
+
 def detect_syntax(lines: Sequence[str]) -> str | None:
     """What a list is written in, for a message, if it is not plain text with one entry per line; else None.
 

@@ -25,6 +25,7 @@ from webdataset.tariterators import group_by_keys
 
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.images import FORMATS, open_image, to_rgb
+from flyp_plugin.names import normalize_name
 from flyp_plugin.sources import IMAGE_KEY, RETRIES, backoff_delays, is_remote, is_transient, open_source
 from flyp_plugin.tars import Header, find_scattered_sample, is_member
 
@@ -105,14 +106,21 @@ def label_samples(
     image_key: str = IMAGE_KEY,
     label_key: str = "cls",
     group_key: str | None = None,
+    indices: Mapping[str, int] = {},
 ) -> Iterator[Sample]:
-    """Samples as {"key", "shard", "image": bytes, "label": int, "group": str}; those without an image are skipped.
+    """Samples as {"key", "shard", "image": bytes, "label": int}; those without an image are skipped.
+
+    Also "path", the user's own file, where a .path member holds it (`flyp shards write` writes one), and "group" with a
+    `group_key`. A label is a class index or, with the `indices` of names.index_names, a class name; an integer is always
+    an index.
 
     Raises:
-        InputError: a label that is missing, not an integer or not in 0..num_classes-1.
+        InputError: a label that is missing, neither an integer nor a class name, or not in 0..num_classes-1.
     """
     for sample in samples:
         labelled = {"key": sample["__key__"], "shard": sample["__url__"]}
+        if path := _read_field(sample, "path"):
+            labelled["path"] = path
         image = next((sample[name] for name in image_key.split(";") if name in sample), None)
         text = _read_field(sample, label_key)
         if (image is None or text is None) and sample["__broken__"]:
@@ -126,18 +134,29 @@ def label_samples(
             raise InputError(
                 f"{locate(labelled)}, has no label '{label_key}' (its members: {members[:200]}); {hint}."
             )
-        if not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text):
-            raise InputError(
-                f"{locate(labelled)}: the label {text[:40]!r} is not an integer; --label-key names the member that holds "
-                "the class index, the line number (from 0) of the class in classnames.txt."
+        integer = re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text)
+        label = int(text) if integer else indices.get(normalize_name(text))
+        if label is None:
+            names = (
+                f" or one of the {num_classes} class names"
+                if indices
+                else ", and there is no classnames.txt to find it in"
             )
-        if not 0 <= int(text) < num_classes:
             raise InputError(
-                f"{locate(labelled)}: label {int(text)} is outside 0..{num_classes - 1} ({num_classes} class names); "
+                f"{locate(labelled)}: the label {text[:40]!r} is not an integer{names}; --label-key names the member that "
+                "holds the class, as its name or its line number (from 0) in classnames.txt."
+            )
+        if label < 0 and not integer:
+            raise InputError(
+                f"{locate(labelled)}: the label {text[:40]!r} is the name of several classes; write the class index."
+            )
+        if not 0 <= label < num_classes:
+            raise InputError(
+                f"{locate(labelled)}: label {label} is outside 0..{num_classes - 1} ({num_classes} class names); "
                 "give the list of names that belongs to these shards with --classnames."
             )
         group = {} if group_key is None else {"group": (_read_field(sample, group_key) or "").strip()}
-        yield {**labelled, "image": image, "label": int(text), **group}
+        yield {**labelled, "image": image, "label": label, **group}
 
 
 def _member_names(sample: Sample) -> list[str]:
@@ -186,8 +205,9 @@ def _read_field(sample: Sample, key: str) -> str | None:
 
 
 def locate(sample: Sample) -> str:
-    """Where a sample is, for a message."""
-    return escape_control_chars(f"{sample['shard']}, sample {sample['key']}")
+    """Where a sample is and which file it was, for a message."""
+    path = f" ({sample['path']})" if sample.get("path") else ""
+    return escape_control_chars(f"{sample['shard']}, sample {sample['key']}{path}")
 
 
 def describe_error(error: BaseException) -> str:

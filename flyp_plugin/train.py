@@ -120,7 +120,8 @@ class FlypRun:
         if args.shots:
             self.few_shot = tempfile.TemporaryDirectory(prefix="flyp-shots-")  # lives as long as the run
             folder = f"{self.few_shot.name}/train"
-            keys = {"label_key": args.label_key, "image_key": args.image_key}
+            keys: dict[str, Any] = {"label_key": args.label_key, "image_key": args.image_key}
+            keys["classnames"] = self.prompts.classnames
             shards.subset(args.train_data, folder, shots=args.shots, seed=args.shots_seed or 0, **keys)
             self.shards = shards.local_shards(folder, "train")
             self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None

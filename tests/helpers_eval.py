@@ -87,6 +87,7 @@ def write_set(
             members[f"{i:06d}.{ending}"] = buffer.getvalue()
             members[f"{i:06d}.cls"] = str(labels[i]).encode()
             members[f"{i:06d}.hand"] = group.encode()
+            members[f"{i:06d}.path"] = f"{names[labels[i]]}/{i}.png".encode()
         tars.write(folder / "test" / f"{shard}.tar", members)
 
 

@@ -24,7 +24,7 @@ from flyp_plugin.data import LabelledDataset, peek, rebatch
 from flyp_plugin.errors import InputError
 from tests import tars
 from tests.naming import naming, says
-from tests.tars import png
+from tests.tars import NAMES, png
 
 CLASSES, IMAGES, SHARDS = 4, 1000, 8
 PROMPTS = ClassPrompts(
@@ -358,6 +358,26 @@ def test_labelled_images_come_once_at_any_workers_and_ranks(shards, workers, ran
             assert batch["labels"].tolist() == [n % CLASSES for n in numbers(batch["images"])]
             keys += batch["keys"]
     assert sorted(keys) == sorted(f"s{i}" for i in range(300))
+
+
+def test_labels_that_are_class_names_give_the_same_batches(tmp_path, tokenizer):
+    files = tars.samples(range(20))
+    named = files | {
+        name: f"{NAMES[int(raw)].title()}\n".encode() for name, raw in files.items() if raw.isdigit()
+    }
+    prompts = ClassPrompts([name.title() for name in NAMES], ["the digit {c}."])
+    shards = [
+        tars.write(tmp_path / f"{name}.tar", raw) for name, raw in (("by index", files), ("by name", named))
+    ]
+    batches = []
+    for shard in shards:
+        names = {"num_classes": 10, "classnames": prompts.classnames}
+        (labelled,) = LabelledDataset([shard], Augment(), 20, num_workers=1, **names)
+        (batch,) = ClassPromptDataset([shard], Augment(), tokenizer, 20, prompts=prompts, with_labels=True)
+        batches.append((labelled["labels"].tolist(), *map(torch.Tensor.tolist, batch)))
+        assert labelled["paths"] == [""] * 20
+    assert batches[0] == batches[1] and batches[0][0] == [tars.label(i) for i in range(20)]
+    assert peek(shards[:1], prompts, 0)[0] == peek(shards[1:], prompts, 0)[0] == ("s0000", "the digit Zero.")
 
 
 def test_labelled_groups_and_skipped_images(broken, tmp_path, caplog):

@@ -196,6 +196,7 @@ def test_flyp_eval_writes_table_json_and_predictions(tmp_path, capsys):
         }
         assert results[name]["worst_group_top1"] <= min(by_group.values())
         assert all(classes[int(row["prediction"])] == row["prediction_name"] for row in mine)
+        assert all(row["path"] == f"{row['label_name']}/{int(row['key'])}.png" for row in mine)
         assert all(1 / len(classes) <= float(row["probability"]) <= 1 for row in mine)
     flyp(*argv)
     assert capsys.readouterr().out.split("\n")[1].split()[:2] == ["val", "203"]

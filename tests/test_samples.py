@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import random
 
 import numpy as np
@@ -12,6 +13,7 @@ from torchvision.transforms import ColorJitter, Compose, RandomResizedCrop, ToTe
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.images import to_rgb
+from flyp_plugin.names import index_names
 from flyp_plugin.samples import decode_images, draw_prompts, label_samples, read_samples, sample_seed
 from flyp_plugin.workers import Skipped, preserve_random_states
 from tests import tars
@@ -213,6 +215,47 @@ def test_groups_are_given_where_asked_for():
 def test_a_wrong_label_stops_with_shard_key_and_value(text, named):
     with pytest.raises(InputError, match=naming("0.tar", "k", *named)):
         list(label_samples([sample(png=b"", cls=text)], 4, pytest.fail))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["café au lait", "café au lait\n", " café  au lait\t", "cafe\u0301 au\u00a0lait", "\ufeffcafé au lait"],
+)
+@pytest.mark.parametrize("key", ["cls", "json:class"])
+def test_a_label_may_be_a_class_name(text, key):
+    members = {"cls": text.encode(), "json": json.dumps({"class": text}).encode()}
+    indices = index_names(["tea", "café au lait", "7"])
+    found = label_samples([sample(png=b"", **members)], 3, pytest.fail, label_key=key, indices=indices)
+    assert next(found)["label"] == 1
+
+
+def test_an_integer_is_a_class_index_whatever_the_names_are():
+    indices = index_names(["1", "0", "2"])
+    some = [sample(png=b"", cls=b"%d\n" % i) for i in range(3)]
+    assert [s["label"] for s in label_samples(some, 3, pytest.fail, indices=indices)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "text,named", [("Crane", ["'Crane'", "3 class names"]), ("crane", ["'crane'", "several"])]
+)
+def test_a_name_that_is_unknown_or_of_two_classes_stops(text, named):
+    indices = index_names(["crane", "tea", "crane"])
+    one = sample(png=b"", cls=text.encode(), path=b"birds/1.jpg")
+    with pytest.raises(InputError, match=naming("0.tar", "sample k (birds/1.jpg)", *named)):
+        list(label_samples([one], 3, pytest.fail, indices=indices))
+
+
+def test_the_path_of_the_users_file_is_passed_on_and_named():
+    bad, good = (
+        sample("a", cls=b"0", path="tür/1.jpg".encode()),
+        sample("b", png=b"x", cls=b"0", path=b"\x1b[2J.jpg"),
+    )
+    skipped: list[str] = []
+    (labelled,) = label_samples([bad, good], 1, skipped.append)
+    assert labelled["path"] == "\x1b[2J.jpg"
+    assert skipped[0].startswith("0.tar, sample a (tür/1.jpg), has no")
+    assert not list(decode_images([labelled], ToTensor(), skipped.append))
+    assert skipped[1].startswith(r"0.tar, sample b (\x1b[2J.jpg): UnidentifiedImageError")
 
 
 def test_a_missing_label_stops_with_the_members_that_are_there():

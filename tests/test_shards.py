@@ -11,6 +11,7 @@ import sys
 import tarfile
 import unicodedata
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,9 @@ def samples(split: Path) -> Counter:
     found = members(split)
     keys = {name.partition(".")[0] for name in found}
     image = {
-        name.partition(".")[0]: raw for name, raw in found.items() if not name.endswith((".cls", ".group"))
+        name.partition(".")[0]: raw
+        for name, raw in found.items()
+        if not name.endswith((".cls", ".group", ".path"))
     }
     return Counter((image[key], int(found[f"{key}.cls"])) for key in keys)
 
@@ -105,7 +108,7 @@ def test_a_split_folder_says_how_much_is_in_it(data):
 def test_keys_are_running_numbers_and_endings_are_lower_case(data):
     names = members(data / "train")
     assert {name.partition(".")[0] for name in names} == {f"s{i:07d}" for i in range(200)}
-    assert {name.partition(".")[2] for name in names} == {"png", "jpeg", "cls"}
+    assert {name.partition(".")[2] for name in names} == {"png", "jpeg", "cls", "path"}
 
 
 def test_shards_are_shuffled(data):
@@ -176,7 +179,7 @@ def test_files_that_are_no_images_are_left_out_and_named(photos, tmp_path, caplo
     (folder / "one" / ".ipynb_checkpoints" / "1.png").write_bytes(png(1))
     caplog.set_level(logging.INFO)
     write(str(folder), str(tmp_path / "data" / "train"))
-    assert len(members(tmp_path / "data" / "train")) == 2 * 20
+    assert len(members(tmp_path / "data" / "train")) == 3 * 20
     assert says(caplog.text, "2", "._1.png")
 
 
@@ -290,6 +293,67 @@ def test_what_is_csv_is_read(tmp_path, text, names):
 def test_a_column_name_with_blanks_may_be_given_with_or_without(tmp_path):
     text = "path, label\n0.png,cat\n1.png,dog\n"
     assert table(tmp_path, text, label_col=" label") == table(tmp_path, text) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "text,labels",
+    [
+        (
+            "path,label\n0.png,0.0\n1.png,1.0\n2.png,2.0\n",
+            [0, 1, 2],
+        ),  # pandas, of a column with missing values
+        (",path,label\n0,0.png,2.0\n1,1.png,1.0\n", [2, 1]),  # its index, without a name
+        (
+            "\ufeffpath;label;\r\n0.png;0.0;\r\n1.png;1.0;\r\n;;\r\n",
+            [0, 1],
+        ),  # Excel in Europe, with empty cells
+    ],
+)
+def test_integers_with_a_point_are_class_indices(tmp_path, text, labels, caplog):
+    (tmp_path / "names").write_text("cat\ndog\nowl\n")
+    caplog.set_level(logging.INFO)
+    table(tmp_path, text, classnames=str(tmp_path / "names"))
+    assert samples(tmp_path / "out" / "train") == Counter((png(i), label) for i, label in enumerate(labels))
+    assert says(caplog.text, "integers", f"{labels[0]}.0")
+
+
+def test_other_numbers_are_class_names_as_they_are(tmp_path):
+    assert table(tmp_path, "path,label\n0.png,2.0\n1.png,1.5\n") == ["1.5", "2.0"]
+
+
+def test_lines_that_are_there_twice_are_written_once_and_said(tmp_path, caplog):
+    table(tmp_path, "path,label\n0.png,cat\n1.png,dog\n0.png,cat\n./0.png,cat\n0.png,dog\n")
+    assert samples(tmp_path / "out" / "train") == Counter([(png(0), 0), (png(1), 1), (png(0), 1)])
+    assert says(caplog.text, "2 lines", "list.csv", "once") and says(
+        caplog.text, "1 images", "several classes"
+    )
+
+
+def test_class_folders_without_images_are_left_out_and_said(tmp_path, caplog):
+    for name in ("cat", "dog", "owl", "__MACOSX/cat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    for name in ("cat/1.png", "owl/1.png", "__MACOSX/cat/._1.png"):
+        (tmp_path / "photos" / name).write_bytes(png(ord(name[0])))
+    write(str(tmp_path / "photos"), str(tmp_path / "data" / "train"))
+    assert (tmp_path / "data" / "classnames.txt").read_text() == "cat\nowl\n"
+    assert says(caplog.text, "2 folders", "__MACOSX, dog")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "classnames.txt").write_text("cat\ndog\nowl\n")
+    write(str(tmp_path / "photos"), str(tmp_path / "more" / "val"))
+    assert sorted(label for _, label in samples(tmp_path / "more" / "val")) == [0, 2]
+
+
+def test_each_sample_keeps_the_path_of_its_file(photos, data, tmp_path):
+    found = members(data / "train")
+    paths = {key: raw.decode() for key, raw in found.items() if key.endswith(".path")}
+    assert len(set(paths.values())) == 200
+    for key, path in paths.items():
+        image = found[f"{key.partition('.')[0]}{Path(path).suffix.lower()}"]
+        assert (photos / path).read_bytes() == image
+    table(tmp_path, "path,label\n./0.png,cat\n1.png,dog\n", group_col="label")
+    found = {raw for name, raw in members(tmp_path / "out" / "train").items() if name.endswith(".path")}
+    assert found == {b"./0.png", b"1.png"}
+    assert flyp(["shards", "check", f"{tmp_path}/out"]) == 0
 
 
 SPLIT = ["train", "train", "test", "train ", "Train", "training", "test", "val"]
@@ -526,12 +590,33 @@ def test_a_label_may_be_in_a_json_member(tmp_path):
     assert len(few_shot_keys([str(tmp_path / "a.tar")], 2, 0, "json:y")) == 6
 
 
+def test_labels_may_be_class_names(tmp_path, capsys):
+    names = ["cat", "crane", "d\u00e9j\u00e0", "crane"]
+    files = {
+        f"{i}.{end}": png(i) if end == "png" else names[i % 3].encode()
+        for i in range(9)
+        for end in ("png", "cls")
+    }
+    tars.write(
+        tmp_path / "train" / "0.tar",
+        files | {"2.cls": "de\u0301ja\u0300 ".encode(), "4.cls": b"1", "1.cls": b"3"},
+    )
+    (tmp_path / "classnames.txt").write_text("\n".join(names))
+    assert flyp(["shards", "check", str(tmp_path), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)[f"{tmp_path}/train"]
+    (wrong,) = report["problems"]["labels that are missing or wrong"]
+    assert says(wrong, "sample 7", "'crane'", "several") and report["images a class"] == [1, 2, 3]
+    with pytest.raises(InputError, match=naming("sample 7", "'crane'")):
+        few_shot_keys(local_shards(str(tmp_path), "train"), 1, 0, classnames=names)
+    assert len(few_shot_keys(local_shards(str(tmp_path), "train"), 1, 0, classnames=[*names[:3], "owl"])) == 4
+
+
 def test_joined_sets_may_have_the_same_keys(data, tmp_path):
     shutil.copytree(data / "train", tmp_path / "copy")
     flyp(["shards", "subset", f"{data}::{tmp_path}/copy", str(tmp_path / "train"), "--shots", "30"])
     found = samples(tmp_path / "train")
     assert Counter(label for _, label in found.elements()) == dict.fromkeys(range(10), 30)
-    assert flyp(["shards", "check", str(tmp_path)]) == 0
+    assert flyp(["shards", "check", f"{tmp_path}/train"]) == 0
 
 
 def test_mistakes_in_a_subset_are_one_sentence(data, tmp_path):
@@ -577,8 +662,7 @@ def test_check_describes_a_good_set(data, capsys):
 
 @pytest.mark.parametrize("other", ["test", "val"])
 def test_check_looks_at_all_splits_train_first(photos, tmp_path, capsys, other):
-    for split in (other, "train"):
-        write(str(photos), str(tmp_path / split))
+    write(str(photos), f"{tmp_path}/{other}", hold_out=[("train", Fraction("0.5"))])
     assert flyp(["shards", "check", str(tmp_path), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == [f"{tmp_path}/train", f"{tmp_path}/{other}"]
 
@@ -592,7 +676,8 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys, workers):
         "text.jpg": b"<html>", "text.cls": b"1",
         "high.png": png(2), "high.cls": b"3",
         "low.png": png(2), "low.cls": b"-1",
-        "word.png": png(2), "word.cls": b"dog",
+        "word.png": png(2), "word.cls": b"bird",
+        "name.png": png(6), "name.cls": b"dog",
         "image_only.png": png(3),
         "label_only.cls": b"1",
         "a.b.png": png(4), "a.b.cls": b"1",
@@ -600,7 +685,7 @@ def test_check_lists_all_that_is_wrong(tmp_path, capsys, workers):
     tars.write(tmp_path / "test" / "0.tar", bad)
     tars.write(tmp_path / "test" / "1.tar", {"ok.png": png(5), "ok.cls": b"1"})
     (tmp_path / "test" / "2.tar").write_bytes((tmp_path / "test" / "0.tar").read_bytes()[:1600])
-    (tmp_path / "test" / "sizes.json").write_text('{"0.tar": 7, "1.tar": 5}')
+    (tmp_path / "test" / "sizes.json").write_text('{"0.tar": 8, "1.tar": 5}')
     assert flyp(["shards", "check", str(tmp_path), "--workers", workers, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)[f"{tmp_path}/test"]
     shard = f"{tmp_path}/test/0.tar"

@@ -465,7 +465,7 @@ def bad(digits, tmp_path):
         (["--classnames", "{bad}/empty.txt"], r"empty\.txt\b.*empty"),
         (["--classnames", "{bad}/none.txt"], r"none\.txt\b.*--classnames"),
         (["--train-data", "{bad}/alone"], r"classnames\.txt\b.*--classnames"),
-        (["--label-key", "label"], r"'label'.*cls, png"),
+        (["--label-key", "label"], r"'label'.*cls, path, png"),
         (["--image-key", "tiff"], r"tiff"),
         (["--name", "taken"], r"/taken\b.*--name"),
         (["--model", "ViT-B-61"], r"ViT-B-61\b.*ViT-B-16"),

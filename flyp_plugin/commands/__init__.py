@@ -33,8 +33,7 @@ COMMANDS = {  # name: (module in this package, one line of help)
     ),
     "demo": ("demo", "the whole workflow on handwritten digits: offline, on a CPU, in minutes"),
 }
-_WORKFLOW = """  flyp shards write photos/train data/train
-  flyp shards write photos/val data/val
+_WORKFLOW = """  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1
   flyp shards check data
   flyp train --model ViT-B-16 --pretrained openai --train-data data --eval-data val=data/val --name birds
   flyp wiseft logs/birds

@@ -1,7 +1,8 @@
 """`flyp shards check`: read every sample and decode every image, to find in minutes what would stop a run after hours.
 
-Each shard is checked on its own, in worker processes; what concerns several of them (repeated keys, sample counts) is
-compared afterwards. The rules are those of training: samples are read by samples.py.
+Each shard is checked on its own, in worker processes; what concerns several of them (repeated keys and images, sample
+counts) is compared afterwards. The rules are those of training: samples are read by samples.py. Images are the same if
+their files are, byte for byte: one that is scaled or saved anew is another image.
 """
 
 import argparse
@@ -10,19 +11,21 @@ import logging
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from itertools import starmap
 from operator import iadd
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flyp_plugin.commands.flags import add_key_flags, count
 from flyp_plugin.errors import InputError, escape_control_chars
-from flyp_plugin.names import describe_same_tokens, same_names
-from flyp_plugin.shards import list_splits, local_shards, map_parallel
+from flyp_plugin.names import describe_same_tokens, index_names, same_names
+from flyp_plugin.parallel import map_parallel
+from flyp_plugin.shards import list_splits, local_shards
 from flyp_plugin.sources import IMAGE_KEY, read_counts
 from flyp_plugin.tars import find_scattered_sample
 
@@ -48,6 +51,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
+class Seen(NamedTuple):
+    """A sample that was read; the rest is known if it has a valid label and a readable image."""
+
+    shard: str
+    key: str
+    path: str = ""
+    label: int = -1
+    digest: bytes = b""
+
+
 @dataclass
 class Findings:
     """What some shards contain; problems are sentences by kind."""
@@ -57,12 +70,12 @@ class Findings:
     formats: Counter[str] = field(default_factory=Counter)
     pixels: list[tuple[int, int]] = field(default_factory=list)
     deep: int = 0  # 16-bit images
-    keys: list[tuple[str, str]] = field(default_factory=list)  # (shard, key)
+    samples: list[Seen] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))
 
     def add(self, other: "Findings") -> None:
         self.images |= other.images  # not a sum: a tar may be listed twice
-        for name in ("labels", "formats", "pixels", "deep", "keys"):
+        for name in ("labels", "formats", "pixels", "deep", "samples"):
             setattr(self, name, iadd(getattr(self, name), getattr(other, name)))
         for kind, problems in other.problems.items():
             self.problems[kind] += problems
@@ -70,7 +83,7 @@ class Findings:
 
 def check(
     shards: Sequence[str],
-    num_classes: int,
+    classnames: Sequence[str],
     label_key: str = "cls",
     image_key: str = IMAGE_KEY,
     workers: int = 1,
@@ -80,10 +93,11 @@ def check(
     The latter count samples with one of the default image members, so they are ignored with another `image_key`.
     """
     found, first = Findings(), dict[tuple[str, str], str]()
-    check_one = partial(_check_shard, num_classes=num_classes, label_key=label_key, image_key=image_key)
+    keys, indices = {"label_key": label_key, "image_key": image_key}, index_names(classnames)
+    check_one = partial(_check_shard, num_classes=len(classnames), indices=indices, **keys)
     for part in map_parallel(check_one, shards, workers, "checking"):
         found.add(part)
-    for shard, key in found.keys:
+    for shard, key, *_ in found.samples:
         identity = (os.path.dirname(shard), key)
         if identity in first:
             found.problems["repeated keys"].append(f"{shard}, sample {key}, also in {first[identity]}")
@@ -113,7 +127,38 @@ def _check_counts(folder: str, shards: Sequence[str], found: Findings) -> None:
             found.problems[kind].append(f"{os.path.join(folder, name)}: {number} images, not {stated[name]}")
 
 
-def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -> Findings:
+def compare_images(found: Findings, classnames: Sequence[str], earlier: dict[bytes, Seen]) -> str:
+    """Report the images of a split that it has in several classes or that an earlier split has as well.
+
+    `earlier` is {digest: first sample} of the splits before this one, to which this one's are added. Returns a note on
+    images that a class has several times, which is no mistake, or ''.
+    """
+    from flyp_plugin.samples import locate
+
+    first: dict[bytes, Seen] = {}
+    copies = []
+    for seen in found.samples:
+        if not seen.digest:
+            continue
+        place = locate(seen._asdict())
+        if other := earlier.get(seen.digest):
+            problem = f"{place} is the same image as {locate(other._asdict())}"
+            found.problems["images that are also in another split"].append(problem)
+        other = first.setdefault(seen.digest, seen)
+        if seen.label != other.label:
+            problem = f"{place} is a {classnames[seen.label]!r} and {locate(other._asdict())}"
+            found.problems["images in several classes"].append(f"{problem} a {classnames[other.label]!r}")
+        elif seen[:2] != other[:2]:  # a tar may be listed twice
+            copies.append(f"{place} and {locate(other._asdict())}")
+    earlier |= {digest: seen for digest, seen in first.items() if digest not in earlier}
+    return (
+        f"{len(copies)} images are copies of another of their class, such as {copies[0]}." if copies else ""
+    )
+
+
+def _check_shard(
+    shard: str, num_classes: int, indices: Mapping[str, int], label_key: str, image_key: str
+) -> Findings:
     from flyp_plugin.samples import label_samples, read_samples
 
     found = Findings()
@@ -127,18 +172,22 @@ def _check_shard(shard: str, num_classes: int, label_key: str, image_key: str) -
         problems["samples without image"].append(message)
 
     for sample in read_samples([shard], lambda message, lost: problems["unreadable shards"].append(message)):
-        found.keys.append((shard, sample["__key__"]))
+        seen = Seen(shard, sample["__key__"])
         found.images[shard] += any(name in sample for name in image_key.split(";"))
         try:
-            for one in label_samples([sample], num_classes, skip, image_key, label_key):
+            for one in label_samples([sample], num_classes, skip, image_key, label_key, indices=indices):
                 found.labels[one["label"]] += 1
-                _check_image(one, found)
+                if _check_image(one, found):
+                    digest = blake2b(one["image"], digest_size=16).digest()
+                    seen = Seen(*seen[:2], one.get("path", ""), one["label"], digest)
         except InputError as error:
             problems["labels that are missing or wrong"].append(str(error))
+        found.samples.append(seen)
     return found
 
 
-def _check_image(sample: dict[str, Any], found: Findings) -> None:
+def _check_image(sample: dict[str, Any], found: Findings) -> bool:
+    """Whether the image can be decoded."""
     from flyp_plugin.images import is_deep, open_image
     from flyp_plugin.samples import describe_error, locate
 
@@ -149,10 +198,11 @@ def _check_image(sample: dict[str, Any], found: Findings) -> None:
             image.load()
     except Exception as error:  # noqa: BLE001 - PIL raises nearly anything on a broken file
         found.problems["unreadable images"].append(f"{locate(sample)}: {describe_error(error)}")
-        return
+        return False
     found.formats[image.format or "?"] += 1
     found.pixels.append(image.size)
     found.deep += is_deep(image)
+    return True
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,15 +210,17 @@ def run(args: argparse.Namespace) -> int:
     from flyp_plugin.prompts import resolve_prompts
 
     reports: dict[str, dict[str, Any]] = {}
-    names = None
+    names, images = None, dict[bytes, Seen]()
     for split in list_splits(args.source, args.split):
         shards = local_shards(args.source, split)
         prompts = resolve_prompts(shards, args.classnames, args.templates, args.prompts)
         if names is not None and not same_names(names, prompts.classnames):
             _log.warning(f"The class names of {shards[0]} differ from those of the split before.")
         names = prompts.classnames
-        found = check(shards, len(names), args.label_key, args.image_key, args.workers)
-        reports[os.path.dirname(shards[0]) or "."] = _to_report(shards, found, prompts)
+        found = check(shards, names, args.label_key, args.image_key, args.workers)
+        report = reports[os.path.dirname(shards[0]) or "."] = _to_report(shards, found, prompts)
+        if note := compare_images(found, names, images):
+            report["notes"].append(note)
     print(json.dumps(reports, indent=1) if args.json else "\n\n".join(starmap(_format, reports.items())))
     if wrong := sum(len(kind) for report in reports.values() for kind in report["problems"].values()):
         _log.info(f"{wrong} problems.")

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 
 EXAMPLE = """  flyp eval logs/birds --eval-data test=data/test
   flyp eval openai --model ViT-B-16 --eval-data test=data/test"""
-_COLUMNS = ["set", "key", "label", "prediction", "probability", "group", "label_name", "prediction_name"]
+_COLUMNS = [
+    "set",
+    "key",
+    "label",
+    "prediction",
+    "probability",
+    "group",
+    "label_name",
+    "prediction_name",
+    "path",
+]
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +97,8 @@ def _write(write: Callable, eval_set: "EvalSet", batch: dict[str, Any], logits: 
     names, best = eval_set.prompts.classnames, logits.softmax(dim=1).max(dim=1)
     labels, groups = batch["labels"].tolist(), batch.get("groups") or [""] * len(batch["labels"])
     guesses, probabilities = best.indices.tolist(), [f"{p:.6f}" for p in best.values.tolist()]
+    columns = zip(batch["keys"], labels, guesses, probabilities, groups, batch["paths"])
     write(
-        [eval_set.name, key, label, guess, *rest, names[label], names[guess]]
-        for key, label, guess, *rest in zip(batch["keys"], labels, guesses, probabilities, groups)
+        [eval_set.name, key, label, guess, probability, group, names[label], names[guess], path]
+        for key, label, guess, probability, group, path in columns
     )

@@ -71,4 +71,4 @@ def add_key_flags(add, of_run: bool = False) -> None:
     add("--image-key", default=None if of_run else IMAGE_KEY, metavar="KEYS",
         help=f"members that may hold the image, separated by ';': the first present is used (default: {run}{IMAGE_KEY})")
     add("--label-key", default=None if of_run else "cls", metavar="KEY",
-        help=f"member with the class index, or json:FIELD (default: {run}cls)")
+        help=f"member with the class index or name, or json:FIELD (default: {run}cls)")

@@ -2,9 +2,9 @@
 
     python tests/bench/loader.py [--pixels 500 1024 2048] [--workers 0 1 2] [--rounds 5]
 
-The same shards have a .cls and a .txt member for each image: ours reads the first, open_clip's the second. Both use
-open_clip's training transform for ViT-B-16 and batches of 100. An epoch's first pass starts the workers and is not
-timed; rounds alternate, and the ratio is the median of the rounds' ratios.
+The same shards have a .cls, a .path and a .txt member for each image: ours reads the first two, open_clip's the third.
+Both use open_clip's training transform for ViT-B-16 and batches of 100. An epoch's first pass starts the workers and is
+not timed; rounds alternate, and the ratio is the median of the rounds' ratios.
 """
 
 import argparse
@@ -45,6 +45,7 @@ def write(folder: Path, images: int, pixels: int, noise: float) -> None:
                 stream = io.BytesIO()
                 Image.fromarray(noisy).save(stream, "JPEG", quality=85)
                 sample = {"jpg": stream.getvalue(), "cls": i % 10, "txt": f"a photo of a thing {i % 10}."}
+                sample["path"] = f"thing {i % 10}/{shard}_{i}.jpg".encode()
                 tar.write({"__key__": f"s{shard}_{i}", **sample})
 
 

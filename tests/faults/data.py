@@ -277,7 +277,7 @@ def see(fault: Fault, folder: Path, workers: int = 1) -> tuple[list[str], list[s
         wrong.append(f"the log says {told!r}")
     if fault.warns not in told or any("\x1b" in line or "\n" in line for line in lines):
         wrong.append(f"the log says {told!r}")
-    kinds = list(check(shards, fault.num_classes).problems)
+    kinds = list(check(shards, NAMES[: fault.num_classes]).problems)
     if kinds != ([fault.check] if fault.check else []):
         wrong.append(f"check says {kinds}")
     seen = f"stops: {fault.stops}" if fault.stops else f"reads {fault.read}"
