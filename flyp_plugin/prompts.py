@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import PLACEHOLDER, check_list, check_order, check_syntax, describe_same_tokens
-from flyp_plugin.sources import find_all_beside, find_beside, read_lines
+from flyp_plugin.remote import read_lines
+from flyp_plugin.sources import find_all_beside, find_beside
 
 DEFAULT_TEMPLATE = "a photo of a {c}."
 _BUILT_IN = {

@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import normalize_name
-from flyp_plugin.sources import IMAGE_KEY, read_text
+from flyp_plugin.remote import read_text
+from flyp_plugin.sources import IMAGE_KEY
 
 Row = tuple[str, str, str | None]  # image path, class name or index, group
 EXTENSIONS = IMAGE_KEY.replace(";", ", ")

@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import detect_syntax, same_names, to_unique_keys
+from flyp_plugin.remote import is_remote, read_lines
 from flyp_plugin.rows import image_extension, read_folder, read_table
 from flyp_plugin.sources import (
     IMAGE_KEY,
     expand_sources,
     find_beside,
-    is_remote,
-    read_lines,
     write_atomically,
     write_sizes,
 )
@@ -70,6 +69,7 @@ def write(
         workers: number of processes.
         columns: for a CSV: image_col, label_col, split_col, split, group_col and root of rows.read_table.
     """
+    _check_local(source)
     folder = _resolve_dest(dest)
     if not os.path.isdir(source):
         rows, found = read_table(source, **columns)  # type: ignore[arg-type]
@@ -178,10 +178,14 @@ def _warn(message: str, lost: int = 1) -> None:
 
 def local_shards(source: str, split: str) -> list[str]:
     """Paths of the tars of `source`, or of several joined by '::'. `flyp shards` reads local files only."""
-    shards = list(chain.from_iterable(expand_sources(source, split)))
-    if remote := [shard for shard in shards if is_remote(shard)]:
-        raise InputError(f"{remote[0]} is not a local file; download the set first.")
-    return shards
+    _check_local(*source.split("::"))
+    return list(chain.from_iterable(expand_sources(source, split)))
+
+
+def _check_local(*places: str) -> None:
+    for place in map(str.strip, places):
+        if is_remote(place):
+            raise InputError(f"{place} is not a local path, and `flyp shards` works on local files; copy the set.")
 
 
 def list_splits(source: str, split: str | None) -> list[str]:
@@ -239,6 +243,7 @@ def _shard_sizes(samples: int, shard_size: int | None) -> dict[str, int]:
 
 
 def _resolve_dest(dest: str) -> Path:
+    _check_local(dest)
     folder = Path(os.path.abspath(dest))
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise InputError(f"{dest} is a file or is not empty; choose a new split folder, such as data/train.")

@@ -540,7 +540,7 @@ def test_mistakes_in_a_subset_are_one_sentence(data, tmp_path):
             flyp(["shards", "subset", *args])
 
     dest = str(tmp_path / "few" / "train")
-    fails(naming("http://localhost/0.tar"), "http://localhost/{0..3}.tar", dest, "--shots", "1")
+    fails(naming("http://localhost/{0..3}.tar"), "http://localhost/{0..3}.tar", dest, "--shots", "1")
     fails(naming(tmp_path / "nothing"), str(tmp_path / "nothing"), dest, "--shots", "1")
     fails(naming(data / "train", "empty"), str(data), str(data / "train"), "--shots", "1")
     tars.write(tmp_path / "a.tar", {"1.png": png(1), "1.cls": b"cat"})
