@@ -185,7 +185,9 @@ def local_shards(source: str, split: str) -> list[str]:
 def _check_local(*places: str) -> None:
     for place in map(str.strip, places):
         if is_remote(place):
-            raise InputError(f"{place} is not a local path, and `flyp shards` works on local files; copy the set.")
+            raise InputError(
+                f"{place} is not a local path, and `flyp shards` works on local files; copy the set."
+            )
 
 
 def list_splits(source: str, split: str | None) -> list[str]:
