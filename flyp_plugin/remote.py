@@ -5,8 +5,8 @@ The scheme of an address decides who reads it:
     (none)                              open()
     pipe:COMMAND                        webdataset, which runs it in a shell
     http://, https://                   urllib
-    hf://, s3://, gs://, az://, ...     fsspec, with the driver that the user has installed; endpoints, keys and timeouts
-                                        are set as that driver's documentation and fsspec's (FSSPEC_S3_...) say
+    hf://, s3://, gs://, az://, ...     fsspec, with the driver that the user has installed. Keys, endpoints and timeouts
+                                        are set as the driver's and fsspec's documentation say (FSSPEC_S3='{...}')
 
 Each has errors of its own. What may pass is asked for again, by read_text here and by samples.py for a tar.
 """
@@ -176,7 +176,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether a failed read may succeed later: not a malformed address, a 404 or a member that occurs twice."""
     if (status := _status_of(error)) is not None:
         return status in TRANSIENT_STATUS
-    if isinstance(error, (ValueError, FileNotFoundError)) or _is_denied(error):
+    if isinstance(error, (ValueError, ImportError, FileNotFoundError)) or _is_denied(error):
         return False
     if getattr(error, "errno", None) == errno.EINVAL:  # s3fs, of a request that makes no sense to the server
         return False

@@ -69,7 +69,8 @@ def expand_source(source: str, split: str) -> list[str]:
             if names := _list_tars(folder):
                 return [os.path.join(_hub_url(folder, "resolve"), name) for name in names]
         except FileNotFoundError as error:
-            reason = reason or f" ({squeeze(error)})"
+            if " " in (text := squeeze(error)):  # s3fs may repeat the path alone
+                reason = reason or f" ({text})"
     missing = "nshards.txt" if is_http(source) else "*.tar"
     raise InputError(
         f"there is no {source}/{missing} or {source}/{split}/{missing}{reason}; give a data folder in CLIP_benchmark's layout "

@@ -35,35 +35,26 @@ FLYP = [sys.executable, "-m", "flyp_plugin"]
 NO_DRIVER = "import sys; sys.modules['s3fs'] = None; from flyp_plugin.commands import main; main()"
 # s3fs waits 15 s for an answer, and botocore and s3fs ask again 5 times each
 FSSPEC = {"config_kwargs": {"read_timeout": 2, "connect_timeout": 2, "retries": {"max_attempts": 1}}}
-Spoil = Callable[
-    [BaseHTTPRequestHandler, bytes, float], bool
-]  # whether it has answered in place of the server
+BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+Spoil = Callable[[BaseHTTPRequestHandler, bytes, float], None]  # sends the content, given a random number
 
 
-def untouched(request: BaseHTTPRequestHandler, content: bytes, drawn: float) -> bool:
-    return False
+def good(request: BaseHTTPRequestHandler, content: bytes, drawn: float) -> None:
+    request.wfile.write(content if request.command == "GET" else b"")
 
 
-def cutting(request: BaseHTTPRequestHandler, content: bytes, drawn: float) -> bool:
+def cutting(request: BaseHTTPRequestHandler, content: bytes, drawn: float) -> None:
     """Four of five answers end early, though their header says how long they are."""
-    if drawn < 0.8:
-        request.send_header("Content-Length", str(len(content)))
-        request.end_headers()
-        request.wfile.write(content[: int(len(content) * drawn)])
-        request.close_connection = True
-    return drawn < 0.8
+    good(request, content if drawn > 0.8 else content[: int(len(content) * drawn)], drawn)
+    request.close_connection = drawn < 0.8
 
 
-def stalling(request: BaseHTTPRequestHandler, content: bytes, drawn: float) -> bool:
+def stalling(request: BaseHTTPRequestHandler, content: bytes, drawn: float) -> None:
     """Half of the answers stop in the middle, with the connection open."""
+    good(request, content if drawn > 0.5 else content[: len(content) // 2], drawn)
     if drawn < 0.5:
-        request.send_header("Content-Length", str(len(content)))
-        request.end_headers()
-        request.wfile.write(content[: len(content) // 2])
-        request.wfile.flush()
         time.sleep(4)
         request.close_connection = True
-    return drawn < 0.5
 
 
 @contextmanager
@@ -75,32 +66,24 @@ def proxy(server: str, spoil: Spoil, busy: float = 0.0, dead: str = "") -> Itera
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            upstream = HTTPConnection(server.removeprefix("http://"))
+            upstream, drawn = HTTPConnection(server.removeprefix("http://")), 1.0
             upstream.request(self.command, self.path, headers=dict(self.headers))
             answer = upstream.getresponse()
-            content, length = answer.read(), answer.getheader("Content-Length")
-            is_tar, drawn = self.command == "GET" and self.path.endswith(".tar"), 1.0
-            if is_tar:
+            status, content, headers = answer.status, answer.read(), dict(answer.getheaders())
+            if self.command == "GET" and self.path.endswith(".tar"):
                 with lock:
                     drawn = draw.random()
                     asked.append(self.path)
-            failed = (is_tar and drawn < busy) or (dead and self.path.endswith(dead))
-            self.send_response(503 if failed else answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in (
-                    "content-length",
-                    "connection",
-                    "transfer-encoding",
-                    "date",
-                    "server",
-                ):
-                    self.send_header(name, value)
+                if drawn < busy or (dead and self.path.endswith(dead)):
+                    status, content, headers = 503, BUSY, {"Content-Length": str(len(BUSY))}
+            headers.pop("Transfer-Encoding", None)
+            headers.setdefault("Content-Length", str(len(content)))
+            self.send_response_only(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
             try:
-                if not failed and is_tar and spoil(self, content, drawn):
-                    return
-                self.send_header("Content-Length", "0" if failed else length or str(len(content)))
-                self.end_headers()
-                self.wfile.write(b"" if failed else content)
+                spoil(self, content, drawn if status in (200, 206) else 1.0)
             except OSError:
                 pass  # the client has gone
 
@@ -166,7 +149,7 @@ class Trial:
             return 124, "", "hangs"
         said = done.stderr.strip().splitlines() or [""]
         odd = [line for line in said if "Traceback" in line or "never awaited" in line or "Unclosed" in line]
-        return done.returncode, done.stdout, " ".join(odd + said[-1:])
+        return done.returncode or len(odd), done.stdout, " ".join(odd + said[-1:])
 
     def train(self, name: str, source: str, env: dict[str, str], *flags: str) -> tuple[int, str, str]:
         argv = ["--model", "digits-vit", "--model-config", f"{self.data}/digits-vit.json", "--name", name]
@@ -195,7 +178,7 @@ class Trial:
         return ", ".join(changed or ([] if results == figures else ["results.jsonl"]))
 
 
-def rows(trial: Trial, address: str, good: dict[str, str], nobody: dict[str, str]) -> Iterator[list[str]]:
+def rows(trial: Trial, address: str, reader: dict[str, str], nobody: dict[str, str]) -> Iterator[list[str]]:
     """Cells of the table; the last is what is wrong, "" for nothing."""
     status, _, said = trial.train("disk", str(trial.data), {})
     yield ["trains from the disk", f"status {status}", "" if status == 0 else said]
@@ -207,20 +190,20 @@ def rows(trial: Trial, address: str, good: dict[str, str], nobody: dict[str, str
         ("trains while half of the answers stall", {"spoil": stalling}),
     ]
     for number, (what, faults) in enumerate(trainings):
-        with proxy(address, **{"spoil": untouched, **faults}) as (url, asked):
+        with proxy(address, **{"spoil": good, **faults}) as (url, asked):
             status, _, said = trial.train(
-                f"s3-{number}", "s3://digits/data", {**good, "AWS_ENDPOINT_URL": url}
+                f"s3-{number}", "s3://digits/data", {**reader, "AWS_ENDPOINT_URL": url}
             )
         wrong = said if status else trial.difference(f"s3-{number}", "disk")
-        yield [what, f"the disk's weights and figures, {len(asked)} requests for 30 tars", wrong]
+        yield [what, f"the disk's weights and figures, {len(asked)} requests for 38 tars", wrong]
 
-    with proxy(address, untouched, dead="/train/3.tar") as (url, asked):
+    with proxy(address, good, dead="/train/3.tar") as (url, asked):
         flags = ["--retries", "1"]
-        status, _, said = trial.train("dead", "s3://digits/data", {**good, "AWS_ENDPOINT_URL": url}, *flags)
+        status, _, said = trial.train("dead", "s3://digits/data", {**reader, "AWS_ENDPOINT_URL": url}, *flags)
     expected = status == 1 and "125 of 1000 samples" in said and "s3://digits/data/train/3.tar" in said
     yield ["trains while one shard of eight is never sent", said, "" if expected else f"status {status}"]
 
-    env = {**good, "AWS_ENDPOINT_URL": address}
+    env = {**reader, "AWS_ENDPOINT_URL": address}
     figures = []
     for source, more in ((str(trial.data), {}), ("s3://digits/data", env)):
         command = [*FLYP, "eval", "logs/disk", "--eval-data", f"test={source}", "--json", "--workers", "2"]
@@ -229,7 +212,7 @@ def rows(trial: Trial, address: str, good: dict[str, str], nobody: dict[str, str
     wrong = "" if figures[0] == figures[1] else f"{figures}"
     yield ["flyp eval of s3://", "the disk's figures", wrong]
 
-    down = {**good, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    down = {**reader, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     bad = {**env, "AWS_SECRET_ACCESS_KEY": "wrong"}
     none = {"AWS_ENDPOINT_URL": address, "AWS_EC2_METADATA_DISABLED": "true"}
     sentences: list[tuple[str, list[str], dict[str, str], list[str]]] = [
