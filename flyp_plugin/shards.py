@@ -177,17 +177,16 @@ def _warn(message: str, lost: int = 1) -> None:
 
 
 def local_shards(source: str, split: str) -> list[str]:
-    """Paths of the tars of `source`, or of several joined by '::'. `flyp shards` reads local files only."""
+    """Paths of the tars of `source`, or of several joined by '::'."""
     _check_local(*source.split("::"))
     return list(chain.from_iterable(expand_sources(source, split)))
 
 
 def _check_local(*places: str) -> None:
+    """Refuse addresses: `flyp shards` and few-shot sets read and write local files."""
     for place in map(str.strip, places):
         if is_remote(place):
-            raise InputError(
-                f"{place} is not a local path, and `flyp shards` works on local files; copy the set."
-            )
+            raise InputError(f"{place} is not a local path; use a local copy of the set.")
 
 
 def list_splits(source: str, split: str | None) -> list[str]:
