@@ -34,12 +34,6 @@ Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
-def scheme_of(source: str) -> str:
-    """What stands before a colon, as in the table above: "" (a local path), "pipe", "https", "s3", ..."""
-    scheme, is_address, _ = source.partition("://")
-    return "pipe" if source.startswith("pipe:") else scheme if is_address else ""
-
-
 def is_remote(source: str) -> bool:
     return "://" in source or source.startswith("pipe:")
 
@@ -63,7 +57,7 @@ def check_driver(source: str) -> None:
     import fsspec  # 0.15 s, which `flyp --help` need not wait for
 
     try:
-        fsspec.get_filesystem_class(scheme_of(source) or "''")
+        fsspec.get_filesystem_class(source.partition("://")[0] or "''")
     except ImportError as error:
         missing = getattr(error.__cause__, "name", None) or "fsspec"
         command = f"pip install {missing.partition('.')[0]}"
@@ -77,7 +71,7 @@ def _filesystem(url: str) -> Any:
     import fsspec
 
     check_driver(url)
-    return fsspec.url_to_fs(url)[0]
+    return fsspec.core.url_to_fs(url)[0]
 
 
 def open_source(path: str) -> Any:

@@ -9,6 +9,7 @@ workers, through a proxy that spoils answers. A fault is drawn for each request 
 
 import json
 import logging
+import math
 import os
 import random
 import subprocess
@@ -58,14 +59,22 @@ def stalling(request: BaseHTTPRequestHandler, content: bytes, drawn: float) -> N
 
 
 @contextmanager
-def proxy(server: str, spoil: Spoil, busy: float = 0.0, dead: str = "") -> Iterator[tuple[str, list[str]]]:
-    """(address, the tars asked for); a share of the answers is 503, and a tar of the name `dead` is never sent."""
+def proxy(
+    server: str, spoil: Spoil, busy: float = 0.0, dead: str = "", num_tars: float = math.inf
+) -> Iterator[tuple[str, list[str]]]:
+    """(address, the tars asked for); a share `busy` of the answers is 503, and `dead` is a tar that is never sent.
+
+    After `num_tars` it hangs up on whoever asks.
+    """
     draw, lock, asked = random.Random(5), threading.Lock(), list[str]()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
+            if len(asked) >= num_tars:
+                self.close_connection = True
+                return
             upstream, drawn = HTTPConnection(server.removeprefix("http://")), 1.0
             upstream.request(self.command, self.path, headers=dict(self.headers))
             answer = upstream.getresponse()
@@ -202,6 +211,13 @@ def rows(trial: Trial, address: str, reader: dict[str, str], nobody: dict[str, s
         status, _, said = trial.train("dead", "s3://digits/data", {**reader, "AWS_ENDPOINT_URL": url}, *flags)
     expected = status == 1 and "125 of 1000 samples" in said and "s3://digits/data/train/3.tar" in said
     yield ["trains while one shard of eight is never sent", said, "" if expected else f"status {status}"]
+
+    begun = time.monotonic()
+    with proxy(address, good, num_tars=20) as (url, asked):
+        status, _, said = trial.train("gone", "s3://digits/data", {**reader, "AWS_ENDPOINT_URL": url}, *flags)
+    expected = status == 1 and "of 1000 samples" in said
+    seen = f"{said} ({time.monotonic() - begun:.0f} s in all)"
+    yield ["trains until the server goes away for good", seen, "" if expected else f"status {status}"]
 
     env = {**reader, "AWS_ENDPOINT_URL": address}
     figures = []
