@@ -667,7 +667,8 @@ def hub(store, monkeypatch):
     def answer(request):
         path, _, _ = unquote(request.path).partition("?")
         asked.append(path)
-        if request.headers["Authorization"] != "Bearer hf_good" or "team/digits" not in path:
+        token = request.headers["Authorization"]
+        if token not in ("Bearer hf_good", "Bearer hf_guest") or "team/digits" not in path:
             return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
         if path == f"{prefix}/revision/main" or path == prefix:
             return 200, {}, b'{"id": "team/digits", "sha": "1", "siblings": []}'
@@ -681,6 +682,8 @@ def hub(store, monkeypatch):
                 if names
                 else (404, {"X-Error-Code": "EntryNotFound"}, b"{}")
             )
+        if token == "Bearer hf_guest":
+            return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
         content = files[path.removeprefix("/datasets/team/digits/resolve/main/")]
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers["Range"] or ""):
             start, end = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
@@ -702,7 +705,12 @@ def test_a_hubs_data_set_trains_as_the_disk_does(hub, store):
     assert len([path for path in hub if path.endswith(".tar")]) == 3
 
 
-def test_a_private_data_set_needs_the_users_token(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_bad")
-    error = raised(expand_source, "hf://datasets/team/digits", "train")
-    assert says(error, "hf://datasets/team/digits/*.tar", "repository not found", "private", "token")
+@pytest.mark.parametrize(
+    "token,named",
+    [("hf_bad", ["repository not found", "private", "token"]), ("hf_guest", ["403", "credentials"])],
+)
+def test_a_private_data_set_needs_the_users_token(hub, monkeypatch, token, named):
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert says(
+        raised(expand_source, "hf://datasets/team/digits", "train"), "hf://datasets/team/digits", *named
+    )
