@@ -1,7 +1,7 @@
 """Training and evaluation from an S3 server: as from a disk, bit for bit, and what a user reads where it goes wrong.
 
     pip install s3fs "moto[server]"        # which the package and its other tests do without
-    python -m tests.faults.s3              # five minutes; a table, and status 1 where something differs
+    python -m tests.faults.s3              # four minutes; a table, and status 1 where something differs
 
 The server is moto's, on the loopback, with authentication. Each row is a real command in a process of its own, with two
 workers, through a proxy that spoils answers. A fault is drawn for each request for a tar.
@@ -108,7 +108,7 @@ def proxy(
 @contextmanager
 def bucket(data: Path) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
     """(address, a user's credentials, those of one without rights) of a server with `data` in s3://digits/data."""
-    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
