@@ -92,11 +92,12 @@ def list_folder(folder: str) -> list[str]:
 
     Raises:
         FileNotFoundError: an object store has no such folder.
-        InputError: it does not answer.
+        InputError: it does not answer, or the folder may not be read.
     """
-    if not is_url(folder):
-        return os.listdir(folder) if os.path.isdir(folder) else []
-    paths = _ask(folder, lambda: _filesystem(folder).ls(folder, detail=False))
+    if is_url(folder):
+        paths = _ask(folder, lambda: _filesystem(folder).ls(folder, detail=False))
+    else:
+        paths = _ask(folder, lambda: os.listdir(folder)) if os.path.isdir(folder) else []
     return [os.path.basename(path) for path in paths]
 
 
