@@ -16,10 +16,10 @@ few places where it enters open_clip's script. Read these eight modules in this 
 Helpers stand beside them: names.py and tars.py, images.py, workers.py, short_tower.py and patches.py hold the mechanics of
 prompts, samples, data, text and openclip; checks.py what a run is checked for; errors.py how a mistake is reported.
 
-The way of a training sample: `sources.py` finds the tars and the text files beside them; `samples.py` reads a member
-pair, takes its label, draws its prompt and decodes its image; `data.py` shuffles and batches; open_clip's loop does the
-rest. After each epoch `monitor.py` scores the evaluation sets (`evalsets.py`) through `heads.py` and `metrics.py`, the same code
-that `flyp eval` uses, so that figures agree.
+The way of a training sample: `sources.py` finds the tars and the text files beside them, and `remote.py` opens them
+wherever they are; `samples.py` reads a member pair, takes its label, draws its prompt and decodes its image; `data.py`
+shuffles and batches; open_clip's loop does the rest. After each epoch `monitor.py` scores the evaluation sets
+(`evalsets.py`) through `heads.py` and `metrics.py`, the same code that `flyp eval` uses, so that figures agree.
 
 The way of weights: `model_spec.py` says what a model's name and pretrained tag mean (activation, preprocessing),
 `record.py` writes it to the run's flyp.json with the classes, `checkpoints.py` is the one reader and writer of weights,
@@ -30,6 +30,7 @@ Where to add:
     a metric            metrics.py, a function of a Tally with the decorator @metric
     an objective        objectives.py, an entry of OBJECTIVES (learned.py has linear heads); flags.py for its flags
     a prompt source     prompts.py
+    a kind of storage   remote.py
     a data source       sources.py (where shards are), rows.py (what `flyp shards write` reads), splits.py
     a command           commands/, a module with add_flags and run, and a line in commands.COMMANDS
     a seam              openclip.py, a line in its table

@@ -23,7 +23,7 @@ from flyp_plugin.flags import to_argv
 from flyp_plugin.learned import load_head
 from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, square_as_int
 from flyp_plugin.record import Record
-from flyp_plugin.sources import is_url
+from flyp_plugin.remote import is_url
 
 # The precisions that keep the weights, and so AdamW's state, in 16 bits
 FP16 = ("fp16", "pure_fp16")

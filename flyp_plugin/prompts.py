@@ -31,7 +31,8 @@ from flyp_plugin.names import (
     describe_same_tokens,
     normalize_name,
 )
-from flyp_plugin.sources import find_all_beside, find_beside, read_lines, read_text
+from flyp_plugin.remote import read_lines, read_text
+from flyp_plugin.sources import find_all_beside, find_beside
 
 Descriptions = Mapping[str, Sequence[str]]  # class name -> prompts of its own
 # the files beside shards

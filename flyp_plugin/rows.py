@@ -16,7 +16,8 @@ from typing import NamedTuple, NoReturn
 
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import normalize_name
-from flyp_plugin.sources import IMAGE_KEY, read_text
+from flyp_plugin.remote import read_text
+from flyp_plugin.sources import IMAGE_KEY
 
 EXTENSIONS = IMAGE_KEY.replace(";", ", ")
 SHOWN = 5  # names in a message

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds
 from PIL import Image
 from webdataset.tariterators import group_by_keys
 
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.images import FORMATS, open_image, to_rgb
 from flyp_plugin.names import normalize_name
-from flyp_plugin.sources import IMAGE_KEY, RETRIES, backoff_delays, is_remote, is_transient, open_source
+from flyp_plugin.remote import backoff_delays, is_remote, is_transient, open_source
+from flyp_plugin.sources import IMAGE_KEY, RETRIES
 from flyp_plugin.tars import Header, find_scattered_sample, is_member
 
 Sample = dict[str, Any]
@@ -83,10 +83,9 @@ def _group_members(shard: str, errors: list[Exception]) -> Iterator[Sample]:
 def _read_members(shard: str, errors: list[Exception]) -> Iterator[Sample]:
     """The regular files of a tar, in webdataset's form, up to its end mark or the first error."""
     complete = False
-    by_command = is_remote(shard) and not shard.startswith(("http://", "https://"))
     try:
         with (
-            wds.gopen(shard) if by_command else open_source(shard) as stream,
+            open_source(shard) as stream,
             tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar,
         ):
             for member in tar:

@@ -27,13 +27,12 @@ from tqdm import tqdm
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import detect_syntax, index_names, same_names, to_unique_keys
 from flyp_plugin.parallel import map_parallel
+from flyp_plugin.remote import is_remote, read_lines
 from flyp_plugin.rows import Row, image_extension, read_folder, read_table
 from flyp_plugin.sources import (
     IMAGE_KEY,
     expand_sources,
     find_beside,
-    is_remote,
-    read_lines,
     write_atomically,
     write_sizes,
 )
@@ -77,6 +76,7 @@ def write(
     """
     if columns.get("by") and not hold_out:
         raise InputError("--by is about --hold-out; give one, such as --hold-out val=0.1, or leave --by out.")
+    _check_local(source)
     folder = _resolve_dest(dest)
     shares = resolve_shares(folder, hold_out)
     folders = {name: _resolve_dest(str(folder.with_name(name))) for name in shares}
@@ -210,11 +210,16 @@ def _warn(message: str, lost: int = 1) -> None:
 
 
 def local_shards(source: str, split: str) -> list[str]:
-    """Paths of the tars of `source`, or of several joined by '::'. `flyp shards` reads local files only."""
-    shards = list(chain.from_iterable(expand_sources(source, split)))
-    if remote := [shard for shard in shards if is_remote(shard)]:
-        raise InputError(f"{remote[0]} is not a local file; download the set first.")
-    return shards
+    """Paths of the tars of `source`, or of several joined by '::'."""
+    _check_local(*source.split("::"))
+    return list(chain.from_iterable(expand_sources(source, split)))
+
+
+def _check_local(*places: str) -> None:
+    """Refuse addresses: `flyp shards` and few-shot sets read and write local files."""
+    for place in map(str.strip, places):
+        if is_remote(place):
+            raise InputError(f"{place} is not a local path; use a local copy of the set.")
 
 
 def list_splits(source: str, split: str | None) -> list[str]:
@@ -272,6 +277,7 @@ def _shard_sizes(samples: int, shard_size: int | None) -> dict[str, int]:
 
 
 def _resolve_dest(dest: str) -> Path:
+    _check_local(dest)
     folder = Path(os.path.abspath(dest))
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise InputError(f"{dest} is a file or is not empty; choose a new split folder, such as data/train.")

@@ -1,102 +1,43 @@
 """From what a user types for a set of shards to tar URLs, the text files beside them, and sample counts.
 
-A source is a brace pattern, a `pipe:` command, a folder of tars or a data folder in CLIP_benchmark's layout, local or on
-a server. expand_source lists its tars, find_beside finds its class names and templates, shard_sizes says how many
-samples each tar holds. Only names, small text files and tar headers are read here; samples.py reads the samples.
+A source is a brace pattern, a `pipe:` command, a folder of tars or a data folder in CLIP_benchmark's layout. expand_source
+lists its tars, find_beside finds its class names and templates, shard_sizes says how many samples each tar holds. Only
+names, small text files and tar headers are read here; samples.py reads the samples.
+
+It may be local or remote, which makes two differences. An http server cannot list a folder as a disk and an object store
+can, so nshards.txt says which tars there are. And remote tars are not counted: that would be a download of them all.
 """
 
 import json
 import logging
 import os
-import random
 import re
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from http.client import HTTPException, IncompleteRead
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import braceexpand
 from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import same_names
+from flyp_plugin.remote import (
+    check_driver,
+    is_http,
+    is_remote,
+    is_url,
+    list_folder,
+    read_lines,
+    read_text,
+    squeeze,
+)
 from flyp_plugin.tars import TAR_ERRORS, keys_with_image
 
 IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as in open_clip
-TIMEOUT = 30  # seconds without an answer, over http
-RETRIES, BACKOFF = 6, 1.0  # retry after at most 1, 2, 4, ... 32 seconds: about a minute in all
-TEXT_RETRIES = 4  # for a text file, which a person may be waiting for
-MAX_TEXT = 512 << 20  # bytes of a text file, the largest of which are class descriptions
-TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)  # HTTP errors that may pass
+RETRIES = 6  # of a remote tar: with remote.py's pauses about a minute in all
 _log = logging.getLogger(__name__)
-
-
-def is_url(source: str) -> bool:
-    return "://" in source
-
-
-def is_remote(shard: str) -> bool:
-    return is_url(shard) or shard.startswith("pipe:")
-
-
-def backoff_delays(retries: int) -> Iterator[float | None]:
-    """Seconds to wait after each failed attempt (exponential backoff with jitter); None after the last."""
-    for attempt in range(retries):
-        yield BACKOFF * 2**attempt * random.SystemRandom().uniform(0.5, 1)
-    yield None
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether a failed read may succeed later: not a malformed address, a 404 or a member that occurs twice."""
-    if (code := getattr(error, "code", None)) is not None:
-        return code in TRANSIENT_STATUS
-    return not isinstance(error, ValueError) and not isinstance(getattr(error, "reason", None), str)
-
-
-def open_source(path: str) -> IO[bytes]:
-    """Open a local file or URL that the user gave, or one beside it."""
-    return urllib.request.urlopen(path, timeout=TIMEOUT) if is_url(path) else open(path, "rb")  # noqa: S310
-
-
-def read_text(path: str) -> str | None:
-    """Content of a text file, local or http(s); None if it does not exist. A failing server is asked again.
-
-    Raises:
-        InputError: the file is not UTF-8 or larger than MAX_TEXT, or the server does not answer.
-    """
-    for delay in backoff_delays(TEXT_RETRIES if is_url(path) else 0):
-        try:
-            with open_source(path) as stream:
-                raw = stream.read(MAX_TEXT + 1)
-                unsent = getattr(stream, "length", None)  # what a server has announced but not sent
-                if unsent and len(raw) <= MAX_TEXT:
-                    raise IncompleteRead(raw, unsent)
-            break
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: a malformed address
-            if getattr(error, "code", None) in (403, 404, 410):
-                return None
-            if delay is None or not is_transient(error):
-                raise InputError(f"{path} could not be read ({error}); check the address.") from None
-            _log.warning(f"{path} could not be read ({error}); retrying.")
-            time.sleep(delay)
-    if len(raw) > MAX_TEXT:
-        raise InputError(f"{path} is larger than {MAX_TEXT >> 20} MiB; give a text file.")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}, is not UTF-8; save the file as UTF-8 text.") from None
-
-
-def read_lines(path: str) -> list[str] | None:
-    """Lines of a list of names or templates; None if there is no such file."""
-    text = read_text(path)
-    return None if text is None else [line.strip() for line in text.rstrip().split("\n")]
 
 
 def expand_sources(sources: str, split: str) -> list[list[str]]:
@@ -107,26 +48,32 @@ def expand_sources(sources: str, split: str) -> list[list[str]]:
 def expand_source(source: str, split: str) -> list[str]:
     """The tar URLs of one source: a brace pattern, a `pipe:` command, a folder of shards, or a data folder.
 
-    A folder (local, http(s), or a data hub's .../datasets/USER/REPO/tree/BRANCH) that holds no shards itself is taken
-    as a data folder, and its subfolder `split` is used.
+    A folder (local, of a server or object store, or a data hub's .../datasets/USER/REPO/tree/BRANCH) that holds no
+    shards itself is taken as a data folder, and its subfolder `split` is used.
 
     Raises:
-        InputError: there are no such shards.
+        InputError: there are no such shards, or the driver that reads them is not installed.
     """
     source = source.strip()
     if not source:
         raise InputError("a source of shards is empty; give one between every two '::'.")
+    check_driver(source)
     if source.startswith("pipe:") or re.search(r"\.(tar|tar\.gz|tgz)\}?$|[{*]", source):
         return _expand_pattern(source)
     source = source.rstrip("/")
     if not is_url(source) and not os.path.exists(source):
         raise InputError(f"there is no file or folder '{source}'; check the path.")
+    reason = ""
     for folder in (source, f"{source}/{split}"):
-        if names := _list_tars(folder):
-            return [os.path.join(_hub_url(folder, "resolve"), name) for name in names]
-    missing = "nshards.txt" if is_url(source) else "*.tar"
+        try:
+            if names := _list_tars(folder):
+                return [os.path.join(_hub_url(folder, "resolve"), name) for name in names]
+        except FileNotFoundError as error:
+            if " " in (text := squeeze(error)):  # s3fs may repeat the path alone
+                reason = reason or f" ({text})"
+    missing = "nshards.txt" if is_http(source) else "*.tar"
     raise InputError(
-        f"there is no {source}/{missing} or {source}/{split}/{missing}; give a data folder in CLIP_benchmark's layout "
+        f"there is no {source}/{missing} or {source}/{split}/{missing}{reason}; give a data folder in CLIP_benchmark's layout "
         "(`flyp shards write` makes one) or a pattern of tars (DIR/{0..9}.tar)."
     )
 
@@ -147,16 +94,19 @@ def _expand_pattern(source: str) -> list[str]:
 
 
 def _list_tars(folder: str) -> list[str]:
-    """Names of the tars in a folder, sorted by the numbers in them; on a server 0.tar, 1.tar, ... by nshards.txt."""
-    stated = read_text(_hub_url(f"{folder}/nshards.txt", "raw"))
-    if is_url(folder):
-        if stated is None:
-            return []
-        if not re.fullmatch(r"\s*0*[1-9][0-9]{0,5}\s*", stated):
+    """Names of the tars in a folder, sorted by the numbers in them; on a server 0.tar, 1.tar, ... by nshards.txt.
+
+    Raises:
+        FileNotFoundError: an object store has no such folder.
+    """
+    if is_http(folder):
+        stated = read_text(_hub_url(f"{folder}/nshards.txt", "raw"))
+        if stated is not None and not re.fullmatch(r"\s*0*[1-9][0-9]{0,5}\s*", stated):
             raise InputError(f"{folder}/nshards.txt holds {stated.strip()[:40]!r}, not a number of shards.")
-        return [f"{i}.tar" for i in range(int(stated))]
-    names = [path.name for path in Path(folder).glob("[!.]*.tar")]
-    if names and stated is not None and stated.strip() != str(len(names)):
+        return [f"{i}.tar" for i in range(int(stated or 0))]
+    names = [n for n in list_folder(folder) if n.endswith(".tar") and not n.startswith(".")]
+    stated = read_text(f"{folder}/nshards.txt") if names else None
+    if stated is not None and stated.strip() != str(len(names)):
         raise InputError(
             f"{folder}/nshards.txt says {stated.strip()!r} shards but the folder has {len(names)}; write the set again, or "
             "correct nshards.txt."
@@ -166,7 +116,7 @@ def _list_tars(folder: str) -> list[str]:
 
 def _hub_url(url: str, part: str) -> str:
     """The address of a file on a data hub, which serves tars under resolve/ and text under raw/; others unchanged."""
-    return re.sub(r"(://.*?/datasets/[^/]+/[^/]+)/(?:tree|resolve)/", rf"\1/{part}/", url, count=1)
+    return re.sub(r"^(https?://.*?/datasets/[^/]+/[^/]+)/(?:tree|resolve)/", rf"\1/{part}/", url, count=1)
 
 
 def find_beside(shards: Sequence[str], name: str) -> str | None:
@@ -192,7 +142,8 @@ def find_all_beside(shards: Sequence[str], name: str) -> list[str]:
     for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards if not shard.startswith("pipe:")):
         if is_url(folder):
             folder = _hub_url(f"{folder}/", "raw").rstrip("/")
-            candidates = [f"{folder}/{name}", f"{os.path.dirname(folder)}/{name}"]
+            folders = [folder, os.path.dirname(folder)]  # above a server or bucket there is nothing
+            candidates = [f"{place}/{name}" for place in folders if is_url(place)]
         else:
             candidates = [os.path.normpath(os.path.join(folder, up, name)) for up in (".", "..")]
         paths += [path for path in candidates if read_text(path) is not None][:1]
@@ -228,7 +179,7 @@ def shard_sizes(shards: Sequence[str], image_key: str = IMAGE_KEY, count: bool =
             if is_remote(folder):
                 raise InputError(
                     f"the number of samples in {group[0]} is not known (no sizes.json beside it); give it with "
-                    "--train-num-samples."
+                    "--train-num-samples, or upload the sizes.json that the local tars have."
                 )
             known = _count_folder(folder, names, image_key)
         sizes |= {shard: known[name] for shard, name in zip(group, names) if name in known}

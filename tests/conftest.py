@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 
-from flyp_plugin import sources
+from flyp_plugin import remote
 from tests import digits as digits_module
 
 
@@ -31,7 +31,7 @@ def start(digits, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
     """What fails over a network is tried again at once."""
-    monkeypatch.setattr(sources, "BACKOFF", 0.001)
+    monkeypatch.setattr(remote, "BACKOFF", 0.001)
 
 
 @pytest.fixture(autouse=True)

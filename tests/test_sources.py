@@ -7,10 +7,19 @@ import re
 import shutil
 import socket
 import time
+from collections import Counter
+from typing import ClassVar
+from urllib.parse import unquote
 
+import fsspec
+import numpy as np
 import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
-from flyp_plugin import sources
+from flyp_plugin import ClassPromptDataset, sources
+from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import InputError
 from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.sources import (
@@ -451,5 +460,257 @@ def test_a_server_that_is_not_there_is_an_error():
     "url", ["http://127.0.0.1:port/set", "nothing://host/set", "http://a b/set", "://set"]
 )
 def test_an_address_that_is_none_is_an_error(url):
-    with pytest.raises(InputError, match=naming(f"{url}/nshards.txt")):
+    with pytest.raises(InputError, match=naming(url, "address")):
         expand_source(url, "train")
+
+
+# from object stores and data hubs, through fsspec
+
+
+class Store(MemoryFileSystem):
+    """An object store that reads in ranges, as s3fs does, and fails as told: {path: errors, one for each request}."""
+
+    protocol = "store"
+    faults: ClassVar[dict[str, list[Exception]]] = {}
+    asked: ClassVar[Counter[str]] = Counter()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("store://"))
+
+    def ask(self, path):
+        self.asked[path] += 1
+        if errors := self.faults.get(path):
+            raise errors.pop(0)
+
+    def ls(self, path, detail=True, **kwargs):
+        self.ask(self._strip_protocol(path))
+        return super().ls(path, detail, **kwargs)
+
+    def _open(self, path, mode="rb", block_size=None, **kwargs):
+        if mode != "rb":
+            return super()._open(path, mode, block_size, **kwargs)
+        if path not in self.store:
+            self.ask(path)
+            raise FileNotFoundError(path)
+        return Ranges(self, path, mode, 4096)
+
+
+class Ranges(AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        self.fs.ask(self.path)
+        return self.fs.store[self.path].getvalue()[start:end]
+
+
+class DriverError(Exception):
+    """Of botocore, aiohttp and httpx: not an OSError."""
+
+
+class NoCredentialsError(DriverError):
+    pass
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Put a data folder of 40 digits in 3 shards into a store. Returns its address and the local folder."""
+    fsspec.register_implementation("store", Store, clobber=True)
+    data = tars.data_folder(tmp_path / "data", 40, 3)
+    (data / "train" / "sizes.json").write_text(json.dumps({"0.tar": 14, "1.tar": 13, "2.tar": 13}))
+    fsspec.filesystem("store").put(str(data), "store://bucket/data", recursive=True)
+    Store.asked.clear()
+    yield "store://bucket/data", data
+    Store.faults.clear()
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def epoch_of(source, **settings):
+    """Images and tokens of an epoch, as bytes, in their order."""
+
+    def pixels(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+    def tokens(texts):
+        return torch.tensor([[1, *text.encode()[:70], 255] + [0] * (70 - len(text)) for text in texts])
+
+    data = ClassPromptDataset(source, pixels, tokens, 10, **settings)
+    return [(images.numpy().tobytes(), text.numpy().tobytes()) for images, text in data]
+
+
+def test_an_object_store_is_a_folder(store):
+    url, data = store
+    shards = expand_source(f"{url}/", "train")
+    assert shards == expand_source(f"{url}/train", "test") == [f"{url}/train/{i}.tar" for i in range(3)]
+    assert expand_source(f"{url}/train/{{0..2}}.tar", "train") == shards
+    assert expand_sources(f"{url}::{data}", "train")[1] == [f"{data}/train/{i}.tar" for i in range(3)]
+    assert count_samples(shards) == 40
+    prompts = resolve_prompts(shards)
+    assert (prompts.classnames, prompts.templates) == (tars.NAMES, ["a photo of a {c}."])
+
+
+def test_an_object_store_is_listed_without_nshards(store):
+    files, (url, _) = fsspec.filesystem("store"), store
+    for name in ("x-10.tar", "x-9.tar", "._x-9.tar", "y.txt"):
+        files.pipe(f"{url}/other/{name}", b"")
+    assert expand_source(url, "other") == [f"{url}/other/x-9.tar", f"{url}/other/x-10.tar"]
+    files.pipe(f"{url}/other/nshards.txt", b"3")
+    assert says(raised(expand_source, url, "other"), f"{url}/other/nshards.txt", "'3'", "2")
+    assert "--train-num-samples" in raised(count_samples, [f"{url}/other/x-9.tar"])
+
+
+def test_a_bucket_itself_may_be_the_folder(store):
+    fsspec.filesystem("store").pipe("store://flat/0.tar", b"")
+    assert expand_source("store://flat", "train") == ["store://flat/0.tar"]
+    assert find_beside(["store://flat/0.tar"], "classnames.txt") is None
+
+
+def test_only_a_hubs_web_address_has_raw_and_resolve(store):
+    fsspec.filesystem("store").pipe("store://bucket/datasets/a/b/tree/c/0.tar", b"")
+    (shard,) = expand_source("store://bucket/datasets/a/b/tree/c", "train")
+    assert shard == "store://bucket/datasets/a/b/tree/c/0.tar"
+
+
+def test_what_a_store_does_not_have_is_named_with_its_reason(store):
+    url = "store://bucket/gone"
+    assert says(raised(expand_source, url, "train"), f"{url}/*.tar", f"{url}/train/*.tar", "bucket/gone")
+    Store.faults["/nobucket"] = [FileNotFoundError("The specified bucket does not exist")]
+    assert says(raised(expand_source, "store://nobucket", "train"), "bucket does not exist")
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("Forbidden"), NoCredentialsError("Unable to locate credentials")]
+)
+def test_a_store_that_denies_is_not_asked_again(store, error):
+    url, _ = store
+    Store.faults["/bucket/data"] = [error]
+    assert says(raised(expand_source, url, "train"), url, error, "credentials", "listing")
+    assert Store.asked["/bucket/data"] == 1
+
+
+@pytest.mark.parametrize("error", [DriverError("broken pipe"), TimeoutError(), OSError(16, "Reduce rate")])
+def test_a_store_that_fails_for_a_while_is_asked_again(store, error, caplog):
+    url, _ = store
+    Store.faults |= {"/bucket/data": [error] * 2, "/bucket/data/train/nshards.txt": [error] * 2}
+    assert len(expand_source(url, "train")) == 3
+    assert says(caplog.text, url, f"{url}/train/nshards.txt", str(error) or "TimeoutError")
+    Store.faults["/bucket/data"] = [error] * 9
+    assert says(raised(expand_source, url, "train"), url, str(error) or "TimeoutError")
+
+
+def test_a_driver_that_is_missing_is_named_with_its_command():
+    fsspec.register_implementation(
+        "far", "nobodys_driver.Far", errtxt="Install nobodys_driver to read far://"
+    )
+    for source in ("far://a/b", "far://a/{0..3}.tar"):
+        error = raised(expand_source, source, "train")
+        assert says(error, source, "Install nobodys_driver to read far://", "pip install nobodys_driver")
+    assert "pip install nobodys_driver" in raised(read_text, "far://a/names.txt")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_trains_as_the_disk_does(store, workers):
+    url, data = store
+    assert count_samples(expand_source(url, "train")) == 40  # so the workers inherit an open file system
+    assert epoch_of(url, num_workers=workers) == epoch_of(str(data), num_workers=workers)
+
+
+def test_a_stores_tar_that_breaks_off_is_read_from_there(store):
+    url, data = store
+    for number in range(3):  # in each worker its own copy: the first request succeeds, two others do not
+        Store.faults[f"/bucket/data/train/{number}.tar"] = Failing([3, 9])
+    assert epoch_of(url, num_workers=2) == epoch_of(str(data), num_workers=2)
+    Store.faults["/bucket/data/train/1.tar"] = Failing(range(3, 99))
+    error = raised(lambda: epoch_of(url, num_workers=2, retries=1))
+    assert says(error, f"{url}/train/1.tar", "of 40 samples", "broken off")
+
+
+class Failing(list):
+    """Errors for the requests of these numbers."""
+
+    def __init__(self, numbers):
+        self.numbers, self.seen = set(numbers), 0
+
+    def __bool__(self):
+        self.seen += 1
+        return self.seen in self.numbers
+
+    def pop(self, _):
+        return DriverError("broken off")
+
+
+def test_flyp_shards_reads_and_writes_local_files_only(store, tmp_path):
+    url, data = store
+    local = str(tmp_path / "new" / "train")
+    for argv in (
+        ["count", url],
+        ["check", url],
+        ["subset", url, local, "--shots", "1"],
+        ["write", url, local],
+    ):
+        with pytest.raises(InputError, match=naming(url, "local")):
+            flyp(["shards", *argv])
+    with pytest.raises(InputError, match=naming("store://b/new", "local")):
+        flyp(["shards", "subset", str(data), "store://b/new", "--shots", "1"])
+    assert not Store.asked and not os.path.exists("store:")
+
+
+# what huggingface_hub's HfFileSystem asks a hub for
+
+
+@pytest.fixture
+def hub(store, monkeypatch):
+    """A hub on the loopback with the private data set team/digits. Returns the paths it was asked for."""
+    data, asked = store[1], []
+    files = {str(path.relative_to(data)): path.read_bytes() for path in data.rglob("*.*")}
+    prefix = "/api/datasets/team/digits"
+
+    def answer(request):
+        path, _, _ = unquote(request.path).partition("?")
+        asked.append(path)
+        token = request.headers["Authorization"]
+        if token not in ("Bearer hf_good", "Bearer hf_guest") or "team/digits" not in path:
+            return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        if path == f"{prefix}/revision/main" or path == prefix:
+            return 200, {}, b'{"id": "team/digits", "sha": "1", "siblings": []}'
+        if path.startswith(f"{prefix}/tree/main"):
+            folder = path.removeprefix(f"{prefix}/tree/main").strip("/")
+            names = [name for name in files if os.path.dirname(name) == folder]
+            found = [{"type": "file", "path": n, "size": len(files[n]), "oid": "1"} for n in names]
+            found += [] if folder else [{"type": "directory", "path": "train", "size": 0, "oid": "1"}]
+            return (
+                (200, {}, json.dumps(found).encode())
+                if names
+                else (404, {"X-Error-Code": "EntryNotFound"}, b"{}")
+            )
+        if token == "Bearer hf_guest":
+            return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
+        content = files[path.removeprefix("/datasets/team/digits/resolve/main/")]
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers["Range"] or ""):
+            start, end = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+            return 206, {"Content-Range": f"bytes {start}-{end}/{len(content)}"}, content[start : end + 1]
+        return 200, {}, content
+
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    with tars.answering(answer) as url:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": url})
+        yield asked
+
+
+def test_a_hubs_data_set_trains_as_the_disk_does(hub, store):
+    shards = expand_source("hf://datasets/team/digits", "train")
+    assert shards == [f"hf://datasets/team/digits/train/{i}.tar" for i in range(3)]
+    assert count_samples(shards) == 40 and resolve_prompts(shards).classnames == tars.NAMES
+    expected = epoch_of(str(store[1]), num_workers=2)
+    assert epoch_of("hf://datasets/team/digits", num_workers=2) == expected
+    assert len([path for path in hub if path.endswith(".tar")]) == 3
+
+
+@pytest.mark.parametrize(
+    "token,named",
+    [("hf_bad", ["repository not found", "private", "token"]), ("hf_guest", ["403", "credentials"])],
+)
+def test_a_private_data_set_needs_the_users_token(hub, monkeypatch, token, named):
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert says(
+        raised(expand_source, "hf://datasets/team/digits", "train"), "hf://datasets/team/digits", *named
+    )

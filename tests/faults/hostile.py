@@ -27,9 +27,10 @@ from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import CONTROLS, InputError
 from flyp_plugin.images import open_image
 from flyp_plugin.prompts import fill
+from flyp_plugin.remote import read_text
 from flyp_plugin.samples import read_samples
 from flyp_plugin.shards import subset
-from flyp_plugin.sources import count_samples, expand_source, read_text
+from flyp_plugin.sources import count_samples, expand_source
 from tests import tars
 from tests.faults import data
 

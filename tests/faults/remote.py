@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from flyp_plugin import ClassPromptDataset, ClassPrompts, sources
+from flyp_plugin import ClassPromptDataset, ClassPrompts, remote
 from tests import tars
 from tests.faults.data import attempt, pixels, tokens
 
@@ -159,7 +159,7 @@ def rows(cases=CASES, retries: int = 6) -> Iterator[tuple[list[str], bool]]:
 
 
 def main() -> None:
-    sources.TIMEOUT = 2  # seconds without a byte, in place of 30
+    remote.TIMEOUT = 2  # seconds without a byte, in place of 30
     print("| the server | read by | an epoch's images | requests for the 8 tars |\n|---|---|---|---|")
     failed = 0
     for cells, as_stated in rows():
