@@ -280,6 +280,68 @@ def test_kill_ends_the_current_run_with_one_line_and_status_143(argv, tmp_path):
         assert not (log.parent / "finished.json").exists()
 
 
+@pytest.fixture(scope="module")
+def selected(argv, tmp_path_factory):
+    """The folder of a comparison at the epochs of the lowest loss, and the flags of its one run."""
+    folder = tmp_path_factory.mktemp("selected")
+    words = [
+        "--select",
+        "loss",
+        "--lr",
+        "1e-2",
+        "--seeds",
+        "0",
+        "--epochs",
+        "3",
+        "--templates",
+        "the digit {c}.",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        flyp(*argv(*words))
+    return folder / "out", words
+
+
+def losses(run):
+    rows = map(json.loads, (run / "checkpoints/results.jsonl").read_text().splitlines())
+    return {row["epoch"]: row["val/loss"] for row in rows}
+
+
+def test_the_epoch_of_the_lowest_loss_is_scored_and_kept(selected, capsys):
+    out, _ = selected
+    (block,) = read(out / "compare.json")["blocks"]
+    found = block["methods"]["flyp"]
+    run = Path(out, "runs/templates0_flyp_lr0.01_seed0")
+    by_epoch = losses(run)
+    epoch = min(by_epoch, key=by_epoch.__getitem__)
+    assert 0 < epoch < 3 and found["seeds"]["0"]["epoch"] == epoch and set(by_epoch) == {0, 1, 2, 3}
+    assert found["by_value"] == {"0.01": by_epoch[epoch]} and found["chosen_by"] == "val/loss"
+    assert [path.name for path in run.glob("checkpoints/*.pt")] == [f"epoch_{epoch}.pt"]
+    flyp("eval", run, "--epoch", epoch, "--batch-size", 100, "--device", "cpu", "--workers", 0, "--json")
+    for name, metrics in json.loads(capsys.readouterr().out)["results"].items():
+        (top1,) = block["rows"]["flyp"][name]["by_seed"] if name != "few" else [metrics["top1"]]
+        assert top1 == metrics["top1"]
+
+
+def test_where_zeroshot_is_chosen_nothing_is_merged(selected, argv, monkeypatch):
+    out, words = selected
+    monkeypatch.chdir(out.parent)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    (run,) = out.glob("runs/*")
+    file = run / "checkpoints/results.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    file.write_text(json.dumps(json.loads(first) | {"val/loss": 0.0}) + "\n" + rest)
+    alphas = read(run / "wiseft/wiseft.json")["alphas"]
+    flyp(*argv(*words))
+    (block,) = read(out / "compare.json")["blocks"]
+    (seed,) = block["methods"]["flyp"]["seeds"].values()
+    assert seed["epoch"] == seed["chosen_alpha"] == 0 and seed["alphas"].keys() == alphas.keys()
+    zeroshot, *others = block["rows"].values()
+    assert len(others) == 2 and all(row == zeroshot for row in others)
+    assert not [*run.glob("checkpoints/*.pt")]
+    assert "Epochs chosen, in the order of the seeds: flyp 0." in (out / "compare.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -468,8 +530,8 @@ def test_document_shows_rates_at_list_ends_and_signs():
     ("select", "rule"),
     [
         ("last", ["last epoch (3)"]),
-        ("best", ["0 (zero-shot) to 3", "highest top-1 on `id`", "seed 0)", "epoch and alpha"]),
-        ("loss", ["0 (zero-shot) to 3", "lowest loss", "seed 0 by loss", "epoch and, by top-1, alpha"]),
+        ("best", ["highest top-1 on `id`", "0 (zero-shot) to 3", "on seed 0) and alpha (for"]),
+        ("loss", ["lowest loss", "0 (zero-shot) to 3", "(by loss, on seed 0) and alpha (by top-1, for"]),
     ],
 )
 def test_document_states_the_rule_and_the_epochs_chosen(select, rule):

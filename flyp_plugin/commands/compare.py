@@ -230,9 +230,9 @@ def _train(comparison: Comparison, run: Run, jobs: Jobs) -> None:
     command += ["--resume", "latest", *(["--delete-previous-checkpoint"] if select == "last" else [])]
 
     def result() -> str:
-        name, figure = comparison.id_sets[0], comparison.figure(run)
+        name, figure, epoch = comparison.id_sets[0], comparison.figure(run), comparison.choose_epoch(run)
         said = f"{name} loss {figure:.4f}" if comparison.metric == "loss" else f"{name} {100 * figure:.1f}"
-        return said if select == "last" else f"{said} at epoch {comparison.choose_epoch(run)}"
+        return said if select == "last" else f"{said} at epoch {epoch or '0 (zero-shot)'}"
 
     jobs.run("training", run.title, folder, command, result)
     _keep_checkpoint(folder, comparison.choose_epoch(run))

@@ -129,22 +129,21 @@ def document(record: Record) -> str:
             f"Top-1 in %, mean over seeds {', '.join(map(str, seeds))} ± half of its 95 % confidence interval (Student's "
             "t). The interval covers seeds only; n test images add a standard error of up to 50/√n points."
         )
-    select, epochs = settings["select"], record["epochs"]
+    select, by = settings["select"], ("", "")
     if select == "last":
-        how += f" Each method is scored after its last epoch ({epochs})."
+        how += f" Each method is scored after its last epoch ({record['epochs']})."
     else:
-        figure = "highest top-1" if select == "best" else "lowest loss (mean cross-entropy)"
-        fit = "; `lp` has only one, its fit" if "lp" in record["methods"] else ""
+        figure = "lowest loss (mean cross-entropy)" if select == "loss" else "highest top-1"
+        by = ("by loss, ", "by top-1, ") if select == "loss" else by
+        fit = " (for `lp`, 0 and 1, its fit)" if "lp" in record["methods"] else ""
         how += (
-            f" Each run is scored at one of its epochs, 0 (zero-shot) to {epochs}{fit}: the earliest with the {figure} on "
-            f"`{val}`. At epoch 0 there is nothing to merge: WiSE-FT is zero-shot, too, and its alpha counts as 0."
+            f" Each run is scored at the epoch with the {figure} on `{val}`, the earliest of equals; the choices are 0 "
+            f"(zero-shot) to {record['epochs']}{fit}. At epoch 0 there is nothing to merge, so WiSE-FT is zero-shot as well, "
+            "with alpha 0."
         )
-    by, epoch = (
-        (" by loss", "epoch and, by top-1, ") if select == "loss" else ("", "epoch and " * (select == "best"))
-    )
     how += (
-        f" `{val}` chose the setting of each method (on seed {seeds[0]}{by}) and {epoch}alpha (for each seed); no other set "
-        "chose anything."
+        f" `{val}` chose the setting of each method ({by[0]}on seed {seeds[0]}) and alpha ({by[1]}for each seed); no other "
+        "set chose anything."
     )
     if not test:
         how += f" So the figures on `{val}` are slightly optimistic; pass --id-test for a set that chooses nothing."
