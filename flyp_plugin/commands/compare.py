@@ -89,10 +89,8 @@ class Comparison:
             what = f"a set of --eval-data after the first ({', '.join(names)})"
             raise InputError(f"--id-test {args.id_test} must be {what}.")
         self.id_sets = [names[0], *filter(None, [args.id_test])]  # the set that chooses, and the ID test set
-        self.metric = (
-            "loss" if args.select == "loss" else "top1"
-        )  # that chooses the epoch and the tuned value
-        self.chosen_by = f"{names[0]}/{self.metric}"
+        self.metric = "loss" if args.select == "loss" else "top1"
+        self.chosen_by = f"{names[0]}/{self.metric}"  # the figure that chooses the epoch and the tuned value
         reserved = _RESERVED if args.select == "last" else _RESERVED_IF_SELECTED
         for word in args.train_flags:
             if re.fullmatch(f"--({reserved})(=.*)?", word):
@@ -158,7 +156,7 @@ class Comparison:
         return best({epoch: row[self.chosen_by] for epoch, row in self.rows(run).items()}, self.metric)
 
     def figure(self, run: Run) -> float:
-        """The figure at that epoch that chose it, which also chooses the tuned value."""
+        """The figure by which the epoch was chosen, at that epoch; it also chooses the tuned value."""
         return self.rows(run)[self.choose_epoch(run)][self.chosen_by]
 
     def read(self, run: Run, name: str) -> str:
