@@ -447,6 +447,9 @@ def test_the_plan_counts_runs_and_each_run_has_its_own_flags(argv, monkeypatch, 
     flags = " ".join(comparison.flags(run))
     for words in ("--shots 16 --shots-seed 1", "--templates {c}", "--objective ce --lr 0.001 --seed 1"):
         assert words in flags
+    described = dataclasses.replace(run, block=parse_blocks(None, None, ["own.json"])[0])
+    assert described.name == "prompts0_ce_lr0.001_seed1"
+    assert "--prompts own.json" in " ".join(comparison.flags(described))
     assert flags.index("--eval-frequency 0") < flags.index(
         "--eval-frequency 1"
     )  # the user's comes last and wins
