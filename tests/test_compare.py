@@ -28,11 +28,13 @@ from flyp_plugin.commands.grid import (
     with_defaults,
 )
 from flyp_plugin.commands.jobs import seconds_left
+from flyp_plugin.commands.wiseft import parse_alphas
 from flyp_plugin.errors import InputError
 from flyp_plugin.metrics import best
 from flyp_plugin.run_folder import folder_lock
 from tests.helpers_eval import checkpoint, flyp, root
 from tests.naming import naming, says
+from tests.tars import NAMES
 
 MODEL = "tiny-digits"
 NEEDED = [
@@ -282,64 +284,85 @@ def test_kill_ends_the_current_run_with_one_line_and_status_143(argv, tmp_path):
 
 @pytest.fixture(scope="module")
 def selected(argv, tmp_path_factory):
-    """The folder of a comparison at the epochs of the lowest loss, and the flags of its one run."""
+    """The folder of a comparison of a template with descriptions at the epochs of the lowest loss, and its flags."""
     folder = tmp_path_factory.mktemp("selected")
-    words = [
-        "--select",
-        "loss",
-        "--lr",
-        "1e-2",
-        "--seeds",
-        "0",
-        "--epochs",
-        "3",
-        "--templates",
-        "the digit {c}.",
-    ]
+    descriptions = {
+        name: [f"a {name}.", *["the number {c}, by hand."] * (i % 3 > 0)] for i, name in enumerate(NAMES)
+    }
+    (folder / "own.json").write_text(
+        json.dumps(descriptions | {"one": ["a stroke.", "a line.", "a single stick."]})
+    )
+    words = ["--select", "loss", "--lr", "1e-2", "--seeds", "0", "--epochs", "3"]
+    words += ["--templates", "the digit {c}.", "--prompts", "own.json"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         flyp(*argv(*words))
     return folder / "out", words
 
 
-def losses(run):
-    rows = map(json.loads, (run / "checkpoints/results.jsonl").read_text().splitlines())
-    return {row["epoch"]: row["val/loss"] for row in rows}
+def selected_runs(out):
+    blocks = read(out / "compare.json")["blocks"]
+    return [
+        (out / "runs" / f"{given}0_flyp_lr0.01_seed0", b)
+        for given, b in zip(("templates", "prompts"), blocks)
+    ]
 
 
-def test_the_epoch_of_the_lowest_loss_is_scored_and_kept(selected, capsys):
+def test_descriptions_against_templates_in_one_command(selected, capsys, monkeypatch):
     out, _ = selected
-    (block,) = read(out / "compare.json")["blocks"]
-    found = block["methods"]["flyp"]
-    run = Path(out, "runs/templates0_flyp_lr0.01_seed0")
-    by_epoch = losses(run)
-    epoch = min(by_epoch, key=by_epoch.__getitem__)
-    assert 0 < epoch < 3 and found["seeds"]["0"]["epoch"] == epoch and set(by_epoch) == {0, 1, 2, 3}
-    assert found["by_value"] == {"0.01": by_epoch[epoch]} and found["chosen_by"] == "val/loss"
-    assert [path.name for path in run.glob("checkpoints/*.pt")] == [f"epoch_{epoch}.pt"]
-    flyp("eval", run, "--epoch", epoch, "--batch-size", 100, "--device", "cpu", "--workers", 0, "--json")
-    for name, metrics in json.loads(capsys.readouterr().out)["results"].items():
-        (top1,) = block["rows"]["flyp"][name]["by_seed"] if name != "few" else [metrics["top1"]]
-        assert top1 == metrics["top1"]
+    monkeypatch.chdir(out.parent)
+    text = (out / "compare.md").read_text()
+    assert (
+        text.index("## templates the digit {c}.") < text.index("## prompts own.json")
+        and text.count("## ") == 2
+    )
+    rows = []
+    for run, block in selected_runs(out):
+        epoch = block["methods"]["flyp"]["seeds"]["0"]["epoch"]
+        flyp("eval", run, "--epoch", epoch, "--batch-size", 100, "--device", "cpu", "--workers", 0, "--json")
+        scored = json.loads(capsys.readouterr().out)["results"]
+        rows.append(block["rows"]["flyp"])
+        assert {name: rows[-1][name]["by_seed"] for name in scored} == {
+            n: [m["top1"]] for n, m in scored.items()
+        }
+    assert rows[0] != rows[1]
+    texts = [read(run / "flyp.json") for run, _ in selected_runs(out)]
+    assert [text["templates"] for text in texts] == [["the digit {c}."], []]
+    assert texts[1]["descriptions"] == read(out.parent / "own.json")
+
+
+def test_the_epoch_of_the_lowest_loss_is_scored_and_kept(selected):
+    epochs = []
+    for run, block in selected_runs(selected[0]):
+        lines = map(json.loads, (run / "checkpoints/results.jsonl").read_text().splitlines())
+        losses = {row["epoch"]: row["val/loss"] for row in lines}
+        epochs.append(min(losses, key=losses.__getitem__))
+        found = block["methods"]["flyp"]
+        assert found["seeds"]["0"]["epoch"] == epochs[-1] and list(losses) == [0, 1, 2, 3]
+        assert found["by_value"] == {"0.01": min(losses.values())} and found["chosen_by"] == "val/loss"
+        kept = [f"epoch_{epochs[-1]}.pt"] if epochs[-1] else []
+        assert [path.name for path in run.glob("checkpoints/*.pt")] == kept
+    assert min(epochs) < 3
+    assert all(f"seeds: flyp {epoch}." in (selected[0] / "compare.md").read_text() for epoch in epochs)
 
 
 def test_where_zeroshot_is_chosen_nothing_is_merged(selected, argv, monkeypatch):
     out, words = selected
     monkeypatch.chdir(out.parent)
     monkeypatch.setattr(subprocess, "Popen", None)
-    (run,) = out.glob("runs/*")
-    file = run / "checkpoints/results.jsonl"
-    first, rest = file.read_text().split("\n", 1)
-    file.write_text(json.dumps(json.loads(first) | {"val/loss": 0.0}) + "\n" + rest)
-    alphas = read(run / "wiseft/wiseft.json")["alphas"]
+    for run, _ in selected_runs(out):
+        file = run / "checkpoints/results.jsonl"
+        first, rest = file.read_text().split("\n", 1)
+        file.write_text(json.dumps(json.loads(first) | {"val/loss": 0.0}) + "\n" + rest)
     flyp(*argv(*words))
-    (block,) = read(out / "compare.json")["blocks"]
-    (seed,) = block["methods"]["flyp"]["seeds"].values()
-    assert seed["epoch"] == seed["chosen_alpha"] == 0 and seed["alphas"].keys() == alphas.keys()
-    zeroshot, *others = block["rows"].values()
-    assert len(others) == 2 and all(row == zeroshot for row in others)
-    assert not [*run.glob("checkpoints/*.pt")]
-    assert "Epochs chosen, in the order of the seeds: flyp 0." in (out / "compare.md").read_text()
+    default_alphas = parse_alphas(commands._parser("wiseft").parse_args(["wiseft"]).alphas)
+    for run, block in selected_runs(out):
+        (seed,) = block["methods"]["flyp"]["seeds"].values()
+        assert seed["epoch"] == seed["chosen_alpha"] == 0 and not [*run.glob("checkpoints/*.pt")]
+        assert [*seed["alphas"]] == [f"{alpha:.2f}" for alpha in default_alphas]
+        zeroshot, *others = block["rows"].values()
+        assert len(others) == 2 and all(row == zeroshot for row in others)
+    assert (out / "compare.md").read_text().count("Epochs chosen, in the order of the seeds: flyp 0.") == 2
 
 
 @pytest.mark.parametrize(
