@@ -18,8 +18,8 @@ import pytest
 from scipy import stats
 
 from flyp_plugin import commands
-from flyp_plugin.commands import compare, plots
-from flyp_plugin.commands.compare import (
+from flyp_plugin.commands import compare, grid, plots
+from flyp_plugin.commands.grid import (
     TRIED,
     parse_blocks,
     parse_methods,
@@ -28,11 +28,13 @@ from flyp_plugin.commands.compare import (
     with_defaults,
 )
 from flyp_plugin.commands.jobs import seconds_left
+from flyp_plugin.commands.wiseft import parse_alphas
 from flyp_plugin.errors import InputError
 from flyp_plugin.metrics import best
 from flyp_plugin.run_folder import folder_lock
 from tests.helpers_eval import checkpoint, flyp, root
 from tests.naming import naming, says
+from tests.tars import NAMES
 
 MODEL = "tiny-digits"
 NEEDED = [
@@ -100,7 +102,7 @@ def add_method_that_fails(patch):
             return original(self, run)
         return [*original(self, dataclasses.replace(run, method="flyp")), "--opt", "timm/no-such-optimizer"]
 
-    patch.setattr(compare, "METHODS", ("flyp", "bad"))
+    patch.setattr(grid, "METHODS", ("flyp", "bad"))
     patch.setattr(compare.Comparison, "flags", flags)
 
 
@@ -160,7 +162,7 @@ def test_every_figure_is_that_of_the_runs(finished):
     for lr in (1e-4, 1e-3):
         lines = (finished / f"runs/flyp_lr{lr}_seed0/checkpoints/results.jsonl").read_text().splitlines()
         tried[str(lr)] = json.loads(lines[-1])["val/top1"]
-    assert found["id_top1_by_value"] == tried and found["value"] == float(max(tried, key=tried.get))
+    assert found["by_value"] == tried and found["value"] == float(max(tried, key=tried.get))
     results, sweeps = by_seed(finished, found["value"])
     for name, alpha in (("flyp", lambda s: 1.0), ("flyp + WiSE-FT", lambda s: s["chosen_alpha"])):
         chosen = [sweep["alphas"][f"{alpha(sweep):.2f}"] for sweep in sweeps]
@@ -280,6 +282,89 @@ def test_kill_ends_the_current_run_with_one_line_and_status_143(argv, tmp_path):
         assert not (log.parent / "finished.json").exists()
 
 
+@pytest.fixture(scope="module")
+def selected(argv, tmp_path_factory):
+    """The folder of a comparison of a template with descriptions at the epochs of the lowest loss, and its flags."""
+    folder = tmp_path_factory.mktemp("selected")
+    descriptions = {
+        name: [f"a {name}.", *["the number {c}, by hand."] * (i % 3 > 0)] for i, name in enumerate(NAMES)
+    }
+    (folder / "own.json").write_text(
+        json.dumps(descriptions | {"one": ["a stroke.", "a line.", "a single stick."]})
+    )
+    words = ["--select", "loss", "--lr", "1e-2", "--seeds", "0", "--epochs", "3"]
+    words += ["--templates", "the digit {c}.", "--prompts", "own.json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        flyp(*argv(*words))
+    return folder / "out", words
+
+
+def selected_runs(out):
+    blocks = read(out / "compare.json")["blocks"]
+    return [
+        (out / "runs" / f"{given}0_flyp_lr0.01_seed0", b)
+        for given, b in zip(("templates", "prompts"), blocks)
+    ]
+
+
+def test_descriptions_against_templates_in_one_command(selected, capsys, monkeypatch):
+    out, _ = selected
+    monkeypatch.chdir(out.parent)
+    text = (out / "compare.md").read_text()
+    assert (
+        text.index("## templates the digit {c}.") < text.index("## prompts own.json")
+        and text.count("## ") == 2
+    )
+    rows = []
+    for run, block in selected_runs(out):
+        epoch = block["methods"]["flyp"]["seeds"]["0"]["epoch"]
+        flyp("eval", run, "--epoch", epoch, "--batch-size", 100, "--device", "cpu", "--workers", 0, "--json")
+        scored = json.loads(capsys.readouterr().out)["results"]
+        rows.append(block["rows"]["flyp"])
+        assert {name: rows[-1][name]["by_seed"] for name in scored} == {
+            n: [m["top1"]] for n, m in scored.items()
+        }
+    assert rows[0] != rows[1]
+    texts = [read(run / "flyp.json") for run, _ in selected_runs(out)]
+    assert [text["templates"] for text in texts] == [["the digit {c}."], []]
+    assert texts[1]["descriptions"] == read(out.parent / "own.json")
+
+
+def test_the_epoch_of_the_lowest_loss_is_scored_and_kept(selected):
+    epochs = []
+    for run, block in selected_runs(selected[0]):
+        lines = map(json.loads, (run / "checkpoints/results.jsonl").read_text().splitlines())
+        losses = {row["epoch"]: row["val/loss"] for row in lines}
+        epochs.append(min(losses, key=losses.__getitem__))
+        found = block["methods"]["flyp"]
+        assert found["seeds"]["0"]["epoch"] == epochs[-1] and list(losses) == [0, 1, 2, 3]
+        assert found["by_value"] == {"0.01": min(losses.values())} and found["chosen_by"] == "val/loss"
+        kept = [f"epoch_{epochs[-1]}.pt"] if epochs[-1] else []
+        assert [path.name for path in run.glob("checkpoints/*.pt")] == kept
+    assert min(epochs) < 3
+    assert all(f"seeds: flyp {epoch}." in (selected[0] / "compare.md").read_text() for epoch in epochs)
+
+
+def test_where_zeroshot_is_chosen_nothing_is_merged(selected, argv, monkeypatch):
+    out, words = selected
+    monkeypatch.chdir(out.parent)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    for run, _ in selected_runs(out):
+        file = run / "checkpoints/results.jsonl"
+        first, rest = file.read_text().split("\n", 1)
+        file.write_text(json.dumps(json.loads(first) | {"val/loss": 0.0}) + "\n" + rest)
+    flyp(*argv(*words))
+    default_alphas = parse_alphas(commands._parser("wiseft").parse_args(["wiseft"]).alphas)
+    for run, block in selected_runs(out):
+        (seed,) = block["methods"]["flyp"]["seeds"].values()
+        assert seed["epoch"] == seed["chosen_alpha"] == 0 and not [*run.glob("checkpoints/*.pt")]
+        assert [*seed["alphas"]] == [f"{alpha:.2f}" for alpha in default_alphas]
+        zeroshot, *others = block["rows"].values()
+        assert len(others) == 2 and all(row == zeroshot for row in others)
+    assert (out / "compare.md").read_text().count("Epochs chosen, in the order of the seeds: flyp 0.") == 2
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -292,6 +377,8 @@ def test_kill_ends_the_current_run_with_one_line_and_status_143(argv, tmp_path):
         (["--id-test", "val"], ["--id-test", "val", "--eval-data", "odd"]),
         (["--seed", "4"], ["--seed"]),
         (["--name=mine"], ["--name=mine"]),
+        (["--save-frequency", "0"], ["--save-frequency"]),
+        (["--select", "best", "--eval-frequency=2"], ["--eval-frequency=2"]),
         (["--train-data", "nowhere"], ["nowhere"]),
         (["--pretrained", "nowhere.pt"], ["nowhere.pt"]),
         (["--eval-data", "val=nowhere"], ["--eval-data", "val", "nowhere"]),
@@ -363,6 +450,9 @@ def test_parse_seeds_and_blocks():
         "shots4_templates0_", "shots4_templates1_", "shots16_templates0_", "shots16_templates1_",
     ]  # fmt: skip
     assert blocks[3].title == "16 shots, templates many.txt"
+    blocks = parse_blocks(None, ["one.txt"], ["a.json", "b.json", "a.json"])
+    assert [block.prefix for block in blocks] == ["templates0_", "prompts0_", "prompts1_"]
+    assert blocks[2].title == "prompts b.json"
     with pytest.raises(InputError, match=naming("--shots", "0")):
         parse_blocks("0,4", None)
 
@@ -380,6 +470,9 @@ def test_the_plan_counts_runs_and_each_run_has_its_own_flags(argv, monkeypatch, 
     flags = " ".join(comparison.flags(run))
     for words in ("--shots 16 --shots-seed 1", "--templates {c}", "--objective ce --lr 0.001 --seed 1"):
         assert words in flags
+    described = dataclasses.replace(run, block=parse_blocks(None, None, ["own.json"])[0])
+    assert described.name == "prompts0_ce_lr0.001_seed1"
+    assert "--prompts own.json" in " ".join(comparison.flags(described))
     assert flags.index("--eval-frequency 0") < flags.index(
         "--eval-frequency 1"
     )  # the user's comes last and wins
@@ -408,10 +501,12 @@ def method(value, *seeds):
     return {
         "tuned": "lr",
         "value": value,
-        "id_top1_by_value": {1e-5: 0.1, 3e-5: 0.2, 1e-4: 0.3},
+        "chosen_by": "id/top1",
+        "by_value": {1e-5: 0.1, 3e-5: 0.2, 1e-4: 0.3},
         "zero_shot": {"id": {"top1": 0.5, "n": 10}, "ood": {"top1": 0.4, "n": 20}},
         "seeds": {
             seed: {
+                "epoch": 3 - seed,
                 "chosen_alpha": chosen,
                 "alphas": {a: {"id": {"top1": i, "n": 10}, "ood": {"top1": o, "n": 20}} for a, i, o in zip(
                     ("0.00", "0.50", "1.00"), id_, ood)},
@@ -427,11 +522,11 @@ METHODS = {
 }
 
 
-def record(methods, **blocks):
+def record(methods, select="last", **blocks):
     table = plots.rows(methods, ["id"])
     less = plots.differences(table, list(methods))
     block = {"title": "", "methods": methods, "rows": table, "differences": less, **blocks}
-    settings = {"model": "M", "pretrained": "P", "train_data": "D"}
+    settings = {"model": "M", "pretrained": "P", "train_data": "D", "select": select}
     return {"settings": settings, "epochs": 3, "methods": ["flyp", "ce"], "seeds": [0, 1],
             "id_sets": ["id"], "blocks": [block]}  # fmt: skip
 
@@ -455,6 +550,20 @@ def test_document_shows_rates_at_list_ends_and_signs():
     )
     assert any(line.startswith("| ce | -15.0 ± 63.5 | +10.0 ± 0.0 |") for line in lines)
     assert any(says(line, "`id`", "--id-test") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("select", "rule"),
+    [
+        ("last", ["last epoch (3)"]),
+        ("best", ["highest top-1 on `id`", "0 (zero-shot) to 3", "on seed 0) and alpha (for"]),
+        ("loss", ["lowest loss", "0 (zero-shot) to 3", "(by loss, on seed 0) and alpha (by top-1, for"]),
+    ],
+)
+def test_document_states_the_rule_and_the_epochs_chosen(select, rule):
+    text = plots.document(record(METHODS, select))
+    assert all(words in text for words in rule)
+    assert ("Epochs chosen, in the order of the seeds: flyp 3, 2; ce 3, 2." in text) == (select != "last")
 
 
 def test_curve_and_star_are_means_over_seeds():

@@ -176,12 +176,14 @@ def test_a_changed_configuration_is_not_read_instead(run, digits, tmp_path, caps
 def test_epochs_are_chosen_by_name_or_by_the_first_set(run, capsys, caplog):
     caplog.set_level("INFO")
     rows = figures(run)
-    rows[2]["val/top1"] = 0.999  # epoch 2 is the best now
+    rows[0]["val/top1"], rows[2]["val/top1"], rows[1]["val/loss"] = 1.0, 0.999, 0.0
     (run / "checkpoints/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for epoch, path in (("best", "epoch_2"), ("last", "epoch_3"), ("1", "epoch_1"), (None, "epoch_3")):
+    expected = {"best": "epoch_2", "loss": "epoch_1", "last": "epoch_3", "1": "epoch_1", None: "epoch_3"}
+    for epoch, path in expected.items():
         caplog.clear()
         top1(capsys, run, *(["--epoch", epoch] if epoch else []))
         assert says(caplog.text, run, f"checkpoints/{path}.pt")
+        assert says(caplog.text, "val", "zero-shot", "epoch 2", "1.0000", "0.9990") == (epoch == "best")
     (run / "checkpoints/epoch_2.pt").unlink()
     for command in (["wiseft"], ["export", "--format", "timm", "--out", str(run / "out")]):
         with pytest.raises(InputError, match=naming("epoch 2", "val", "1, 3")):

@@ -129,9 +129,21 @@ def document(record: Record) -> str:
             f"Top-1 in %, mean over seeds {', '.join(map(str, seeds))} ± half of its 95 % confidence interval (Student's "
             "t). The interval covers seeds only; n test images add a standard error of up to 50/√n points."
         )
+    select, by = settings["select"], ("", "")
+    if select == "last":
+        how += f" Each method is scored after its last epoch ({record['epochs']})."
+    else:
+        figure = "lowest loss (mean cross-entropy)" if select == "loss" else "highest top-1"
+        by = ("by loss, ", "by top-1, ") if select == "loss" else by
+        fit = " (for `lp`, 0 and 1, its fit)" if "lp" in record["methods"] else ""
+        how += (
+            f" Each run is scored at the epoch with the {figure} on `{val}`, the earliest of equals; the choices are 0 "
+            f"(zero-shot) to {record['epochs']}{fit}. At epoch 0 there is nothing to merge, so WiSE-FT is zero-shot as well, "
+            "with alpha 0."
+        )
     how += (
-        f" Each method is scored after its last epoch ({record['epochs']}). `{val}` chose the setting of each method (on "
-        f"seed {seeds[0]}) and alpha (for each seed); no other set chose anything."
+        f" `{val}` chose the setting of each method ({by[0]}on seed {seeds[0]}) and alpha ({by[1]}for each seed); no other "
+        "set chose anything."
     )
     if not test:
         how += f" So the figures on `{val}` are slightly optimistic; pass --id-test for a set that chooses nothing."
@@ -139,6 +151,8 @@ def document(record: Record) -> str:
     for block in record["blocks"]:
         text += [f"## {block['title']}"] if block["title"] else []
         text += [_markdown(block["rows"], record, block["methods"])]
+        if select != "last" and block["methods"]:
+            text += [f"Epochs chosen, in the order of the seeds: {_epochs(block['methods'])}."]
         if block["differences"]:
             first = record["methods"][0]
             text += [f"Difference to {first} (with WiSE-FT: to {first}{_WISE}) in points, paired by seed:"]
@@ -149,12 +163,19 @@ def document(record: Record) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def _epochs(methods: Mapping[str, Record]) -> str:
+    by_method = {
+        method: [sweep["epoch"] for sweep in found["seeds"].values()] for method, found in methods.items()
+    }
+    return "; ".join(f"{method} {', '.join(map(str, some))}" for method, some in by_method.items())
+
+
 def _markdown(table: Table, record: Record, methods: Mapping[str, Record], sign: str = "") -> str:
     if not table:
         return "No method has finished."
     notes = {"zero-shot": ["", "0"]}
     for method, found in methods.items():
-        tried = sorted(map(float, found["id_top1_by_value"]))
+        tried = sorted(map(float, found["by_value"]))
         end = {tried[0]: " (least tried)", tried[-1]: " (most tried)"} if len(tried) > 2 else {}
         setting = f"{found['tuned']} {found['value']:g}{end.get(found['value'], '')}"
         mean = fmean(sweep["chosen_alpha"] for sweep in found["seeds"].values())
