@@ -74,8 +74,9 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--classnames", metavar="FILE", help="class names, one per line, or: imagenet (default: classnames.txt beside "
         "the shards)")
-    add("--templates", metavar="FILE", help="prompt templates with {c}, one per line, or: openai, simple, or a single "
-        "template (default: zeroshot_classification_templates.txt beside the shards)")
+    add("--templates", metavar="FILE", help="prompt templates with {c}, one per line, or: openai, simple, those of one of "
+        "the paper's sets (fmow, iwildcam, caltech101, cars, flowers, pcam, sst2), or a single template (default: "
+        "zeroshot_classification_templates.txt beside the shards)")
     add("--label-key", default="cls", help="member with the class index, or json:FIELD (default: %(default)s)")
     add("--image-key", default=IMAGE_KEY, help="members that may hold the image, separated by ';': the first "
         "present is used (default: %(default)s)")

@@ -6,11 +6,13 @@ the loader's workers share, so that a batch's text is an array lookup. Training 
 and every command get their prompts here.
 """
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -28,6 +30,8 @@ _BUILT_IN = {
     "templates": {  # open_clip has them as functions of the name
         "openai": [template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES],
         "simple": [template("{c}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES],
+        # the FLYP paper's, from its authors' code; all but fmow and iwildcam are CLIP's own prompts for these sets
+        **json.loads(Path(__file__).with_name("templates.json").read_text("utf-8")),
     },
 }
 _CHUNK = 16384  # prompts tokenised at once; a process for each in larger sets
@@ -70,7 +74,8 @@ class ClassPrompts:
 
         Args:
             classnames: a path, a URL, `imagenet` (open_clip's list), or the names themselves.
-            templates: a path, a URL, `openai` or `simple` (open_clip's lists), one template with its `{c}`, or a list.
+            templates: a path, a URL, `openai` or `simple` (open_clip's lists), a set of the paper (a key of templates.json,
+                such as `fmow`), one template with its `{c}`, or a list.
 
         Raises:
             InputError: a file is missing, is not UTF-8, holds Python or JSON, or has a bad line, which is named.

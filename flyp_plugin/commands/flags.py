@@ -45,8 +45,8 @@ def add_classes_flags(parser: ArgumentParser) -> None:
     """Class names and templates."""
     add = parser.add_argument_group("classes").add_argument
     add("--classnames", metavar="FILE", help="a file, or imagenet (default: classnames.txt of each set)")
-    add("--templates", metavar="FILE", help="a file, openai, simple, or one template with {c} "
-        "(default: zeroshot_classification_templates.txt of each set)")
+    add("--templates", metavar="FILE", help="a file, openai, simple, a set of the paper (fmow, ...), or one "
+        "template with {c} (default: zeroshot_classification_templates.txt of each set)")
 
 
 def add_data_flags(parser: ArgumentParser) -> None:

@@ -48,8 +48,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("dest", metavar="DEST", help="the split folder to write; class names and templates go into the folder above it")
     add("--classnames", metavar="FILE", help="class names in the order of their indices: a file, or imagenet "
         "(default: classnames.txt above DEST, else the sorted names)")
-    add("--templates", metavar="FILE", help="a file, openai, simple, or one template with its {c} "
-        "(default: the file above DEST, else 'a photo of a {c}.')")
+    add("--templates", metavar="FILE", help="a file, openai, simple, a set of the paper (fmow, ...), or one "
+        "template with its {c} (default: the file above DEST, else 'a photo of a {c}.')")
     add("--shard-size", **size)
     add("--seed", type=int, default=0, metavar="N", help="of the shuffle before writing (default: %(default)s)")
     add("--workers", type=count, default=min(4, os.cpu_count() or 1), metavar="N",
