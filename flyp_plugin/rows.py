@@ -12,17 +12,26 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import normalize_name
 from flyp_plugin.sources import IMAGE_KEY, read_text
 
-Row = tuple[str, str, str | None]  # image path, class name or index, group
 EXTENSIONS = IMAGE_KEY.replace(";", ", ")
 MAX_SPLITS = 50  # a column with more values is not one of splits
 _SPLIT_NAME = re.compile(r"(?<![a-z])(train|test|val|dev)(?:ing|id|idation)?(?![a-z])")  # also in id_val
 _log = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """An image to write."""
+
+    image: str  # its path
+    label: str  # class name or index
+    shown: str  # the path as the user knows it: relative to the source folder, or as the CSV has it
+    group: str | None = None
+    by: str = ""  # images with the same value stay in one split
 
 
 def read_folder(source: str) -> tuple[list[Row], list[str]]:
@@ -51,7 +60,8 @@ def read_folder(source: str) -> tuple[list[Row], list[str]]:
             skipped += [path for child in inner if os.path.islink(path := os.path.join(top, child))]
             inner[:] = [child for child in inner if not child.startswith(".")]
             images = {file for file in files if image_extension(file) and not file.startswith(".")}
-            rows += [(os.path.join(top, file), name, None) for file in images]
+            inside = os.path.relpath(top, source)
+            rows += [Row(os.path.join(top, file), name, os.path.join(inside, file)) for file in images]
             skipped += [os.path.join(top, file) for file in files if file not in images]
     if not rows:
         raise InputError(f"the class folders in {source} contain no {EXTENSIONS} files; check the path.")
@@ -70,6 +80,7 @@ def read_table(
     split_col: str = "split",
     split: str | None = None,
     group_col: str = "",
+    by: str = "",
     root: str = "",
 ) -> tuple[list[Row], list[str]]:
     """The images that a CSV lists, in its order; and the labels that occur, sorted.
@@ -86,10 +97,11 @@ def read_table(
     text = read_text(path)
     if text is None:
         raise InputError(f"there is no folder or CSV file {path}; check the path.")
-    columns = [column.strip() for column in (image_col, label_col, group_col, split_col)]
-    image_col, label_col, group_col, split_col = columns
+    columns = [column.strip() for column in (image_col, label_col, group_col, by, split_col)]
+    image_col, label_col, group_col, by, split_col = columns
     flags = {"--image-col": image_col, "--label-col": label_col}
     flags |= {"--group-col": group_col} if group_col else {}
+    flags |= {"--by": by} if by else {}
     needed = list(flags.values())
     flags |= {"--split-col": split_col} if split or split_col != "split" else {}
     lines = _read_csv(text, path, set(flags.values()))
@@ -122,7 +134,10 @@ def read_table(
             missing.append(f"{escape_control_chars(image)} (line {line})")
         elif not image_extension(image):
             raise InputError(f"{place}: {image} is not a {EXTENSIONS} file; convert it first.")
-        rows.append((image, normalize_name(first), row[group_col].strip() if group_col else None))
+        group = row[group_col].strip() if group_col else None
+        rows.append(
+            Row(image, normalize_name(first), row[image_col], group, normalize_name(row[by]) if by else "")
+        )
     if missing:
         number = f"{len(missing)} of {len(rows)}"
         raise InputError(f"{number} images of {path} do not exist, first {missing[0]}; check --root.")
@@ -130,12 +145,12 @@ def read_table(
         only = f" with {split_col} {split!r}, only {_list_values(values[split_col])}" if split else ""
         raise InputError(f"{path} has no lines{only}; there is nothing to write.")
     _report_splits(values, split_col, split, path)
-    labels = Counter(image for image, _ in {row[:2] for row in rows})
+    labels = Counter(image for image, _ in {(row.image, row.label) for row in rows})
     if several := sorted(image for image, count in labels.items() if count > 1):
         _log.warning(
             f"{len(several)} images have several classes, such as {several[0]}; each class gets a copy."
         )
-    return rows, sorted({label for _, label, _ in rows})
+    return rows, sorted({row.label for row in rows})
 
 
 def _read_csv(text: str, path: str, wanted: set[str]) -> Iterator[tuple[int, list[str]]]:

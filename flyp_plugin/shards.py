@@ -12,13 +12,11 @@ import os
 import random
 import re
 import shutil
-import signal
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import chain, islice
-from multiprocessing import active_children
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,8 @@ from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import detect_syntax, same_names, to_unique_keys
-from flyp_plugin.rows import image_extension, read_folder, read_table
+from flyp_plugin.parallel import map_parallel
+from flyp_plugin.rows import Row, image_extension, read_folder, read_table
 from flyp_plugin.sources import (
     IMAGE_KEY,
     expand_sources,
@@ -36,6 +35,7 @@ from flyp_plugin.sources import (
     write_atomically,
     write_sizes,
 )
+from flyp_plugin.splits import divide_rows, resolve_shares
 
 # prompts, samples and webdataset import torch: they are imported in functions, for a fast --help
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 SHARD_SIZE = 1000  # samples: about 100 MB of 500-pixel JPEGs
+SHOWN = 5  # classes that a message names
 MIN_SHARDS = 16  # loaders share out whole shards: one for each of 4 ranks x open_clip's 4 workers
 _log = logging.getLogger(__name__)
 
@@ -56,9 +57,10 @@ def write(
     shard_size: int | None = None,
     seed: int = 0,
     workers: int = 1,
+    hold_out: Sequence[tuple[str, Fraction]] = (),
     **columns: str,
 ) -> None:
-    """Write a folder of class folders, or the images that a CSV lists, as shards.
+    """Write a folder of class folders, or the images that a CSV lists, as shards: one split or several disjoint ones.
 
     Args:
         source: the folder, or a CSV or TSV file with a header line.
@@ -69,9 +71,14 @@ def write(
         shard_size: most samples in a shard. Default: SHARD_SIZE, or fewer, to make MIN_SHARDS shards.
         seed: of the shuffle before writing. The same source and seed give the same bytes.
         workers: number of processes.
-        columns: for a CSV: image_col, label_col, split_col, split, group_col and root of rows.read_table.
+        hold_out: names and shares of splits to write beside `dest`, which gets the rest; see splits.divide.
+        columns: for a CSV: image_col, label_col, split_col, split, group_col, by and root of rows.read_table.
     """
+    if columns.get("by") and not hold_out:
+        raise InputError("--by is about --hold-out; give one, such as --hold-out val=0.1, or leave --by out.")
     folder = _resolve_dest(dest)
+    shares = resolve_shares(folder, hold_out)
+    folders = {name: _resolve_dest(str(folder.with_name(name))) for name in shares}
     if not os.path.isdir(source):
         rows, found = read_table(source, **columns)  # type: ignore[arg-type]
     elif columns:
@@ -82,16 +89,30 @@ def write(
     else:
         rows, found = read_folder(source)
     prompts = _resolve_lists(found, folder.parent, classnames, templates)
-    labels = {label for _, label, _ in rows}
+    labels = {row.label for row in rows}
     indices = _to_indices(labels, prompts.classnames)
-    random.Random(seed).shuffle(rows)
-    samples = ((number, path, indices[label], group) for number, (path, label, group) in enumerate(rows))
-    sizes = _shard_sizes(len(rows), shard_size)
-    with _create_split(folder, sizes, {CLASSNAMES: prompts.classnames, TEMPLATES: prompts.templates}) as part:
-        jobs = [(part / name, list(islice(samples, size))) for name, size in sizes.items()]
+    if hold_out:
+        rows.sort()  # so that a CSV's order does not matter
+    splits = divide_rows(rows, shares, seed, workers) if hold_out else [folder.name] * len(rows)
+    mixed = list(zip(rows, splits))
+    random.Random(seed).shuffle(mixed)
+    by_split = {folder: [row for row, split in mixed if split == name] for name, folder in folders.items()}
+    sizes = {folder: _shard_sizes(len(rows), shard_size) for folder, rows in by_split.items()}
+    lists = {CLASSNAMES: prompts.classnames, TEMPLATES: prompts.templates}
+    with _create_splits(sizes, lists) as parts:
+        jobs = []
+        for part, (folder, rows) in zip(parts, by_split.items()):
+            samples = enumerate((row, indices[row.label]) for row in rows)
+            jobs += [(part / name, list(islice(samples, size))) for name, size in sizes[folder].items()]
         map_parallel(_write_shard, jobs, workers, "writing")
-    classes = f"{len(labels)} of {len(prompts.classnames)} classes"
-    _log.info(f"Wrote {len(rows)} images of {classes} in {len(sizes)} shards to {dest}.")
+    for folder, rows in by_split.items():
+        present = {row.label for row in rows}
+        classes = f"{len(present)} of {len(prompts.classnames)} classes"
+        place = os.path.relpath(folder) if hold_out else dest
+        _log.info(f"Wrote {len(rows)} images of {classes} in {len(sizes[folder])} shards to {place}.")
+        if absent := sorted(labels - present):
+            few = ", ".join(absent[:SHOWN]) + (", ..." if len(absent) > SHOWN else "")
+            _log.warning(f"{len(absent)} classes have too few images for {place}: {few}.")
     _log.info(f"Next: flyp shards check {os.path.relpath(folder.parent)}")
 
 
@@ -131,7 +152,7 @@ def subset(
                 chosen.remove(identity)
                 yield sample | ({"__key__": f"s{len(chosen):07d}"} if rename else {})
 
-    with _create_split(folder, sizes, lists) as part:
+    with _create_splits({folder: sizes}, lists) as (part,):
         samples = read_chosen()
         for name, size in sizes.items():
             _write_tar(part / name, islice(samples, size))
@@ -247,38 +268,51 @@ def _resolve_dest(dest: str) -> Path:
 
 
 @contextmanager
-def _create_split(folder: Path, sizes: dict[str, int], lists: dict[str, list[str]]) -> Iterator[Path]:
-    """FOLDER.part to write to, renamed to `folder` at the end and deleted after an error.
+def _create_splits(sizes: Mapping[Path, dict[str, int]], lists: dict[str, list[str]]) -> Iterator[list[Path]]:
+    """FOLDER.part of each split folder to write to, all renamed at the end, or all deleted after an error.
 
     nshards.txt comes first: expand_source refuses a folder with fewer shards, as a killed run leaves it.
     """
-    part = folder.with_name(f"{folder.name}.part")
+    made: list[Path] = []
+    data = next(iter(sizes)).parent
     try:
-        part.mkdir(parents=True)
         try:
-            write_atomically(part / "nshards.txt", f"{len(sizes)}\n")
-            yield part
-            _check_lists(folder.parent, lists)
+            for folder, of_shards in sizes.items():
+                part = folder.with_name(f"{folder.name}.part")
+                part.mkdir(parents=True)
+                made.append(part)
+                write_atomically(part / "nshards.txt", f"{len(of_shards)}\n")
+            yield list(made)
+            _check_lists(data, lists)
             for name, lines in lists.items():
-                if not (folder.parent / name).exists():
-                    write_atomically(folder.parent / name, "\n".join(lines) + "\n")
-            write_sizes(part, sizes)
-            os.replace(part, folder)
+                if not (data / name).exists():
+                    write_atomically(data / name, "\n".join(lines) + "\n")
+            for part, of_shards in zip(made, sizes.values()):
+                write_sizes(part, of_shards)
+            for i, folder in reversed(list(enumerate(sizes))):  # the hold-outs first
+                os.replace(made[i], folder)
+                made[i] = folder
+            made.clear()
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
         fix = f"delete {part}, unless another run is writing it" if part.exists() else "try another place"
         raise InputError(f"{folder} was not written: {error}; {fix}.") from None
 
 
-def _write_shard(job: tuple[Path, list[tuple[int, str, int, str | None]]]) -> None:
+def _write_shard(job: tuple[Path, list[tuple[int, tuple[Row, int]]]]) -> None:
     def read_images() -> Iterator[dict[str, Any]]:
-        for number, path, label, group in rows:
-            members = {str(image_extension(path)): Path(path).read_bytes(), "cls": str(label).encode()}
-            members |= {"group": group.encode()} if group is not None else {}
+        for number, (row, label) in samples:
+            members = {
+                str(image_extension(row.image)): Path(row.image).read_bytes(),
+                "cls": str(label).encode(),
+            }
+            members |= {"group": row.group.encode()} if row.group is not None else {}
+            members |= {"path": row.shown.encode(errors="surrogateescape")}
             yield {"__key__": f"s{number:07d}", **members}  # keys as in CLIP_benchmark
 
-    shard, rows = job
+    shard, samples = job
     _write_tar(shard, read_images())
 
 
@@ -300,21 +334,3 @@ def _check_lists(data: Path, lists: dict[str, list[str]]) -> None:
         existing = read_lines(str(data / name))
         if existing is not None and not same_names(existing, lines):
             raise InputError(f"{data / name} differs from this set's list; write to another data folder.")
-
-
-def map_parallel(function: Callable, items: Sequence, workers: int, what: str) -> list:
-    """function(item) for the item of each shard, in `workers` processes. An error, Ctrl-C or SIGTERM ends them."""
-    workers, others = min(workers, len(items)), set(active_children())
-    bar: dict[str, Any] = {"total": len(items), "desc": what, "unit": "shard", "disable": None}
-    if workers < 2:
-        return list(tqdm(map(function, items), **bar))
-    # not a Pool: it waits for ever after a signal to the whole group has ended a worker that held its lock
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too, but is handled here
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in tqdm(futures, **bar)]
-        except BaseException:
-            for worker in set(active_children()) - others:
-                worker.terminate()
-            raise

@@ -69,7 +69,9 @@ def samples(split: Path) -> Counter:
     found = members(split)
     keys = {name.partition(".")[0] for name in found}
     image = {
-        name.partition(".")[0]: raw for name, raw in found.items() if not name.endswith((".cls", ".group"))
+        name.partition(".")[0]: raw
+        for name, raw in found.items()
+        if not name.endswith((".cls", ".group", ".path"))
     }
     return Counter((image[key], int(found[f"{key}.cls"])) for key in keys)
 
@@ -105,7 +107,7 @@ def test_a_split_folder_says_how_much_is_in_it(data):
 def test_keys_are_running_numbers_and_endings_are_lower_case(data):
     names = members(data / "train")
     assert {name.partition(".")[0] for name in names} == {f"s{i:07d}" for i in range(200)}
-    assert {name.partition(".")[2] for name in names} == {"png", "jpeg", "cls"}
+    assert {name.partition(".")[2] for name in names} == {"png", "jpeg", "cls", "path"}
 
 
 def test_shards_are_shuffled(data):
@@ -176,7 +178,7 @@ def test_files_that_are_no_images_are_left_out_and_named(photos, tmp_path, caplo
     (folder / "one" / ".ipynb_checkpoints" / "1.png").write_bytes(png(1))
     caplog.set_level(logging.INFO)
     write(str(folder), str(tmp_path / "data" / "train"))
-    assert len(members(tmp_path / "data" / "train")) == 2 * 20
+    assert len(members(tmp_path / "data" / "train")) == 3 * 20
     assert says(caplog.text, "2", "._1.png")
 
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from flyp_plugin.commands.flags import add_key_flags, count
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import describe_same_tokens, same_names
-from flyp_plugin.shards import list_splits, local_shards, map_parallel
+from flyp_plugin.parallel import map_parallel
+from flyp_plugin.shards import list_splits, local_shards
 from flyp_plugin.sources import IMAGE_KEY, read_counts
 from flyp_plugin.tars import find_scattered_sample
 

@@ -4,7 +4,9 @@ import argparse
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from tqdm import tqdm
@@ -16,8 +18,11 @@ from flyp_plugin.shards import list_splits, local_shards, subset, write
 from flyp_plugin.sources import IMAGE_KEY
 from flyp_plugin.tars import TAR_ERRORS, count_shard, find_scattered_sample, first_endings
 
-EXAMPLE = "  flyp shards write photos/train data/train\n  flyp shards check data"
-WRITE_EXAMPLE = """  flyp shards write photos/train data/train
+EXAMPLE = (
+    "  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1\n  flyp shards check data"
+)
+WRITE_EXAMPLE = """  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1
+  flyp shards write photos/train data/train
   flyp shards write photos/test data/test        # in the class order of data/classnames.txt
   flyp shards write iwildcam/metadata.csv data/test --image-col filename --label-col y --split test \\
       --group-col location_remapped --root iwildcam/train --classnames names.txt"""
@@ -50,8 +55,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "(default: classnames.txt above DEST, else the sorted names)")
     add("--templates", metavar="FILE", help="a file, openai, simple, a set of the paper (fmow, ...), or one "
         "template with its {c} (default: the file above DEST, else 'a photo of a {c}.')")
+    add("--hold-out", type=_share, action="append", metavar="NAME=SHARE", help="also write a split NAME beside DEST, with "
+        "this share of the images of each class, such as val=0.1; DEST gets the rest; repeatable")
     add("--shard-size", **size)
-    add("--seed", type=int, default=0, metavar="N", help="of the shuffle before writing (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of --hold-out and of the shuffle before writing (default: %(default)s)")
     add("--workers", type=count, default=min(4, os.cpu_count() or 1), metavar="N",
         help="processes (default: %(default)s)")
     add = parser.add_argument_group("for a CSV").add_argument
@@ -60,6 +68,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--split", metavar="VALUE", help="take the lines with this value in --split-col; '' takes all lines")
     add("--split-col", metavar="COL", help="the column that --split is about (default: split)")
     add("--group-col", metavar="COL", help="column to write as .group members, for worst-group accuracy")
+    add("--by", metavar="COL", help="column, such as patient or camera, whose values --hold-out does not divide")
     add("--root", metavar="DIR", help="folder that the image paths are relative to (default: the CSV's folder)")
 
     help = "write a few-shot set: K images of each class, copied unchanged"
@@ -84,6 +93,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 # fmt: on
+
+
+def _share(text: str) -> tuple[str, Fraction]:
+    """argparse type: NAME=SHARE, with a share between 0 and 1."""
+    name, _, share = text.partition("=")
+    plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) and not name.endswith(".part")
+    if not plain or not re.fullmatch(r"0?\.[0-9]+", share) or not Fraction(share):
+        raise argparse.ArgumentTypeError(
+            f"must be NAME=SHARE with a share between 0 and 1, such as val=0.1, got {text}"
+        )
+    return name, Fraction(share)
 
 
 def write_command(args: argparse.Namespace) -> None:
