@@ -15,6 +15,7 @@ from uuid import UUID
 
 import numpy as np
 import open_clip
+import timm.data
 from PIL import Image
 
 from tests import tars
@@ -22,7 +23,7 @@ from tests import tars
 BENCHMARK = files("clip_benchmark") / "datasets"
 BENCHMARK_NAMES = json.loads((BENCHMARK / "en_classnames.json").read_text("utf-8"))
 BENCHMARK_TEMPLATES = json.loads((BENCHMARK / "en_zeroshot_classification_templates.json").read_text("utf-8"))
-WNIDS = [f"n{1440764 + 1117 * number:08d}" for number in range(1000)]
+WNIDS = list(timm.data.ImageNetInfo().label_names())
 FMOW = str.split("""airport airport_hangar airport_terminal amusement_park aquaculture archaeological_site barn border_checkpoint
 burial_site car_dealership construction_site crop_field dam debris_or_rubble educational_institution electric_substation
 factory_or_powerplant fire_station flooded_road fountain gas_station golf_course ground_transportation_station helipad
