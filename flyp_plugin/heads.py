@@ -164,7 +164,7 @@ class ImageClassifier(nn.Module):
 
         Args:
             run: the run's folder, logs/NAME, or a checkpoint in it or merged from it.
-            epoch: for a folder: 'best', 'last' or a number; None: the merged weights if there are any, else the last.
+            epoch: for a folder: 'best', 'loss', 'last' or a number; None: the merged weights if there are any, else the last.
             prompts: other classes; None: the training set's.
             precision: open_clip's --precision; None: the run's.
 

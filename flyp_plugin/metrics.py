@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from flyp_plugin.errors import InputError
 
@@ -28,11 +29,12 @@ class Tally:
     Attributes:
         counts: int64 (3, C), the images of each class, those predicted as it, and those both.
         in_top5: images whose class is among the five most likely.
+        loss: the sum of the images' cross-entropies, in nats.
         group_images, group_correct: images and correct images of each group; '' is the group of images without one.
     """
 
     def __init__(self, num_classes: int):
-        self.num_classes, self.in_top5 = num_classes, 0
+        self.num_classes, self.in_top5, self.loss = num_classes, 0, 0.0
         self.counts = torch.zeros(3, num_classes, dtype=torch.int64)
         self.group_images, self.group_correct = Counter[str](), Counter[str]()
 
@@ -55,6 +57,7 @@ class Tally:
         self.counts += torch.stack([torch.bincount(i, minlength=self.num_classes) for i in indices]).cpu()
         if self.num_classes > 5:
             self.in_top5 += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
+        self.loss += cross_entropy(logits, labels, reduction="none").cpu().double().sum().item()
         groups = list(groups or ())
         self.group_images.update(groups)
         self.group_correct.update(compress(groups, correct.tolist()))
@@ -63,6 +66,7 @@ class Tally:
         """Add the counts of another rank."""
         self.counts += other.counts
         self.in_top5 += other.in_top5
+        self.loss += other.loss
         self.group_images.update(other.group_images)
         self.group_correct.update(other.group_correct)
 
@@ -83,6 +87,12 @@ def metric(function: Callable[[Tally], Metrics]) -> Callable[[Tally], Metrics]:
 def _accuracy(tally: Tally) -> Metrics:
     n, _, correct = tally.counts.sum(dim=1).tolist()
     return {"n": n, "top1": correct / n} | ({"top5": tally.in_top5 / n} if tally.num_classes > 5 else {})
+
+
+@metric
+def _loss(tally: Tally) -> Metrics:
+    """The mean cross-entropy of the logits in nats, by which FLYP's few-shot experiments choose an epoch."""
+    return {"loss": tally.loss / int(tally.counts[0].sum())}
 
 
 @metric
@@ -150,9 +160,10 @@ def evaluate(classifier: Callable[[torch.Tensor], torch.Tensor], loader: Iterabl
     """The metrics of a classifier over a loader; takes the arguments of `score`.
 
     Returns:
-        n; top1; top5 if C > 5; mean_per_class_recall and macro_f1 over the classes in the ground truth;
-        worst_group_top1 and worst_group (its name) if there are groups. All in [0, 1] except n and the name.
-        Equal to scikit-learn's with labels=np.unique(y), and to WILDS' for groups.
+        n; top1; top5 if C > 5; loss (mean cross-entropy of the logits, natural log); mean_per_class_recall and macro_f1
+        over the classes in the ground truth; worst_group_top1 and worst_group (its name) if there are groups. All in
+        [0, 1] except n, loss and the name. Equal to scikit-learn's with labels=np.unique(y), to WILDS' for groups, and
+        to torch's cross_entropy.
 
     Raises:
         InputError: a label outside 0..C-1, a NaN logit, or no images.
@@ -160,16 +171,26 @@ def evaluate(classifier: Callable[[torch.Tensor], torch.Tensor], loader: Iterabl
     return score(classifier, loader, **kwargs).metrics()
 
 
-def best(figures: Mapping[Key, float]) -> Key:
-    """The key (an alpha, an epoch, a setting) of the highest figure; the smallest of equal ones, which changes least."""
-    return max(figures, key=lambda key: (figures[key], -key))
+def best(figures: Mapping[Key, float], metric: str = "top1") -> Key:
+    """The key (an alpha, an epoch, a setting) of the highest figure, or of the lowest if the metric is `loss`.
+
+    Of equal ones the smallest key, which changes least.
+    """
+    sign = -1 if metric == "loss" else 1
+    return max(figures, key=lambda key: (sign * figures[key], -key))
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
     """Rows of metrics as an aligned text table, with fractions as percentages."""
     columns = list(dict.fromkeys(chain.from_iterable(rows.values())))
     lines = [[corner, *columns], *([name, *(row.get(c, "") for c in columns)] for name, row in rows.items())]
-    texts = [[f"{100 * x:.2f}" if isinstance(x, float) else str(x) for x in line] for line in lines]
+    texts = [[_cell(*pair) for pair in zip(lines[0], line)] for line in lines]
     widths = [max(map(len, column)) for column in zip(*texts)]
     padded = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in texts)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def _cell(column: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4f}" if column == "loss" else f"{100 * value:.2f}"

@@ -62,8 +62,8 @@ def choose_weights(run: Record, epoch: str | None) -> Path:
 
     Args:
         run: as `record.find` returns it.
-        epoch: 'last', 'best' (top-1 on the first evaluation set; of equal ones the earliest) or a number; None: the
-            merged weights if there are any, else the last epoch.
+        epoch: 'last', 'best' or 'loss' (the highest top-1 or the lowest loss on the first evaluation set; of equal ones
+            the earliest), or a number; None: the merged weights if there are any, else the last epoch.
 
     Raises:
         InputError: that checkpoint was deleted, there is none, or the first set was not scored.
@@ -74,11 +74,13 @@ def choose_weights(run: Record, epoch: str | None) -> Path:
     if epoch in (None, "last"):
         path = (None if epoch else _merged_weights(folder, saved)) or record.newest_checkpoint(folder)
     else:
-        number, why = _best_epoch(run, folder) if epoch == "best" else (epoch, "")
+        number, why = _best_epoch(run, folder, epoch) if epoch in ("best", "loss") else (epoch, "")
         path, what = {str(one): path for one, path in saved.items()}.get(str(number)), f"epoch {number}{why}"
     if path is None:
         those = ", ".join(map(str, saved)) or "none"
-        raise InputError(f"{folder} has no {what}; pass --epoch best, last or one of its own ({those}).")
+        raise InputError(
+            f"{folder} has no {what}; pass --epoch best, loss, last or one of its own ({those})."
+        )
     _log.info(f"Using the weights {path}.")
     return path
 
@@ -102,14 +104,19 @@ def merged_name(alpha: float) -> str:
     return f"wise_ft_alpha={alpha:.2f}.pt"
 
 
-def _best_epoch(run: Record, folder: Path) -> tuple[int, str]:
-    """The epoch with the best top-1 on the first evaluation set, and words that say so."""
+def _best_epoch(run: Record, folder: Path, epoch: str) -> tuple[int, str]:
+    """The trained epoch with the highest top-1 ('best') or lowest 'loss' on the first evaluation set, and words that say so."""
     name, path = (run.get("eval_data") or [""])[0].partition("=")[0], folder / RESULTS
+    metric, why = ("loss", "the lowest loss") if epoch == "loss" else ("top1", "the best")
     rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    scores = {row["epoch"]: row[f"{name}/top1"] for row in rows if row["epoch"] and f"{name}/top1" in row}
-    if not scores:
+    scores = {row["epoch"]: row[key] for row in rows if (key := f"{name}/{metric}") in row}
+    if not scores.keys() - {0}:
         raise InputError(f"{path} has no scores to choose the best epoch by; pass --epoch last or a number.")
-    return best(scores), f" (the best on {name})"
+    chosen = best({number: score for number, score in scores.items() if number}, metric)
+    if 0 in scores and best(scores, metric) == 0 and scores[0] != scores[chosen]:
+        figures = f"{metric} {scores[0]:.4f} against {scores[chosen]:.4f}"
+        _log.info(f"On {name}, zero-shot was better than epoch {chosen}, the best one trained ({figures}).")
+    return chosen, f" ({why} on {name})"
 
 
 def spec_from_args(args: argparse.Namespace, weights: str, known: Record | None) -> ModelSpec:

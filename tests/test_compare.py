@@ -18,8 +18,8 @@ import pytest
 from scipy import stats
 
 from flyp_plugin import commands
-from flyp_plugin.commands import compare, plots
-from flyp_plugin.commands.compare import (
+from flyp_plugin.commands import compare, grid, plots
+from flyp_plugin.commands.grid import (
     TRIED,
     parse_blocks,
     parse_methods,
@@ -100,7 +100,7 @@ def add_method_that_fails(patch):
             return original(self, run)
         return [*original(self, dataclasses.replace(run, method="flyp")), "--opt", "timm/no-such-optimizer"]
 
-    patch.setattr(compare, "METHODS", ("flyp", "bad"))
+    patch.setattr(grid, "METHODS", ("flyp", "bad"))
     patch.setattr(compare.Comparison, "flags", flags)
 
 
@@ -160,7 +160,7 @@ def test_every_figure_is_that_of_the_runs(finished):
     for lr in (1e-4, 1e-3):
         lines = (finished / f"runs/flyp_lr{lr}_seed0/checkpoints/results.jsonl").read_text().splitlines()
         tried[str(lr)] = json.loads(lines[-1])["val/top1"]
-    assert found["id_top1_by_value"] == tried and found["value"] == float(max(tried, key=tried.get))
+    assert found["by_value"] == tried and found["value"] == float(max(tried, key=tried.get))
     results, sweeps = by_seed(finished, found["value"])
     for name, alpha in (("flyp", lambda s: 1.0), ("flyp + WiSE-FT", lambda s: s["chosen_alpha"])):
         chosen = [sweep["alphas"][f"{alpha(sweep):.2f}"] for sweep in sweeps]
@@ -292,6 +292,8 @@ def test_kill_ends_the_current_run_with_one_line_and_status_143(argv, tmp_path):
         (["--id-test", "val"], ["--id-test", "val", "--eval-data", "odd"]),
         (["--seed", "4"], ["--seed"]),
         (["--name=mine"], ["--name=mine"]),
+        (["--save-frequency", "0"], ["--save-frequency"]),
+        (["--select", "best", "--eval-frequency=2"], ["--eval-frequency=2"]),
         (["--train-data", "nowhere"], ["nowhere"]),
         (["--pretrained", "nowhere.pt"], ["nowhere.pt"]),
         (["--eval-data", "val=nowhere"], ["--eval-data", "val", "nowhere"]),
@@ -363,6 +365,9 @@ def test_parse_seeds_and_blocks():
         "shots4_templates0_", "shots4_templates1_", "shots16_templates0_", "shots16_templates1_",
     ]  # fmt: skip
     assert blocks[3].title == "16 shots, templates many.txt"
+    blocks = parse_blocks(None, ["one.txt"], ["a.json", "b.json", "a.json"])
+    assert [block.prefix for block in blocks] == ["templates0_", "prompts0_", "prompts1_"]
+    assert blocks[2].title == "prompts b.json"
     with pytest.raises(InputError, match=naming("--shots", "0")):
         parse_blocks("0,4", None)
 
@@ -408,10 +413,12 @@ def method(value, *seeds):
     return {
         "tuned": "lr",
         "value": value,
-        "id_top1_by_value": {1e-5: 0.1, 3e-5: 0.2, 1e-4: 0.3},
+        "chosen_by": "id/top1",
+        "by_value": {1e-5: 0.1, 3e-5: 0.2, 1e-4: 0.3},
         "zero_shot": {"id": {"top1": 0.5, "n": 10}, "ood": {"top1": 0.4, "n": 20}},
         "seeds": {
             seed: {
+                "epoch": 3 - seed,
                 "chosen_alpha": chosen,
                 "alphas": {a: {"id": {"top1": i, "n": 10}, "ood": {"top1": o, "n": 20}} for a, i, o in zip(
                     ("0.00", "0.50", "1.00"), id_, ood)},
@@ -427,11 +434,11 @@ METHODS = {
 }
 
 
-def record(methods, **blocks):
+def record(methods, select="last", **blocks):
     table = plots.rows(methods, ["id"])
     less = plots.differences(table, list(methods))
     block = {"title": "", "methods": methods, "rows": table, "differences": less, **blocks}
-    settings = {"model": "M", "pretrained": "P", "train_data": "D"}
+    settings = {"model": "M", "pretrained": "P", "train_data": "D", "select": select}
     return {"settings": settings, "epochs": 3, "methods": ["flyp", "ce"], "seeds": [0, 1],
             "id_sets": ["id"], "blocks": [block]}  # fmt: skip
 
@@ -455,6 +462,20 @@ def test_document_shows_rates_at_list_ends_and_signs():
     )
     assert any(line.startswith("| ce | -15.0 ± 63.5 | +10.0 ± 0.0 |") for line in lines)
     assert any(says(line, "`id`", "--id-test") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("select", "rule"),
+    [
+        ("last", ["last epoch (3)"]),
+        ("best", ["0 (zero-shot) to 3", "highest top-1 on `id`", "seed 0)", "epoch and alpha"]),
+        ("loss", ["0 (zero-shot) to 3", "lowest loss", "seed 0 by loss", "epoch and, by top-1, alpha"]),
+    ],
+)
+def test_document_states_the_rule_and_the_epochs_chosen(select, rule):
+    text = plots.document(record(METHODS, select))
+    assert all(words in text for words in rule)
+    assert ("Epochs chosen, in the order of the seeds: flyp 3, 2; ce 3, 2." in text) == (select != "last")
 
 
 def test_curve_and_star_are_means_over_seeds():

@@ -52,6 +52,7 @@ def test_equal_to_scikit_learn(seed):
     assert ours["mean_per_class_recall"] == pytest.approx(
         sk.balanced_accuracy_score(labels, prediction), abs=1e-12
     )
+    assert ours["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
     f1 = sk.f1_score(labels, prediction, labels=occur, average="macro")
     assert ours["macro_f1"] == pytest.approx(f1, abs=1e-12)
 
@@ -61,6 +62,7 @@ def test_top5_only_where_there_are_more_than_five_classes():
     assert set(tallied(logits, torch.arange(5)).metrics()) == {
         "n",
         "top1",
+        "loss",
         "mean_per_class_recall",
         "macro_f1",
     }
@@ -93,7 +95,11 @@ def test_merged_tallies_equal_one_pass():
     merged = Tally(9)
     for rank in range(3):
         merged.merge(tallied(logits[rank::3], labels[rank::3], groups[rank::3]))
-    assert merged.metrics() == tallied(logits, labels, groups).metrics()
+    alone = tallied(logits, labels, groups).metrics()
+    assert merged.metrics() == {
+        **alone,
+        "loss": pytest.approx(alone["loss"], rel=1e-12),
+    }  # a sum in another order
 
 
 def test_a_label_that_is_no_class_and_a_set_without_images():
@@ -116,11 +122,11 @@ def test_evaluate_takes_tuples_and_dicts_and_leaves_the_mode():
 
 
 def test_table_aligns_and_shows_percentages():
-    text = table({"val": {"n": 12, "top1": 0.5}, "sketch": {"n": 3, "top1": 1.0, "worst_group": "a"}}, "set")
-    assert text.split("\n") == [
-        "set      n    top1  worst_group",
-        "val     12   50.00",
-        "sketch   3  100.00            a",
+    rows = {"val": {"n": 12, "top1": 0.5, "loss": 0.25}, "sketch": {"n": 3, "top1": 1.0, "worst_group": "a"}}
+    assert table(rows, "set").split("\n") == [
+        "set      n    top1    loss  worst_group",
+        "val     12   50.00  0.2500",
+        "sketch   3  100.00                    a",
     ]
 
 

@@ -7,26 +7,28 @@ turns their results into tables and a picture (plots.py). What makes the compari
 import argparse
 import json
 import logging
-import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from flyp_plugin.commands import plots
+from flyp_plugin.commands import grid, plots
+from flyp_plugin.commands.grid import TRIED, Block, Run, tuned
 from flyp_plugin.commands.jobs import DONE, JobFailed, Jobs, claim_folder, run_jobs
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import to_argv
 from flyp_plugin.sources import write_atomically
 
-METHODS = ("flyp", "ce", "lp", "lp-ft", "flyp-ce")  # objectives of `flyp train`
-TRIED = {"lr": "1e-6,3e-6,1e-5,3e-5", "lp-c": "1,10,100,1000"}  # the default values
-# flags of `flyp train` that this command sets for each run
-_RESERVED = re.compile("--(seed|shots-seed|objective|name|logs|resume|demo|help-open-clip)(=.*)?")
+# flags of `flyp train` that this command sets for each run, always and with --select best or loss
+_RESERVED = (
+    "seed|shots-seed|objective|name|logs|resume|demo|help-open-clip|save-frequency|delete-previous-checkpoint"
+)
+_RESERVED_IF_SELECTED = f"{_RESERVED}|eval-frequency"
+_ALPHAS = [f"{tenth / 10:.2f}" for tenth in range(11)]  # those of `flyp wiseft` by default
 _FLYP = (sys.executable, "-m", "flyp_plugin")
 _log = logging.getLogger(__name__)
 EXAMPLE = """  flyp compare --model ViT-B-16 --pretrained openai --train-data data \\
@@ -38,9 +40,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(passes_on=True)
     parser.epilog = """All other flags go to each training (see train_flyp.py --help and --help-open-clip): --epochs, --batch-size,
 --device, --model-config, ... Every method gets the same data, epochs and number of values of its one tuned setting: the
-learning rate or, for lp, C. The first set chooses the value, by top-1 after the last epoch on the first seed (the other
-seeds train with it), and alpha; no other set chooses anything. Each run is a folder in DIR/runs with its own command.txt.
-Finished runs are skipped, so the same command resumes an interrupted comparison."""
+learning rate or, for lp, C. The first set chooses that value, on the first seed (the other seeds train with it), and for
+each seed the epoch (--select) and alpha; no other set chooses anything. Alpha is chosen by top-1, and so are the value
+and the epoch, unless --select is loss. Each run is a folder in DIR/runs with its own command.txt. Finished runs are
+skipped, so the same command resumes an interrupted comparison."""
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="open_clip's name of the architecture")
     add("--pretrained", required=True, metavar="TAG|PATH", help="what each fine-tuning starts from")
@@ -49,7 +52,7 @@ Finished runs are skipped, so the same command resumes an interrupted comparison
         "test split); repeatable; the first is the ID validation set, which chooses")
     add("--id-test", metavar="NAME", help="the set of --eval-data that is an ID test set, so not part of mean OOD")
     add("--methods", default="flyp,ce,lp,lp-ft", metavar="A,B,...",
-        help=f"some of {', '.join(METHODS)}; the others are compared with the first (default: %(default)s)")
+        help=f"some of {', '.join(grid.METHODS)}; the others are compared with the first (default: %(default)s)")
     add("--lr", metavar="A,B,...", help=f"learning rates to choose from (default: {TRIED['lr']}, or the middle ones of "
         "these, as many as there are of --lp-c)")
     add("--lp-c", metavar="A,B,...", help="for lp, as many values of its inverse regularisation strength "
@@ -58,46 +61,14 @@ Finished runs are skipped, so the same command resumes an interrupted comparison
     add("--shots", metavar="K,L,...", help="images per class, drawn by the seed; one table for each")
     add("--templates", action="append", metavar="FILE", help="templates to train with (a file, openai, simple, fmow, ..., "
         "or one template); repeatable, one table for each. Sets that have a templates file are scored with it")
+    add("--prompts", action="append", metavar="FILE.json", help="descriptions of each class to train with; repeatable, one "
+        "table for each, after those of --templates (in `flyp train` the two add up). Sets whose class names are all in "
+        "FILE are scored with it")
+    add("--select", choices=["last", "best", "loss"], default="last", help="the epoch at which a run is scored: its last, "
+        "or the one with the highest top-1 (best) or the lowest loss (mean cross-entropy) on the first set, where zero-shot "
+        "is epoch 0. For best and loss, one run's checkpoints of all epochs must fit on the disk (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="folder for compare.md, compare.json, compare.png and runs/")
     # fmt: on
-
-
-@dataclass(frozen=True)
-class Block:
-    """One table: the shots (None: all images) and templates (None: the data's) at which the methods are compared."""
-
-    prefix: str  # of the names of its runs
-    shots: int | None
-    templates: str | None
-
-    @property
-    def title(self) -> str:
-        shots = f"{self.shots} shots" if self.shots else ""
-        return ", ".join(filter(None, (shots, self.templates and f"templates {self.templates}")))
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training."""
-
-    block: Block
-    method: str
-    value: float  # of the tuned flag
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.block.prefix}{self.method}_{tuned(self.method)}{self.value}_seed{self.seed}"
-
-    @property
-    def title(self) -> str:
-        parts = (self.block.title, self.method, f"{tuned(self.method)} {self.value:g}", f"seed {self.seed}")
-        return ", ".join(filter(None, parts))
-
-
-def tuned(method: str) -> str:
-    """The flag that is tuned for a method."""
-    return "lp-c" if method == "lp" else "lr"
 
 
 class Comparison:
@@ -109,20 +80,22 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, Path(args.out)
-        self.methods, self.seeds = parse_methods(args.methods), parse_seeds(args.seeds)
-        args.lr, args.lp_c = with_defaults({"lr": args.lr, "lp-c": args.lp_c}).values()
-        self.values = parse_values(self.methods, {"lr": args.lr, "lp-c": args.lp_c})
-        self.blocks = parse_blocks(args.shots, args.templates)
+        self.methods, self.seeds = grid.parse_methods(args.methods), grid.parse_seeds(args.seeds)
+        args.lr, args.lp_c = grid.with_defaults({"lr": args.lr, "lp-c": args.lp_c}).values()
+        self.values = grid.parse_values(self.methods, {"lr": args.lr, "lp-c": args.lp_c})
+        self.blocks = grid.parse_blocks(args.shots, args.templates, args.prompts)
         names = [spec.partition("=")[0] for spec in args.eval_data]
         if args.id_test not in (None, *names[1:]):
             what = f"a set of --eval-data after the first ({', '.join(names)})"
             raise InputError(f"--id-test {args.id_test} must be {what}.")
-        self.id_sets = [
-            *names[:1],
-            *filter(None, [args.id_test]),
-        ]  # the set that chooses, and the ID test set
+        self.id_sets = [names[0], *filter(None, [args.id_test])]  # the set that chooses, and the ID test set
+        self.metric = (
+            "loss" if args.select == "loss" else "top1"
+        )  # that chooses the epoch and the tuned value
+        self.chosen_by = f"{names[0]}/{self.metric}"
+        reserved = _RESERVED if args.select == "last" else _RESERVED_IF_SELECTED
         for word in args.train_flags:
-            if _RESERVED.fullmatch(word):
+            if re.fullmatch(f"--({reserved})(=.*)?", word):
                 raise InputError(f"{word} is set by `flyp compare` for each run; leave it out (see --help).")
         if not (find_spec("matplotlib") and find_spec("scipy")):
             raise InputError("matplotlib and scipy are missing: pip install 'flyp-plugin[train,compare]'.")
@@ -142,9 +115,11 @@ class Comparison:
         """The flags of a training, except where it goes. The user's come last, so that they win."""
         args, block = self.args, run.block
         flags = {name: getattr(args, name) for name in ("model", "pretrained", "train_data")}
-        flags |= {"templates": block.templates, "shots": block.shots, "shots_seed": block.shots and run.seed}
+        flags |= {name: getattr(block, name) for name in ("templates", "prompts", "shots")}
+        flags |= {"shots_seed": block.shots and run.seed}
         flags |= {"objective": run.method if run.method != "flyp" else None, tuned(run.method): run.value}
-        flags |= {"seed": run.seed, "eval_frequency": 0}  # only before training and after the last epoch
+        # 0: only before training and after the last epoch
+        flags |= {"seed": run.seed, "eval_frequency": 0 if args.select == "last" else 1}
         sets = [word for spec in args.eval_data for word in ("--eval-data", spec)]
         return [*to_argv(flags), *sets, *args.train_flags]
 
@@ -160,16 +135,31 @@ class Comparison:
     def epochs(self, run: Run) -> int:
         return self.train_args[run.block, run.method].epochs
 
-    def metrics(self, run: Run, epoch: int) -> dict[str, dict[str, Any]]:
-        """The metrics of a run on each set; epoch 0 is zero-shot."""
+    def rows(self, run: Run) -> dict[int, dict[str, Any]]:
+        """The lines of results.jsonl by epoch; 0 is zero-shot. A resumed run may have one twice: the later counts."""
         lines = self.read(run, "checkpoints/results.jsonl").splitlines()
-        rows = [row for row in map(json.loads, lines) if row["epoch"] == epoch]
+        return {row["epoch"]: row for row in map(json.loads, lines)}
+
+    def metrics(self, run: Run, epoch: int) -> dict[str, dict[str, Any]]:
+        """The metrics of a run on each set."""
         by_set: dict[str, dict[str, Any]] = {}
-        for key, value in rows[-1].items():  # a resumed run may have it twice
+        for key, value in self.rows(run)[epoch].items():
             name, slash, metric = key.partition("/")
             if slash:
                 by_set.setdefault(name, {})[metric] = value
         return by_set
+
+    def choose_epoch(self, run: Run) -> int:
+        """The epoch at which a finished run is scored, by --select; 0 if zero-shot is as good as any other."""
+        from flyp_plugin.metrics import best
+
+        if self.args.select == "last":
+            return self.epochs(run)
+        return best({epoch: row[self.chosen_by] for epoch, row in self.rows(run).items()}, self.metric)
+
+    def figure(self, run: Run) -> float:
+        """The figure at that epoch that chose it, which also chooses the tuned value."""
+        return self.rows(run)[self.choose_epoch(run)][self.chosen_by]
 
     def read(self, run: Run, name: str) -> str:
         """A text file of a finished run. Raises InputError if it was deleted."""
@@ -177,76 +167,6 @@ class Comparison:
         if not (folder / name).exists():
             raise InputError(f"{folder / name} of a finished run is missing; delete {folder} to rerun it.")
         return (folder / name).read_text()
-
-    def id_top1(self, run: Run) -> float:
-        """Top-1 after the last epoch on the set that chooses."""
-        return self.metrics(run, self.epochs(run))[self.id_sets[0]]["top1"]
-
-
-def parse_methods(text: str) -> list[str]:
-    methods = text.split(",")
-    if not set(methods) <= set(METHODS) or len(set(methods)) < len(methods):
-        raise InputError(f"--methods must be different ones of {', '.join(METHODS)}, got {text!r}.")
-    return methods
-
-
-def with_defaults(texts: Mapping[str, str | None]) -> dict[str, str]:
-    """The values to try for each flag, A,B,...; for a flag not given, the middle ones of its defaults.
-
-    Every flag gets as many values as the one that is given, so that no method is tuned more than another.
-    """
-    counts = [len(set(text.split(","))) for text in texts.values() if text is not None]
-    filled = {}
-    for flag, text in texts.items():
-        defaults = TRIED[flag].split(",")
-        count = min(*counts, len(defaults)) if counts else len(defaults)
-        start = (len(defaults) - count + 1) // 2
-        filled[flag] = ",".join(defaults[start : start + count]) if text is None else text
-    return filled
-
-
-def parse_values(methods: Sequence[str], texts: Mapping[str, str]) -> dict[str, list[float]]:
-    """The values to try for each method, from A,B,... for each flag; InputError if one method has more than another."""
-    values = {}
-    for flag in dict.fromkeys(map(tuned, methods)):
-        values[flag] = _numbers(f"--{flag}", texts[flag], float, "1e-6,1e-5")
-        if not all(0 < value < math.inf for value in values[flag]):
-            raise InputError(f"--{flag} must be positive numbers such as 1e-6,1e-5, got {texts[flag]!r}.")
-    if len({len(some) for some in values.values()}) > 1:
-        counts = " and ".join(f"--{flag} {len(some)}" for flag, some in values.items())
-        raise InputError(f"methods would be tuned unequally ({counts} values); pass as many of each.")
-    return {method: values[tuned(method)] for method in methods}
-
-
-def parse_seeds(text: str) -> list[int]:
-    """A:B (excluding B, at most 1,000 seeds) or A,B,...; InputError if it is neither."""
-    start, colon, end = text.partition(":")
-    if colon and start.isdecimal() and end.isdecimal() and int(start) < int(end) <= int(start) + 1000:
-        return list(range(int(start), int(end)))
-    return _numbers("--seeds", text, int, "0:3 or 0,1,2")
-
-
-def parse_blocks(shots: str | None, templates: Sequence[str] | None) -> list[Block]:
-    """One block for each number of shots and each templates."""
-    counts: Sequence[int | None] = _numbers("--shots", shots, int, "4,16") if shots else [None]
-    if 0 in counts:
-        raise InputError(f"--shots must be >= 1, got {shots!r}.")
-    texts: Sequence[str | None] = list(dict.fromkeys(templates or [])) or [None]
-    blocks = []
-    for count, (number, text) in product(counts, enumerate(texts)):
-        prefix = (f"shots{count}_" if count else "") + (f"templates{number}_" if text else "")
-        blocks.append(Block(prefix, count, text))
-    return blocks
-
-
-def _numbers(flag: str, text: str, kind: Callable, example: str) -> list:
-    try:
-        numbers = list(dict.fromkeys(map(kind, text.split(","))))
-    except ValueError:
-        numbers = [-1]
-    if min(numbers) < 0:
-        raise InputError(f"{flag} must be numbers >= 0 joined by commas, such as {example}, got {text!r}.")
-    return numbers
 
 
 def run(args: argparse.Namespace) -> None:
@@ -289,33 +209,53 @@ def _run_method(comparison: Comparison, block: Block, method: str, jobs: Jobs) -
     tuning = {value: Run(block, method, value, first) for value in comparison.values[method]}
     for run in tuning.values():
         _train(comparison, run, jobs)
-    top1 = {value: comparison.id_top1(run) for value, run in tuning.items()}
-    chosen = best(top1)
+    figures = {value: comparison.figure(run) for value, run in tuning.items()}
+    chosen = best(figures, comparison.metric)
     for value, run in tuning.items():
-        if value != chosen:  # its log and figures stay
-            checkpoint = f"checkpoints/epoch_{comparison.epochs(run)}.pt"
-            (comparison.folder(run) / checkpoint).unlink(missing_ok=True)
+        if value != chosen:
+            _keep_checkpoint(comparison.folder(run), None)
     seeds = {first: _sweep(comparison, tuning[chosen], jobs)}
     for seed in others:
         run = Run(block, method, chosen, seed)
         _train(comparison, run, jobs)
         seeds[seed] = _sweep(comparison, run, jobs)
-    found = {"tuned": tuned(method), "value": chosen, "id_top1_by_value": top1}
+    found = {"tuned": tuned(method), "value": chosen, "chosen_by": comparison.chosen_by, "by_value": figures}
     return {**found, "zero_shot": comparison.metrics(tuning[chosen], 0), "seeds": seeds}
 
 
 def _train(comparison: Comparison, run: Run, jobs: Jobs) -> None:
-    folder = comparison.folder(run)
+    """Train; of the checkpoints, keep that of the epoch that --select chooses."""
+    folder, select = comparison.folder(run), comparison.args.select
     command = [*_FLYP, "train", *comparison.flags(run), "--logs", str(folder.parent), "--name", folder.name]
-    command += ["--resume", "latest", "--delete-previous-checkpoint"]
-    val = comparison.id_sets[0]
-    jobs.run("training", run.title, folder, command, lambda: f"{val} {100 * comparison.id_top1(run):.1f}")
+    command += ["--resume", "latest", *(["--delete-previous-checkpoint"] if select == "last" else [])]
+
+    def result() -> str:
+        name, figure = comparison.id_sets[0], comparison.figure(run)
+        said = f"{name} loss {figure:.4f}" if comparison.metric == "loss" else f"{name} {100 * figure:.1f}"
+        return said if select == "last" else f"{said} at epoch {comparison.choose_epoch(run)}"
+
+    jobs.run("training", run.title, folder, command, result)
+    _keep_checkpoint(folder, comparison.choose_epoch(run))
+
+
+def _keep_checkpoint(folder: Path, epoch: int | None) -> None:
+    """Delete the checkpoints of a finished run but for one or none; its log and figures stay."""
+    from flyp_plugin.record import epochs
+
+    for number, path in epochs(folder).items():
+        if number != epoch:
+            path.unlink()
 
 
 def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
-    out = comparison.folder(run) / "wiseft"
+    """Sweep alpha at the epoch chosen; returns a seed's part of compare.json."""
+    folder, epoch = comparison.folder(run), comparison.choose_epoch(run)
+    found = {"folder": str(folder), "epoch": epoch}
+    if epoch == 0:  # nothing to merge: at every alpha the weights are those that training started from
+        jobs.skip("sweep")
+        return {**found, "chosen_alpha": 0.0, "alphas": dict.fromkeys(_ALPHAS, comparison.metrics(run, 0))}
     args = vars(comparison.train_args[run.block, run.method])
-    command = [*_FLYP, "wiseft", str(comparison.folder(run)), "--force"]
+    command = [*_FLYP, "wiseft", str(folder), "--epoch", str(epoch), "--force"]
     command += to_argv({name: args[name] for name in ("device", "batch_size", "workers")})
     if comparison.args.id_test:
         command += ["--per-set"]  # a mean OOD would include the ID test set
@@ -323,8 +263,8 @@ def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
     def record() -> dict[str, Any]:
         return json.loads(comparison.read(run, "wiseft/wiseft.json"))
 
-    jobs.run("sweep", run.title, out, command, lambda: f"alpha {record()['chosen_alpha']:g}")
-    return {"folder": str(out.parent), **{key: record()[key] for key in ("chosen_alpha", "alphas")}}
+    jobs.run("sweep", run.title, folder / "wiseft", command, lambda: f"alpha {record()['chosen_alpha']:g}")
+    return {**found, **{key: record()[key] for key in ("chosen_alpha", "alphas")}}
 
 
 def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Block, dict[str, Any]]) -> None:
@@ -335,8 +275,8 @@ def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Bl
     for block, methods in results.items():
         table = plots.rows(methods, comparison.id_sets)
         differences = plots.differences(table, list(methods)) if comparison.methods[0] in methods else {}
-        entry = {"title": block.title, "shots": block.shots, "templates": block.templates, "methods": methods}
-        blocks.append({**entry, "rows": table, "differences": differences})
+        given = {name: getattr(block, name) for name in ("title", "shots", "templates", "prompts")}
+        blocks.append({**given, "methods": methods, "rows": table, "differences": differences})
     epochs = max(args.epochs for args in comparison.train_args.values())  # a linear probe has 1
     parts = {name: getattr(comparison, name) for name in ("methods", "seeds", "id_sets")}
     record = {"settings": settings, "epochs": epochs, **parts, "blocks": blocks}

@@ -27,7 +27,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
     """The model, under open_clip's names for its flags, and --force."""
     parser.add_argument("--force", action="store_true", help="overwrite files that already exist")
     add = parser.add_argument_group("model (read from the run's flyp.json; flags override it)").add_argument
-    add("--epoch", metavar="best|last|N", help="take this epoch of the run, not its merged weights or last epoch")
+    add("--epoch", metavar="best|loss|last|N", help="take this epoch of the run, not its merged weights or last epoch "
+        "(best: the highest top-1, loss: the lowest loss, on its first evaluation set)")
     add("--model", metavar="NAME", help="open_clip's name of the architecture")
     add("--model-config", metavar="PATH", help="JSON file of a model that open_clip does not know, or a folder of them")
     add("--force-quick-gelu", action="store_true", help="use QuickGELU (a pretrained tag that needs it sets it already)")

@@ -56,6 +56,11 @@ class Jobs:
             left = tqdm.format_interval(seconds_left(self.seconds, self.left))
             _log.info(f"[{number}/{self.total}] {title}, {kind}: {result()}, in {took}; about {left} left")
 
+    def skip(self, kind: str) -> None:
+        """Count a command that turned out to be unnecessary."""
+        self.left[kind] -= 1
+        self.bar.update()
+
     def _run(self, command: Sequence[str], log: Path, what: str) -> None:
         with log.open("w") as output:
             process = subprocess.Popen(

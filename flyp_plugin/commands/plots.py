@@ -129,9 +129,22 @@ def document(record: Record) -> str:
             f"Top-1 in %, mean over seeds {', '.join(map(str, seeds))} ± half of its 95 % confidence interval (Student's "
             "t). The interval covers seeds only; n test images add a standard error of up to 50/√n points."
         )
+    select, epochs = settings["select"], record["epochs"]
+    if select == "last":
+        how += f" Each method is scored after its last epoch ({epochs})."
+    else:
+        figure = "highest top-1" if select == "best" else "lowest loss (mean cross-entropy)"
+        fit = "; `lp` has only one, its fit" if "lp" in record["methods"] else ""
+        how += (
+            f" Each run is scored at one of its epochs, 0 (zero-shot) to {epochs}{fit}: the earliest with the {figure} on "
+            f"`{val}`. At epoch 0 there is nothing to merge: WiSE-FT is zero-shot, too, and its alpha counts as 0."
+        )
+    by, epoch = (
+        (" by loss", "epoch and, by top-1, ") if select == "loss" else ("", "epoch and " * (select == "best"))
+    )
     how += (
-        f" Each method is scored after its last epoch ({record['epochs']}). `{val}` chose the setting of each method (on "
-        f"seed {seeds[0]}) and alpha (for each seed); no other set chose anything."
+        f" `{val}` chose the setting of each method (on seed {seeds[0]}{by}) and {epoch}alpha (for each seed); no other set "
+        "chose anything."
     )
     if not test:
         how += f" So the figures on `{val}` are slightly optimistic; pass --id-test for a set that chooses nothing."
@@ -139,6 +152,8 @@ def document(record: Record) -> str:
     for block in record["blocks"]:
         text += [f"## {block['title']}"] if block["title"] else []
         text += [_markdown(block["rows"], record, block["methods"])]
+        if select != "last" and block["methods"]:
+            text += [f"Epochs chosen, in the order of the seeds: {_epochs(block['methods'])}."]
         if block["differences"]:
             first = record["methods"][0]
             text += [f"Difference to {first} (with WiSE-FT: to {first}{_WISE}) in points, paired by seed:"]
@@ -149,12 +164,19 @@ def document(record: Record) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def _epochs(methods: Mapping[str, Record]) -> str:
+    by_method = {
+        method: [sweep["epoch"] for sweep in found["seeds"].values()] for method, found in methods.items()
+    }
+    return "; ".join(f"{method} {', '.join(map(str, some))}" for method, some in by_method.items())
+
+
 def _markdown(table: Table, record: Record, methods: Mapping[str, Record], sign: str = "") -> str:
     if not table:
         return "No method has finished."
     notes = {"zero-shot": ["", "0"]}
     for method, found in methods.items():
-        tried = sorted(map(float, found["id_top1_by_value"]))
+        tried = sorted(map(float, found["by_value"]))
         end = {tried[0]: " (least tried)", tried[-1]: " (most tried)"} if len(tried) > 2 else {}
         setting = f"{found['tuned']} {found['value']:g}{end.get(found['value'], '')}"
         mean = fmean(sweep["chosen_alpha"] for sweep in found["seeds"].values())
