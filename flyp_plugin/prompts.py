@@ -219,7 +219,7 @@ def _read_list(source: str | Sequence[str], what: str) -> tuple[Sequence[str], s
     if lines is None:
         flag = "--classnames FILE" if what == "class names" else "--templates FILE, or a template with {c}"
         raise InputError(
-            f"there is no file {source} with {what}; give {flag} (or {' or '.join(_BUILT_IN[what])})."
+            f"there is no file {source} with {what}; give {flag} (or {', '.join(_BUILT_IN[what])})."
         )
     check_syntax(lines, f"the template {source[:80]!r}" if is_template else source, what)
     return lines, place

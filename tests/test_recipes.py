@@ -26,7 +26,7 @@ STAND_INS = {
     "flyp": """printf '%s\\0' "$@" > words""",
     "torchrun": """while [ "$1" != train_flyp.py ]; do shift; done; shift; printf '%s\\0' train "$@" > words""",
     "python": f"""[ "$1" != train_flyp.py ] && exec {sys.executable} "$@"; shift; printf '%s\\0' train "$@" > words""",
-    "curl": """[ "$1" = -L ] && cat "web/${2##*/}" """,
+    "curl": """[ "$1" = -fL ] && cat "web/${2##*/}" """,
     "hf": """[ "$1 $3 $4 $5" = "download --repo-type dataset --local-dir" ] && mkdir -p data && cp -r "hub/${2##*/}" "$6" """,
 }
 
