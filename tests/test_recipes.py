@@ -186,6 +186,16 @@ def test_fmow(recipe, tmp_path):
             expected = {number: (*row[:2], "") for number, row in expected.items()}
         assert samples == expected and samples
     assert "ood/worst_group_top1" in results()
+    prompts = json.loads(Path("data/fmow/prompts.json").read_text())
+    assert list(prompts) == recipes.FMOW and {len(texts) for texts in prompts.values()} == {16}
+    assert prompts["airport_hangar"][:5] == [
+        "satellite photo of a airport_hangar.",
+        "aerial photo of a airport_hangar.",
+        "satellite photo of an airport hangar.",
+        "aerial photo of an airport hangar.",
+        "satellite photo of a airport_hangar in asia.",
+    ]
+    assert prompts["zoo"][2] == prompts["zoo"][0] == "satellite photo of a zoo."
 
 
 def test_caltech101(recipe, tmp_path):
