@@ -74,8 +74,9 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--classnames", metavar="FILE", help="class names, one per line, or: imagenet (default: classnames.txt beside "
         "the shards)")
-    add("--templates", metavar="FILE", help="prompt templates with {c}, one per line, or: openai, simple, or a single "
-        "template (default: zeroshot_classification_templates.txt beside the shards)")
+    add("--templates", metavar="FILE", help="prompt templates with {c}, one per line, or: openai, simple, those of one of "
+        "the paper's sets (fmow, iwildcam, caltech101, cars, flowers, pcam, sst2), or a single template (default: "
+        "zeroshot_classification_templates.txt beside the shards)")
     add("--prompts", metavar="FILE.json", help="class descriptions, {class name: [prompt, ...]} with lists of any length; "
         "with --templates, in addition to these (default: prompts.json beside the shards, instead of the templates)")
     add("--template-order", choices=("random", "table"), default="random", help="random: each image gets a prompt of its "

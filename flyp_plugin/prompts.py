@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ _BUILT_IN = {
     "templates": {  # open_clip has them as functions of the name
         "openai": [template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES],
         "simple": [template("{c}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES],
+        # the FLYP paper's, from its authors' code; all but fmow and iwildcam are CLIP's own prompts for these sets
+        **json.loads(Path(__file__).with_name("templates.json").read_text("utf-8")),
     },
 }
 _FORM = '{"class name": ["prompt", ...], ...}'
@@ -108,7 +111,8 @@ class ClassPrompts:
 
         Args:
             classnames: a path, a URL, `imagenet` (open_clip's list), or the names themselves.
-            templates: a path, a URL, `openai` or `simple` (open_clip's lists), one template with its `{c}`, or a list.
+            templates: a path, a URL, `openai` or `simple` (open_clip's lists), a set of the paper (a key of templates.json,
+                such as `fmow`), one template with its `{c}`, or a list.
             descriptions: a path, a URL (see `read_descriptions`), or a mapping.
 
         Raises:
@@ -346,7 +350,7 @@ def _read_list(source: str | Sequence[str], what: str) -> tuple[Sequence[str], s
     if lines is None:
         flag = "--classnames FILE" if what == "class names" else "--templates FILE, or a template with {c}"
         raise InputError(
-            f"there is no file {source} with {what}; give {flag} (or {' or '.join(_BUILT_IN[what])})."
+            f"there is no file {source} with {what}; give {flag} (or {', '.join(_BUILT_IN[what])})."
         )
     check_syntax(lines, f"the template {source[:80]!r}" if is_template else source, what)
     return lines, place

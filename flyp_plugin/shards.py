@@ -67,7 +67,8 @@ def write(
         source: the folder, or a CSV or TSV file with a header line.
         dest: the split folder, such as data/train; class names and templates go into the folder above it.
         classnames: the class order: a file or `imagenet`. Default: classnames.txt above `dest`, else the sorted names.
-        templates: a file, `openai`, `simple` or one template. Default: the file above `dest`, else 'a photo of a {c}.'.
+        templates: a file, `openai`, `simple`, `fmow`, ... or one template. Default: the file above `dest`, else
+            'a photo of a {c}.'.
         shard_size: most samples in a shard. Default: SHARD_SIZE, or fewer, to make MIN_SHARDS shards.
         seed: of the shuffle before writing. The same source and seed give the same bytes.
         workers: number of processes.

@@ -1,4 +1,7 @@
-"""The documentation keeps its word: its flags exist, its commands run on small data, its Python runs, its links lead somewhere."""
+"""The documentation keeps its word: its flags exist, its commands run on small data, its Python runs, its links lead somewhere.
+
+The recipes for the paper's sets run in test_recipes.py.
+"""
 
 import json
 import os
@@ -6,9 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import timm
@@ -20,26 +21,11 @@ from sklearn.datasets import load_digits
 from flyp_plugin import ImageClassifier, evaluate, flags, openclip
 from flyp_plugin import commands as cli
 from flyp_plugin.data import LabelledDataset
-from flyp_plugin.sources import count_samples, expand_source
+from flyp_plugin.sources import expand_source
 from tests.digits import NAMES
+from tests.pages import BENCH, PAGES, README, REPO, code, section
 
-REPO = Path(__file__).parents[1]
-PAGES = {
-    name: (REPO / name).read_text()
-    for name in ("README.md", "CHANGELOG.md", "tests/bench/README.md", "tests/faults/README.md")
-}
-README, BENCH = PAGES["README.md"], PAGES["tests/bench/README.md"]
 NOT_OURS = {"--rdzv-endpoint", "--nnodes", "--repo-type"}  # torchrun's, hf's
-
-
-def section(page, heading):
-    return page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-
-
-def code(text):
-    """The lines of indented blocks, with continued lines joined."""
-    lines = re.findall(r"^ {4,}(?=\S)((?:.*\\\n)*.*)$", text, re.MULTILINE)
-    return [re.sub(r"\s*\\\n\s*", " ", line) for line in lines]
 
 
 def commands(text):
@@ -237,54 +223,3 @@ def test_the_python_runs(tmp_path, digits, monkeypatch):
     labels = torch.zeros(len(scope["images"])).long()
     assert 0 <= scope["evaluate"](scope["classifier"], [(scope["images"], labels)])["top1"] <= 1
     assert scope["head"].shape[1] == 10
-
-
-def test_the_recipes_make_shards(shell, tmp_path, monkeypatch):
-    """ImageNet's, iWildCam's, FMoW's, SST2's and Caltech101's lines, on downloads of a few images."""
-    rng = np.random.default_rng(0)
-
-    def image(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path)
-
-    for wnid in ("n01440764", "n01443537"):
-        for number in range(2):
-            image(tmp_path / f"imagenet/train/{wnid}/{wnid}_{number}.JPEG")
-    wild, fmow = tmp_path / "iwildcam_v2.0", tmp_path / "fmow_v1.1"
-    splits = ("train", "id_val", "test")
-    for split in splits:
-        image(wild / f"train/{split}.jpg")
-    rows = [f"{split},{i % 2},{split}.jpg" for i, split in enumerate(splits)]
-    (wild / "metadata.csv").write_text("\n".join(["split,y,filename", *rows]) + "\n")
-    (wild / "categories.csv").write_text("y,category_id,name\n1,10,tayassu pecari\n0,0,empty\n")
-    (tmp_path / "templates.txt").write_text("a photo of {c}.\n{c} in the wild.\n")
-    (tmp_path / "fmow_templates.txt").write_text("satellite photo of a {c}.\n")
-    rows = [
-        f"{split},{name},FRA,{year}-01-12T08:04:51Z"
-        for split, year in (("train", 2012), ("train", 2013), ("val", 2012), ("test", 2016), ("seq", 2012))
-        for name in ("airport", "zoo")
-    ]
-    for number in range(len(rows)):
-        image(fmow / f"images/rgb_img_{number}.png")
-    (fmow / "rgb_metadata.csv").write_text("\n".join(["split,category,country_code,timestamp", *rows]) + "\n")
-    for name in ("negative", "positive"):
-        for split in ("train", "test"):
-            image(tmp_path / f"rendered-sst2/{split}/{name}/0.png")
-        for number in range(6):
-            image(tmp_path / f"101_ObjectCategories/{name}/image_{number:04d}.jpg")
-    made = [
-        line
-        for line in code(section(BENCH, "The paper's data sets"))
-        if line.startswith(("find ", "tail ", "awk ", "flyp shards write "))
-    ]
-    assert len(made) == 15
-    monkeypatch.chdir(tmp_path)
-    for line in made:
-        if line.startswith("flyp "):  # here, as starting a process takes longer than the command
-            assert cli.call(shlex.split(line)[1:]) in (0, None)
-        else:
-            shell(line)
-    for folder, number in (("imagenet", 4), ("iwildcam", 1), ("fmow", 2), ("sst2", 2), ("caltech101", 10)):
-        assert count_samples(expand_source(str(tmp_path / "data" / folder), "train")) == number
-    assert (tmp_path / "train.csv").read_text().splitlines()[-1].endswith("n01443537_1.JPEG,1")
-    assert (tmp_path / "data/iwildcam/classnames.txt").read_text() == "empty\ntayassu pecari\n"

@@ -59,8 +59,8 @@ skipped, so the same command resumes an interrupted comparison."""
         f"(default: {TRIED['lp-c']}, or the middle ones of these, as many as there are of --lr)")
     add("--seeds", default="0:3", metavar="A:B|A,B,...", help="A:B excludes B (default: %(default)s)")
     add("--shots", metavar="K,L,...", help="images per class, drawn by the seed; one table for each")
-    add("--templates", action="append", metavar="FILE", help="templates to train with (a file, openai, simple, or one "
-        "template); repeatable, one table for each. Sets that have a templates file are scored with it")
+    add("--templates", action="append", metavar="FILE", help="templates to train with (a file, openai, simple, fmow, ..., "
+        "or one template); repeatable, one table for each. Sets that have a templates file are scored with it")
     add("--prompts", action="append", metavar="FILE.json", help="descriptions of each class to train with; repeatable, one "
         "table for each, after those of --templates (in `flyp train` the two add up). Sets whose class names are all in "
         "FILE are scored with it")

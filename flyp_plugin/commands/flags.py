@@ -46,8 +46,8 @@ def add_classes_flags(parser: ArgumentParser) -> None:
     """Class names and prompts."""
     add = parser.add_argument_group("classes").add_argument
     add("--classnames", metavar="FILE", help="a file, or imagenet (default: classnames.txt of each set)")
-    add("--templates", metavar="FILE", help="a file, openai, simple, or one template with {c} "
-        "(default: zeroshot_classification_templates.txt of each set)")
+    add("--templates", metavar="FILE", help="a file, openai, simple, a set of the paper (fmow, ...), or one "
+        "template with {c} (default: zeroshot_classification_templates.txt of each set)")
     add("--prompts", metavar="FILE.json", help="class descriptions, {class name: [prompt, ...]}, with --templates in "
         "addition to these (default: prompts.json of each set, instead of its templates)")
 

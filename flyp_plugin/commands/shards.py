@@ -54,8 +54,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("dest", metavar="DEST", help="the split folder to write; class names and templates go into the folder above it")
     add("--classnames", metavar="FILE", help="class names in the order of their indices: a file, or imagenet "
         "(default: classnames.txt above DEST, else the sorted names)")
-    add("--templates", metavar="FILE", help="a file, openai, simple, or one template with its {c} "
-        "(default: the file above DEST, else 'a photo of a {c}.')")
+    add("--templates", metavar="FILE", help="a file, openai, simple, a set of the paper (fmow, ...), or one "
+        "template with its {c} (default: the file above DEST, else 'a photo of a {c}.')")
     add("--hold-out", type=_share, action="append", metavar="NAME=SHARE", help="also write a split NAME beside DEST, with "
         "this share of the images of each class, such as val=0.1; DEST gets the rest; repeatable")
     add("--shard-size", **size)
