@@ -109,7 +109,8 @@ def write_onnx(classifier: ImageClassifier, name: str, path: Path) -> list[Path]
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
             raise _unsupported(classifier, reason) from error
-    assert program is not None
+    if program is None:  # its type allows it; only for a model that is a script
+        raise _unsupported(classifier, "nothing was exported")
     told = {key: config[key] for key in PREPROCESSING} | {"size": [height, width]}
     told["classnames"] = classifier.classnames
     program.model.metadata_props.update({key: json.dumps(value) for key, value in told.items()})
