@@ -19,11 +19,10 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.onnx_export import write_onnx
 
-MODELS = (
-    "ViT-B-32 ViT-B-32-quickgelu RN50 coca_ViT-B-32 MobileCLIP-S1 EVA02-B-16 ViTamin-S ViT-B-16-SigLIP convnext_base "
-    "ViT-B-32-SigLIP2-256 PE-Core-T-16-384 MobileCLIP2-S0 MobileCLIP-B nllb-clip-base ViT-S-32-alt xlm-roberta-base-ViT-B-32 "
-    "ViT-B-16-plus-240 EVA01-g-14 ViT-L-14-CLIPA RN50x4 MetaCLIP2-B"
-).split()
+MODELS = [
+    "ViT-B-32", "ViT-B-32-quickgelu", "RN50", "coca_ViT-B-32", "MobileCLIP-S1", "MobileCLIP2-S0", "EVA02-B-16", "ViTamin-S",
+    "ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "convnext_base", "PE-Core-T-16-384", "ViT-S-32-alt",
+]  # fmt: skip
 
 
 def difference(name: str) -> float:
@@ -31,7 +30,11 @@ def difference(name: str) -> float:
     text = {"context_length": 8, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1}
     torch.manual_seed(0)
     own = {"quick_gelu": config.get("quick_gelu", False)}
-    model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text, **own).eval()
+    if decoder := config.get("multimodal_cfg"):
+        decoder |= text | {"layers": 1}
+        own["multimodal_cfg"] = decoder
+    kind = open_clip.CoCa if decoder else open_clip.CLIP
+    model = kind(config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=text, **own).eval()
     size = config["vision_cfg"]["image_size"]
     images = dict.fromkeys(("mean", "std"), [0.5] * 3) | {
         "interpolation": "bicubic",
