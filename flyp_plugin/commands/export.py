@@ -1,4 +1,4 @@
-"""`flyp export`: a folder that open_clip, or timm as a plain classifier, loads by its `local-dir:` name."""
+"""`flyp export`: a folder that open_clip, or timm as a plain classifier, loads by its `local-dir:` name; or an ONNX file."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from flyp_plugin.errors import InputError
 
 if TYPE_CHECKING:
     from flyp_plugin.checkpoints import Model, StateDict
+    from flyp_plugin.heads import ImageClassifier
     from flyp_plugin.prompts import ClassPrompts
     from flyp_plugin.record import Record
 
@@ -35,13 +37,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     add("checkpoint", metavar="RUN", help=RUN)
     add("--data", metavar="DIR", help="the data whose classes the classifier gets (default: the run's training data)")
-    add("--format", choices=["open_clip", "timm"], required=True)
-    add("--out", required=True, metavar="DIR", help="the folder to write")
+    add("--format", choices=["open_clip", "timm", "onnx"], required=True)
+    add("--out", required=True, metavar="PATH", help="the folder to write; of onnx, the file")
     # fmt: on
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the folder and say how to load it; InputError if the format cannot hold the model."""
+    """Write the folder or file and say how to load it; InputError if the format cannot hold the model."""
     import open_clip
 
     from flyp_plugin.heads import ImageClassifier
@@ -51,10 +53,15 @@ def run(args: argparse.Namespace) -> None:
     from flyp_plugin.timm_export import resized_to, to_timm_model
 
     out = Path(args.out)
-    _check_output(out, args.force)
+    if args.format == "onnx":
+        from flyp_plugin.onnx_export import check_onnx_output
+
+        check_onnx_output(args.out, args.force)
+    else:
+        _check_output(out, args.force)
     target = target_from_args(args, args.checkpoint)
     spec, record = target.spec, target.record
-    prompts = _resolve_classes(args, record) if args.format == "timm" else None
+    prompts = _resolve_classes(args, record) if args.format != "open_clip" else None
     model, model_cfg, tokenizer = target.model(args, "fp32"), dict(spec.model_cfg), spec.tokenizer()
     learned = getattr(model, HEAD, None)
     if args.format == "open_clip":
@@ -69,7 +76,10 @@ def run(args: argparse.Namespace) -> None:
         prompts = prompts or (learned and learned.class_prompts)
         if prompts is None:
             raise InputError("a classifier needs classes; pass --data DIR, or --classnames and --templates.")
-        timm_model, config = to_timm_model(ImageClassifier.from_model(model, tokenizer, prompts), model_cfg)
+        classifier = ImageClassifier.from_model(model, tokenizer, prompts).eval()
+        if args.format == "onnx":
+            return save_onnx(classifier.cpu(), spec.name, args.out, args.force)
+        timm_model, config = to_timm_model(classifier, model_cfg)
         write = partial(_save, timm_model.state_dict(), "model.safetensors", config, "config.json")
         how = f"timm.create_model('local-dir:{out}', pretrained=True) (timm 1.0.26 or newer)"
     with atomic_folder(out, args.force) as folder:
@@ -93,6 +103,27 @@ def _resolve_classes(args: argparse.Namespace, record: "Record | None") -> "Clas
         lists = [trained.get("templates"), trained.get("descriptions")]
     classnames = args.classnames or trained.get("classnames")
     return ClassPrompts.from_files(classnames, *lists) if classnames and any(lists) else None
+
+
+def save_onnx(classifier: "ImageClassifier", name: str, out: str, force: bool) -> None:
+    """Write and check the file in a folder beside `out`, then move it there; InputError as `write_onnx` raises it."""
+    from flyp_plugin.checkpoints import explain_write_errors, refuse_existing
+    from flyp_plugin.onnx_export import check_onnx_output, write_onnx
+
+    path = Path(os.path.abspath(out))
+    with explain_write_errors(out):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            files = write_onnx(classifier, name, Path(folder, path.name))
+            check_onnx_output(out, force)  # another process may have made it meanwhile
+            for file in files[:-1]:
+                refuse_existing(path.with_name(file.name), force)
+                _log.warning(
+                    f"An ONNX file holds 2 GB: the weights are in {file.name}, which must stay beside it."
+                )
+            for file in files:
+                os.replace(file, path.with_name(file.name))
+    _log.info(f"Wrote {out}. Load it with onnxruntime.InferenceSession('{out}').")
 
 
 def save_open_clip(model: "Model", model_cfg: Mapping[str, Any], tokenizer: Any, folder: Path) -> None:
