@@ -60,6 +60,8 @@ def find_mistakes(args: Namespace, typed: Iterable[str]) -> Iterator[str]:
         yield "--shots-seed has no effect without --shots; add that, or leave it out."
     if args.shots and args.train_data_upsampling_factors:
         yield "--train-data-upsampling-factors has no effect with --shots; leave one of them out."
+    if args.balance and args.template_order == "table":
+        yield "--template-order table needs each image once an epoch, unlike --balance; leave one of them out."
     if args.epochs < 1 or args.log_every_n_steps < 1:
         yield f"--epochs and --log-every-n-steps must be >= 1, got {args.epochs} and {args.log_every_n_steps}."
     if not (args.wd >= 0 and args.warmup >= 0):  # NaN too

@@ -10,6 +10,8 @@ The rule of an epoch
 - Each of R ranks makes ceil(ceil(N / R) / batch_size) batches, of equal sizes, because a gradient step waits for every
   rank. A rank whose shards hold more than its N / R samples leaves the rest out; one whose shards hold fewer starts
   them again (`repeat` 1, 2, ...) with new crops and prompts. So write shards of one size, a multiple of R in number.
+- With class weights (--balance), an epoch is still N samples, but an image comes as often as its class's weight says, on
+  average, and may be left out: a pass over the shards yields about N, and the next one or a cut makes it exactly N.
 - Unreadable images and tars are skipped, counted and reported, and end the run once they exceed `max_lost`. A wrong
   label ends it at once, because the class list does not belong to the shards.
 
@@ -63,6 +65,7 @@ class ClassPromptDataset(IterableDataset):
         num_workers: worker processes, at most one per shard; 0 reads in this one.
         rank, world_size: None asks torch.distributed.
         shard_weights: sample shards with replacement, with these weights (open_clip's --dataset-resampled).
+        class_weights: how often an image of each class is drawn in an epoch, on average; None: once.
         image_key: members that may hold the image, joined by `;`.
         label_key: member that holds the class index or name, or `json:FIELD`.
         template_order: "random" draws a prompt of the class anew each time; with "table", an image meets all of them
@@ -98,6 +101,7 @@ class ClassPromptDataset(IterableDataset):
         rank: int | None = None,
         world_size: int | None = None,
         shard_weights: Sequence[float] | None = None,
+        class_weights: Sequence[float] | None = None,
         image_key: str = IMAGE_KEY,
         label_key: str = "cls",
         template_order: str = "random",
@@ -130,11 +134,11 @@ class ClassPromptDataset(IterableDataset):
         self.sizes = dict.fromkeys(self.shards, num_samples // len(self.shards))  # or about as many
         self.sizes |= shard_sizes(self.shards, image_key)
         whole = num_samples >= sum(self.sizes[shard] for shard in self.shards)
-        self._sees_all = whole and world_size == 1 and shard_weights is None
+        self._sees_all = whole and world_size == 1 and shard_weights is None and class_weights is None
         self.preprocess, self.batch_size, self.num_workers = preprocess, batch_size, num_workers
         self.rank, self.world_size, self.seed, self.shard_weights = rank, world_size, seed, shard_weights
         self.image_key, self.label_key, self.retries, self.max_lost = image_key, label_key, retries, max_lost
-        self.template_order = template_order
+        self.template_order, self.class_weights = template_order, class_weights
         self.jpeg_draft, self.with_labels, self.as_dict = jpeg_draft, with_labels, as_dict
         self._indices = index_names(self.prompts.classnames)
         self.num_classes, self._tokens = len(self.prompts.classnames), self.prompts.tokenize(tokenizer)
@@ -164,6 +168,8 @@ class ClassPromptDataset(IterableDataset):
         samples = steps.label_samples(
             samples, self.num_classes, skip, self.image_key, self.label_key, indices=self._indices
         )
+        if self.class_weights is not None:
+            samples = steps.balance_classes(samples, self.class_weights, self.seed, epoch, repeat)
         rng = random.Random(repr((self.seed, epoch, repeat, self.rank, worker)))
         samples = wds.shuffle(SHUFFLE, initial=SHUFFLE_INITIAL, rng=rng)(samples)
         passes = self._passes_per_epoch if self.template_order == "table" else 0

@@ -82,6 +82,10 @@ def parser() -> argparse.ArgumentParser:
     add("--template-order", choices=("random", "table"), default="random", help="random: each image gets a prompt of its "
         "class at random each time; table: all of them in a random order before any comes again, as in the authors' "
         "code (default: %(default)s)")
+    add("--balance", type=_number(float, 0, 1), default=0.0, metavar="POWER", help="draw images of rare classes more often: "
+        "a class of n images has a share of n^(1 - POWER) of an epoch, so 1 makes all classes equal, 0.5 goes by the "
+        "square root. An epoch is then as many images as there are, but not each of them once; local shards only "
+        "(default: %(default)s)")
     add("--label-key", default="cls", help="member with the class index or name, or json:FIELD (default: %(default)s)")
     add("--image-key", default=IMAGE_KEY, help="members that may hold the image, separated by ';': the first "
         "present is used (default: %(default)s)")

@@ -194,5 +194,7 @@ def find_mistakes(args: Namespace) -> Iterator[str]:
     frozen = args.lock_image and not (objective.loop and args.lock_image_unlocked_groups)
     if objective.learned_head and frozen:
         yield f"{name} with --lock-image leaves only the head to train; use --objective lp without --lock-image."
+    if args.balance and not objective.loop:
+        yield f"--balance has no effect with {name}, which fits its head to every image once; leave it out."
     if objective.fit and args.dataset_resampled:
         yield f"{name} fits its head to every image once; leave --dataset-resampled out."

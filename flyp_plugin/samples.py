@@ -218,10 +218,22 @@ def describe_error(error: BaseException) -> str:
     return escape_control_chars(": ".join([type(error).__name__, *text.splitlines()[:1]]))
 
 
+def balance_classes(samples: Iterable[Sample], weights: Sequence[float], *seed: object) -> Iterator[Sample]:
+    """Each sample as often as its class's weight says: 2.3 is twice and, by chance, a third time; 0.3 is rarely at all.
+
+    The number is a pure function of (*seed, key). Each of the copies, numbered by "copy", is prompted and cropped anew.
+    """
+    for sample in samples:
+        whole, part = divmod(weights[sample["label"]], 1)
+        chance = sample_seed("balance", *seed, sample["key"]) / 2**64
+        for copy in range(int(whole) + (chance < part)):
+            yield {**sample, "copy": copy}
+
+
 def draw_prompts(
     samples: Iterable[Sample], counts: Sequence[int], seed: int, epoch: int, repeat: int, passes: int = 0
 ) -> Iterator[Sample]:
-    """Add the number of a prompt and the augmentation's seed, both pure functions of (seed, epoch, repeat, key).
+    """Add the number of a prompt and the augmentation's seed, both pure functions of (seed, epoch, repeat, key, copy).
 
     Args:
         counts: number of prompts of each class.
@@ -231,7 +243,8 @@ def draw_prompts(
             (--template-order table). So no (image, prompt) pair repeats before all have been seen.
     """
     for sample in samples:
-        drawn = sample_seed(seed, epoch, repeat, sample["key"])
+        copy = [number] if (number := sample.get("copy", 0)) else []
+        drawn = sample_seed(seed, epoch, repeat, sample["key"], *copy)
         count = counts[sample["label"]]
         number = drawn % count
         if passes:

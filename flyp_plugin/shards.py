@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -183,12 +183,8 @@ def few_shot_keys(
     A class with fewer samples gives all it has and is named in a warning. A wrong label or a key that is repeated in a
     shard raises InputError. The choice depends on the order of the local tars `shards`, not on their paths.
     """
-    from flyp_plugin.samples import label_samples, read_samples
-
     classes, seen = defaultdict(list), set()
-    read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
-    keys, indices = (image_key, label_key), index_names(classnames)
-    for sample in label_samples(read, len(classnames) or 2**63, _warn, *keys, indices=indices):
+    for sample in _read_labels(shards, label_key, image_key, classnames):
         identity = (sample["shard"], sample["key"])
         if identity in seen:
             raise InputError(f"{identity[0]} has two samples with the key {identity[1]}; rename one.")
@@ -204,6 +200,25 @@ def few_shot_keys(
     for label, identities in classes.items():
         random.Random(f"{seed} {label}").shuffle(identities)
     return {identity for identities in classes.values() for identity in identities[:shots]}
+
+
+def count_labels(
+    shards: Sequence[str], label_key: str, image_key: str, classnames: Sequence[str]
+) -> list[int]:
+    """Number of images of each class in local shards, all of which are read."""
+    _check_local(*shards)
+    counts = Counter(sample["label"] for sample in _read_labels(shards, label_key, image_key, classnames))
+    return [counts[label] for label in range(len(classnames))]
+
+
+def _read_labels(
+    shards: Sequence[str], label_key: str, image_key: str, classnames: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    from flyp_plugin.samples import label_samples, read_samples
+
+    read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
+    keys, indices = (image_key, label_key), index_names(classnames)
+    return label_samples(read, len(classnames) or 2**63, _warn, *keys, indices=indices)
 
 
 def _warn(message: str, lost: int = 1) -> None:

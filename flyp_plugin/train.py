@@ -14,7 +14,7 @@ import math
 import sys
 import tempfile
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -136,6 +136,11 @@ class FlypRun:
             passes=int(args.template_order == "table"),
         )
 
+        self.class_counts = None
+        if args.balance:
+            names = self.prompts.classnames
+            self.class_counts = shards.count_labels(self.shards, args.label_key, args.image_key, names)
+
         if not self.objective.loop:
             self.defaults.pop("epochs", None)
             args.epochs = 1  # the fit, whose result is saved as epoch_1.pt
@@ -206,6 +211,7 @@ class FlypRun:
             num_samples=self.num_samples,
             num_workers=args.workers,
             shard_weights=self.weights,
+            class_weights=self.class_counts and balance_weights(self.class_counts, args.balance),
             jpeg_draft=self.image_size if args.jpeg_draft else 0,
             with_labels=bool(self.changes),
             as_dict=as_dict,
@@ -230,11 +236,23 @@ class FlypRun:
             f"Prompts: {prompts.describe()}.",
             f"Steps: {steps if self.objective.loop else 'none; one fit to the features of all images'}.",
             *(f"  {key}: {prompt!r}" for key, prompt in self.pairs),
+            *self._describe_balance(),
         ):
             _log.info(line)
         self._warn_of_random_weights()
         for line in checks.find_doubts(args, self.steps * args.epochs):
             _log.warning(line)
+
+    def _describe_balance(self) -> Iterator[str]:
+        if self.class_counts:
+            weights = balance_weights(self.class_counts, self.args.balance)
+            known = [label for label, number in enumerate(self.class_counts) if number]
+            few, many = (f(known, key=self.class_counts.__getitem__) for f in (min, max))
+            each = (
+                f"{weights[label]:.3g} times an epoch of {self.prompts.classnames[label]!r} ({self.class_counts[label]} images)"
+                for label in (few, many)
+            )
+            yield f"Balance {self.args.balance:g}: an image is drawn, on average, {' and '.join(each)}."
 
     def _warn_of_random_weights(self) -> None:
         if not (self.args.pretrained or self.args.resume or is_place(self.args.model)):
@@ -285,6 +303,15 @@ class FlypRun:
             for line in self.monitor.summary() if self.monitor else ():
                 _log.info(line)
             self._warn_of_random_weights()
+
+
+def balance_weights(counts: Sequence[int], power: float) -> list[float]:
+    """How often an image of each class is drawn in an epoch, for a share of n^(1 - power) of a class of n images.
+
+    w_c = n_c^-power * N / sum_k n_k^(1 - power), with N = sum_k n_k, which is also sum_c n_c w_c.
+    """
+    shares = sum(n ** (1 - power) for n in counts if n)
+    return [n**-power * sum(counts) / shares if n else 0.0 for n in counts]
 
 
 def _find_shards(args: Namespace) -> tuple[list[str], list[float] | None]:
