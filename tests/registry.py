@@ -303,7 +303,9 @@ def downloads(entry: Entry, folder: Path) -> Iterator[None]:
         torch.manual_seed(zlib.crc32(entry.name.encode()))
         with quiet(logging.ERROR):
             model = open_clip.create_model(entry.name, pretrained_hf=False)
-        torch.save(model.state_dict(), path)
+        # CoCa's text_decoder.text_projection is left as the memory was, which may be NaN
+        finite = {key: tensor.nan_to_num(0, 0, 0) for key, tensor in model.state_dict().items()}
+        torch.save(finite, path)
     with ExitStack() as stack:
         for module in (open_clip, factory, pretrained):
             stack.enter_context(patch.object(module, "download_pretrained", lambda *_, **__: str(path)))

@@ -316,12 +316,11 @@ def test_a_sample_without_an_image_is_skipped_and_counted():
 
 def test_template_and_augmentation_depend_only_on_seed_and_key():
     keys = [f"k{i}" for i in range(50)]
-    drawn = {s["key"]: s for s in draw_prompts([{"key": key} for key in keys], 3, 0, 1, 0)}
+    drawn = {s["key"]: s for s in draw_prompts([{"key": key, "label": 0} for key in keys], [3], 0, 1, 0)}
     random.Random(0).shuffle(keys)
-    assert {
-        s["key"]: s for s in draw_prompts([{"key": key} for key in keys[:20]], 3, 0, 1, 0)
-    }.items() <= drawn.items()
-    assert {s["template"] for s in drawn.values()} == {0, 1, 2}
+    again = draw_prompts([{"key": key, "label": 0} for key in keys[:20]], [3], 0, 1, 0)
+    assert {s["key"]: s for s in again}.items() <= drawn.items()
+    assert {s["prompt"] for s in drawn.values()} == {0, 1, 2}
     assert len({s["seed"] for s in drawn.values()}) == 50
     assert all(0 <= s["seed"] < 2**63 for s in drawn.values())
 
@@ -329,12 +328,11 @@ def test_template_and_augmentation_depend_only_on_seed_and_key():
 @pytest.mark.parametrize("other", [(1, 1, 0), (0, 2, 0), (0, 1, 1), (0, 11, 0)])
 def test_another_seed_epoch_or_repeat_draws_anew(other):
     def drawn(*seed):
-        return [
-            (s["template"], s["seed"]) for s in draw_prompts([{"key": f"k{i}"} for i in range(50)], 3, *seed)
-        ]
+        samples = [{"key": f"k{i}", "label": 0} for i in range(50)]
+        return [(s["prompt"], s["seed"]) for s in draw_prompts(samples, [3], *seed)]
 
     assert not {seed for _, seed in drawn(0, 1, 0)} & {seed for _, seed in drawn(*other)}
-    assert [template for template, _ in drawn(0, 1, 0)] != [template for template, _ in drawn(*other)]
+    assert [number for number, _ in drawn(0, 1, 0)] != [number for number, _ in drawn(*other)]
 
 
 def test_a_sample_seed_is_the_same_on_every_machine():
@@ -343,8 +341,32 @@ def test_a_sample_seed_is_the_same_on_every_machine():
 
 def test_prompting_leaves_what_it_is_given_alone():
     given = {"key": "k", "label": 3}
-    assert next(draw_prompts([given], 1, 0))["label"] == 3
+    assert next(draw_prompts([given], [1] * 4, 0, 0, 0))["label"] == 3
     assert given == {"key": "k", "label": 3}
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_in_table_order_no_pair_repeats_before_all_were_seen(passes):
+    counts = [5, 1, 12]
+    samples = [{"key": f"k{i}", "label": i % 3} for i in range(30)]
+    met = {sample["key"]: [] for sample in samples}
+    times = [(epoch, repeat) for epoch in range(8) for repeat in range(passes)]
+    for epoch, repeat in times:
+        for sample in draw_prompts(samples[:: 1 - 2 * (epoch % 2)], counts, 0, epoch, repeat, passes):
+            met[sample["key"]].append(sample["prompt"])
+    for sample in samples:
+        count, numbers = counts[sample["label"]], met[sample["key"]]
+        cycles = [numbers[start : start + count] for start in range(0, len(times), count)]
+        assert all(len(set(cycle)) == len(cycle) for cycle in cycles)
+        assert sorted(cycles[0]) == list(range(count)) or len(times) < count
+    assert len({tuple(met[f"k{i}"]) for i in range(2, 30, 3)}) == 10  # each image in an order of its own
+    assert met["k0"][:5] != met["k0"][5:10] or met["k3"][:5] != met["k3"][5:10]
+
+
+def test_table_order_leaves_the_augmentation_as_it_is():
+    samples = [{"key": f"k{i}", "label": 0} for i in range(20)]
+    both = [list(draw_prompts(samples, [7], 0, 2, 0, passes)) for passes in (0, 1)]
+    assert [one["seed"] for one in both[0]] == [one["seed"] for one in both[1]]
 
 
 # decode_images

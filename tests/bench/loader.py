@@ -65,7 +65,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     model, preprocess, _ = open_clip.create_model_and_transforms("ViT-B-16")
     tokenizer, draft = open_clip.get_tokenizer("ViT-B-16"), model.visual.image_size[0]
-    prompts = ClassPrompts([f"thing {i}" for i in range(10)], ["a photo of a {c}."])
+    names = [f"thing {i}" for i in range(10)]
+    ragged = {name: [f"{name} from view {k}." for k in range(1 + 20 * i)] for i, name in enumerate(names)}
+    prompts = ClassPrompts(names, ["a photo of a {c}."], ragged)
     print("Images a second:\n| pixels | workers | open_clip | ours | ours, --jpeg-draft | ", end="")
     print("ours / open_clip | draft / ours |\n|---|---|---|---|---|---|---|")
     for pixels in args.pixels:

@@ -1,6 +1,6 @@
 """Resident memory and time to the first batch, by number of samples and of classes.
 
-    python tests/bench/scale.py [--samples 10000 100000 1000000] [--classes 10 1000 21000] [--workers 2]
+    python tests/bench/scale.py [--samples 10000 100000 1000000] [--classes 10 1000 21000] [--workers 2] [--prompts N]
 
 Shards of 1,000 generated 8-pixel PNGs with sizes.json beside them, in batches of 100. Each row is a process of
 its own. The time runs from ClassPromptDataset(...), tokenising included, to the first batch; importing torch and
@@ -53,14 +53,22 @@ def resident() -> float:
     return total / 1024
 
 
-def measure(folder: str, classes: int, workers: int) -> None:
+def measure(folder: str, classes: int, workers: int, prompts_each: int) -> None:
     import open_clip
 
     from flyp_plugin import ClassPromptDataset, ClassPrompts
 
     preprocess = open_clip.image_transform(16, is_train=True)
     tokenizer = open_clip.get_tokenizer("ViT-B-16")
-    prompts = ClassPrompts([f"thing {i}" for i in range(classes)], ["a photo of a {c}."])
+    names = [f"thing {i}" for i in range(classes)]
+    prompts = ClassPrompts(names, ["a photo of a {c}."])
+    if prompts_each:  # half as many to half as many again, 15 tokens or so
+        numbers = [prompts_each // 2 + i * 7919 % (prompts_each + 1) for i in range(classes)]
+        own = {
+            name: [f"{name}, number {k} of the many photos of it in the rain." for k in range(number)]
+            for name, number in zip(names, numbers)
+        }
+        prompts = ClassPrompts(names, [], own)
     before, start = resident(), time.perf_counter()
     dataset = ClassPromptDataset(folder, preprocess, tokenizer, BATCH, prompts=prompts, num_workers=workers)
     batches = iter(dataset)
@@ -80,10 +88,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 1_000, 21_000])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--prompts", type=int, default=0, help="descriptions of each class, about; 0: a template"
+    )
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "CLASSES"), help="one row, in this process")
     args = parser.parse_args()
     if args.measure:
-        measure(args.measure[0], int(args.measure[1]), args.workers)
+        measure(args.measure[0], int(args.measure[1]), args.workers, args.prompts)
         return
     print("| samples | classes | first batch | before | first batch | hundredth |")
     print("|---|---|---|---|---|---|", flush=True)
@@ -93,7 +104,8 @@ def main() -> None:
             write(folder, samples)
             for classes in args.classes if samples == args.samples[-1] else args.classes[:1]:
                 command = [sys.executable, __file__, "--measure", str(folder), str(classes)]
-                subprocess.run([*command, "--workers", str(args.workers)], check=True)
+                workers = ["--workers", str(args.workers), "--prompts", str(args.prompts)]
+                subprocess.run([*command, *workers], check=True)
 
 
 if __name__ == "__main__":
