@@ -4,7 +4,7 @@ The idea: to fine-tune a CLIP model on a labelled data set, write each label as 
 with CLIP's own contrastive loss. All that open_clip needs for that is another data set, so this package is one, and a
 few places where it enters open_clip's script. Read these eight modules in this order:
 
-    prompts.py    class names x templates -> prompts -> one table of tokens
+    prompts.py    class names, templates, descriptions -> the prompts of each class
     samples.py    tar members -> samples with a label, a prompt and a decoded image: one generator per step
     data.py       samples -> batches, over workers, ranks and epochs: ClassPromptDataset (training), LabelledDataset
     text.py       why the text tower needs only the positions up to EOT, and how it is made to run on these alone
@@ -13,8 +13,8 @@ few places where it enters open_clip's script. Read these eight modules in this 
     openclip.py   the seams: what is replaced in open_clip's script while its main() runs. No other module knows it
     train.py      FLYP's flags and defaults, the data of a run, and the run as openclip.py sees it (checks: checks.py)
 
-Helpers stand beside them: names.py and tars.py, images.py, workers.py, short_tower.py and patches.py hold the mechanics of
-prompts, samples, data, text and openclip; checks.py what a run is checked for; errors.py how a mistake is reported.
+Helpers stand beside them: names.py and tokens.py, tars.py and images.py, workers.py, short_tower.py and patches.py hold the
+mechanics of prompts, samples, data, text and openclip; checks.py what a run is checked for; errors.py how a mistake is reported.
 
 The way of a training sample: `sources.py` finds the tars and the text files beside them, and `remote.py` opens them
 wherever they are; `samples.py` reads a member pair, takes its label, draws its prompt and decodes its image; `data.py`
@@ -31,7 +31,8 @@ Where to add:
     an objective        objectives.py, an entry of OBJECTIVES (learned.py has linear heads); flags.py for its flags
     a prompt source     prompts.py
     a kind of storage   remote.py
-    a data source       sources.py (where shards are), rows.py (what `flyp shards write` reads), splits.py
+    a data source       sources.py (where shards are), rows.py (what `flyp shards write` reads), splits.py (--hold-out)
+    an export format    commands/export.py, with a module such as onnx_export.py
     a command           commands/, a module with add_flags and run, and a line in commands.COMMANDS
     a seam              openclip.py, a line in its table
 

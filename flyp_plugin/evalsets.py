@@ -18,16 +18,9 @@ from tqdm import tqdm
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import normalize_name
-from flyp_plugin.prompts import (
-    CLASSNAMES,
-    DEFAULT_TEMPLATE,
-    DESCRIPTIONS,
-    TEMPLATES,
-    ClassPrompts,
-    resolve_prompts,
-)
+from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts, resolve_prompts
 from flyp_plugin.record import Record
-from flyp_plugin.sources import RETRIES, expand_sources, find_beside
+from flyp_plugin.sources import CLASSNAMES, DESCRIPTIONS, RETRIES, TEMPLATES, expand_sources, find_beside
 
 _log = logging.getLogger(__name__)
 

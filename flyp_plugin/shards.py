@@ -30,7 +30,10 @@ from flyp_plugin.parallel import map_parallel
 from flyp_plugin.remote import is_remote, read_lines
 from flyp_plugin.rows import Row, image_extension, read_folder, read_table
 from flyp_plugin.sources import (
+    CLASSNAMES,
+    DESCRIPTIONS,
     IMAGE_KEY,
+    TEMPLATES,
     expand_sources,
     find_beside,
     write_atomically,
@@ -42,7 +45,6 @@ from flyp_plugin.splits import divide_rows, resolve_shares
 if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
 
-CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 SHARD_SIZE = 1000  # samples: about 100 MB of 500-pixel JPEGs
 SHOWN = 5  # classes that a message names
 MIN_SHARDS = 16  # loaders share out whole shards: one for each of 4 ranks x open_clip's 4 workers
@@ -148,7 +150,7 @@ def subset(
     from flyp_plugin.samples import read_samples
 
     folder, shards = _resolve_dest(dest), local_shards(source, split)
-    paths = {name: find_beside(shards, name) for name in (CLASSNAMES, TEMPLATES, "prompts.json")}
+    paths = {name: find_beside(shards, name) for name in (CLASSNAMES, TEMPLATES, DESCRIPTIONS)}
     lists = {name: read_lines(path) or [] for name, path in paths.items() if path}
     _check_lists(folder.parent, lists)
     classnames = classnames or lists.get(CLASSNAMES, [])

@@ -35,6 +35,13 @@ from flyp_plugin.remote import (
 )
 from flyp_plugin.tars import TAR_ERRORS, keys_with_image
 
+# The text files beside shards, or one folder above, with the flag that replaces each
+CLASSNAMES, TEMPLATES, DESCRIPTIONS = (
+    "classnames.txt",
+    "zeroshot_classification_templates.txt",
+    "prompts.json",
+)
+_FLAGS = {CLASSNAMES: "--classnames", TEMPLATES: "--templates", DESCRIPTIONS: "--prompts"}
 IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as in open_clip
 RETRIES = 6  # of a remote tar: with remote.py's pauses about a minute in all
 _log = logging.getLogger(__name__)
@@ -128,9 +135,8 @@ def find_beside(shards: Sequence[str], name: str) -> str | None:
     paths = find_all_beside(shards, name)
     for path in paths[1:]:
         if not same_names(read_lines(path) or [], read_lines(paths[0]) or []):
-            flag = {"classnames.txt": "--classnames", "prompts.json": "--prompts"}.get(name, "--templates")
             raise InputError(
-                f"{path} differs from {paths[0]}, so their shards cannot be used together; give {flag}, or write the "
+                f"{path} differs from {paths[0]}, so their shards cannot be used together; give {_FLAGS[name]}, or write the "
                 "sets again with one list."
             )
     return paths[0] if paths else None

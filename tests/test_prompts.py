@@ -18,7 +18,8 @@ from flyp_plugin import ClassPrompts
 from flyp_plugin.errors import InputError
 from flyp_plugin.heads import build_zeroshot_head
 from flyp_plugin.names import normalize_name, same_names, to_unique_keys
-from flyp_plugin.prompts import PromptTokens, fill, resolve_prompts
+from flyp_plugin.prompts import fill, resolve_prompts
+from flyp_plugin.tokens import PromptTokens
 from tests.naming import naming, says
 
 
@@ -370,7 +371,7 @@ def test_several_processes_give_the_same_table(tokenizer, monkeypatch):
         [f"class {i}" + " long" * (i % 7) for i in range(40)], ["a {c}.", "some {c} of mine"]
     )
     alone = prompts.tokenize(tokenizer)
-    monkeypatch.setattr("flyp_plugin.prompts._CHUNK", 16)
+    monkeypatch.setattr("flyp_plugin.tokens._CHUNK", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     several = prompts.tokenize(tokenizer)
     assert np.array_equal(several._tokens, alone._tokens) and np.array_equal(several._ends, alone._ends)

@@ -197,7 +197,9 @@ def test_fmow(recipe, tmp_path):
     ]
     assert prompts["zoo"][2] == prompts["zoo"][0] == "satellite photo of a zoo."
     (run,) = Path("logs").glob("*/flyp.json")
-    assert json.loads(run.read_text())["descriptions"] == prompts  # beside the shards, it replaces the templates
+    assert (
+        json.loads(run.read_text())["descriptions"] == prompts
+    )  # beside the shards, it replaces the templates
 
 
 def test_caltech101(recipe, tmp_path):

@@ -236,7 +236,8 @@ def run(args: argparse.Namespace) -> int:
 def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") -> dict[str, Any]:
     import open_clip
 
-    from flyp_plugin.prompts import ClassPrompts, PromptTokens
+    from flyp_plugin.prompts import ClassPrompts
+    from flyp_plugin.tokens import PromptTokens
 
     names = prompts.classnames
     texts = [prompts.texts(i * len(names) // 5) for i in range(5)]
