@@ -82,7 +82,7 @@ def _fallback_prompts(
             return templates, descriptions
         _log.info(
             f"--eval-data {name}: --prompts describes {len(names) - len(missing)} of its {len(names)} classes, not "
-            f"{missing[0]!r}, so its own prompts are used."
+            f"{missing[0]!r}, so it is scored without them."
         )
     own = any(find_beside(shards, file) for file in (DESCRIPTIONS, TEMPLATES))
     return (None, None) if own else (templates, None)

@@ -237,6 +237,8 @@ def read_descriptions(path: str) -> dict[str, list[str]]:
 
     try:
         content = json.loads(text, object_pairs_hook=refuse_repeated)
+    except InputError:  # which is a ValueError
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); --prompts takes {_FORM}.") from None
     if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):

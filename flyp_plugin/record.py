@@ -153,10 +153,16 @@ def differences(before: Record, now: Record) -> dict[str, tuple[Any, Any]]:
 
     def settings(record: Record) -> dict[str, Any]:
         keys = {name: key for name, key in record.get("keys", {}).items() if name != "group_key"}
-        others = {name: record.get(name) for name in ("classnames", "templates", "descriptions", "precision")}
-        return {**record.get("training", {}), **others, **keys, "pretrained": record.pretrained}
+        others = {name: record.get(name) for name in ("classnames", "templates", "precision")}
+        others |= {"prompts": record.get("descriptions"), "pretrained": record.pretrained}
+        return {**record.get("training", {}), **others, **keys}
 
     old, new = settings(before), settings(now)
+    if (was := old["prompts"]) and (is_now := new["prompts"]):  # only the classes whose prompts have changed
+        same = {name for name, texts in is_now.items() if was.get(name) == texts}
+        old["prompts"], new["prompts"] = (
+            {name: texts for name, texts in lists.items() if name not in same} for lists in (was, is_now)
+        )
     names = sorted(old.keys() | new.keys())
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 

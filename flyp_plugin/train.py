@@ -29,7 +29,7 @@ from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.monitor import Monitor
-from flyp_plugin.prompts import read_descriptions, resolve_prompts
+from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.record import Record
 from flyp_plugin.sources import count_samples, expand_sources
 from flyp_plugin.text import shorten
@@ -110,8 +110,8 @@ class FlypRun:
 
         self.shards, self.weights = _find_shards(args)
         self.given = {"classnames": args.classnames, "templates": args.templates}
-        self.given["descriptions"] = read_descriptions(args.prompts) if args.prompts else None
-        self.prompts = resolve_prompts(self.shards, **self.given)
+        self.prompts = resolve_prompts(self.shards, args.classnames, args.templates, args.prompts)
+        self.given["descriptions"] = self.prompts.descriptions if args.prompts else None
         self.eval_sets = parse_eval_sets(args.eval_data, fallback=self.given)
         self.evaluates = bool(self.eval_sets)
         if self.objective.learned_head:

@@ -22,6 +22,7 @@ from torchvision import transforms
 from flyp_plugin import ClassPromptDataset, ClassPrompts
 from flyp_plugin.data import LabelledDataset, peek, rebatch
 from flyp_plugin.errors import InputError
+from flyp_plugin.samples import sample_seed
 from tests import tars
 from tests.naming import naming, says
 from tests.tars import NAMES, png
@@ -126,6 +127,45 @@ def test_the_order_is_one_of_seed_epoch_and_workers(dataset):
     assert samples(again) == second
     again.set_epoch(0)
     assert samples(again) == first
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_table_order_shows_an_image_all_its_prompts_first(shards, tokenizer, workers):
+    """Over as many epochs as its class has prompts, and then in another order; also where a run goes on in between."""
+    lists = {f"class {c}": [f"{c} as {number}" for number in "abcd"[: c + 1]] for c in range(CLASSES)}
+    prompts = ClassPrompts(list(lists), descriptions=lists)
+    own = [text for texts in lists.values() for text in texts]
+    texts = dict(zip(map(tuple, tokenizer(own).tolist()), own))
+
+    def seen(epochs, **kwargs):
+        """{image number: its prompts}, in the order of the epochs."""
+        kwargs = {"prompts": prompts, "num_workers": workers, "template_order": "table", **kwargs}
+        data = ClassPromptDataset(shards, Augment(), tokenizer, 512, **kwargs)
+        found = {number: [] for number in range(IMAGES)}
+        for epoch in epochs:
+            data.set_epoch(epoch)
+            for number, _, tokens in samples(data):
+                found[number].append(texts[tokens])
+        return found
+
+    table = seen(range(8))
+    for number, drawn in table.items():
+        own = lists[f"class {number % CLASSES}"]
+        for first in range(0, 8 - len(own) + 1, len(own)):
+            assert sorted(drawn[first : first + len(own)]) == own
+    assert any(drawn[:4] != drawn[4:] for drawn in table.values())
+    resumed = seen(range(3, 6), num_workers=1)
+    assert resumed == {number: drawn[3:6] for number, drawn in table.items()}
+    assert seen(range(1), seed=1) != seen(range(1))
+
+
+def test_random_order_is_not_touched_by_the_table(dataset, shards):
+    drawn = samples(dataset(seed=3))
+    assert drawn == samples(dataset(seed=3, template_order="random"))
+    assert sorted(drawn) != sorted(samples(dataset(seed=3, template_order="table")))
+    numbers = [sample_seed(0, 0, 0, f"s{i}") % 5 for i in range(3)]
+    pairs = [(f"s{i}", f"template {number} of a class {i}.") for i, number in enumerate(numbers)]
+    assert peek(shards, PROMPTS, seed=0) == pairs
 
 
 def test_tokens_are_those_of_a_prompt_of_the_label(dataset, tokenizer):

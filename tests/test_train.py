@@ -570,3 +570,44 @@ def test_help_shows_flyps_flags_first_with_an_example(command):
     assert "--eval-data NAME=SHARDS" in done.stdout
     assert "--help-open-clip" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_descriptions_score_the_sets_that_they_cover_later_too(launch, digits, tmp_path, capsys):
+    """--prompts, and what `flyp eval` of the run and a resumption with other prompts make of its record."""
+    names = (digits / "classnames.txt").read_text().split()
+    lists = {
+        name: [f"{name} drawn in way {way}." for way in range(1 + i % 3)] for i, name in enumerate(names)
+    }
+    (tmp_path / "own.json").write_text(json.dumps({**lists, "ten": ["not a digit."]}))
+    members = {
+        f"{i}.{end}": data for i in range(4) for end, data in (("png", tars.png(i)), ("cls", b"%d" % (i % 2)))
+    }
+    tars.write(tmp_path / "blots" / "test" / "0.tar", members)
+    (tmp_path / "blots" / "classnames.txt").write_text("two\na blot\n")
+    sets = ["--eval-data", f"val={digits}", "--eval-data", f"blots={tmp_path}/blots"]
+    folder = launch(*sets, "--epochs", 1, "--prompts", tmp_path / "own.json")
+    record = json.loads((folder / "flyp.json").read_text())
+    assert record["descriptions"] == {**lists, "ten": ["not a digit."]} and record["templates"] == []
+    assert record["classes_given"] == ["descriptions"]
+    trained = results(folder)[-1]
+    capsys.readouterr()
+    evaluation = ["eval", folder, "--device", "cpu", "--workers", 0, "--json"]
+    flyp([*map(str, evaluation)])
+    again = json.loads(capsys.readouterr().out)["results"]
+    own = ["--prompts", f"{tmp_path}/own.json", "--eval-data", f"val={digits}"]
+    flyp([*map(str, evaluation), *own])
+    assert json.loads(capsys.readouterr().out)["results"]["val"] == again["val"]
+    for name in ("val", "blots"):
+        assert again[name]["loss"] == pytest.approx(trained[f"{name}/loss"], rel=1e-5)
+        assert again[name]["top1"] == trained[f"{name}/top1"]
+    lists["two"] = ["a swan."]
+    (tmp_path / "own.json").write_text(json.dumps({**lists, "ten": ["not a digit."]}))
+    launch(*sets, "--epochs", 2, "--prompts", tmp_path / "own.json", "--resume", "latest")
+    changed = "--prompts {'two': ['a swan.']} ({'two': ['two drawn in way 0.'"
+    assert changed in (folder / "out.log").read_text()
+
+
+def test_a_class_without_descriptions_is_named_with_the_file(launch, tmp_path):
+    (tmp_path / "own.json").write_text('{"zero": ["a ring."]}')
+    with pytest.raises(InputError, match=naming("own.json", "9 of 10", "'one'")):
+        launch("--prompts", tmp_path / "own.json")

@@ -229,7 +229,8 @@ def run(args: argparse.Namespace) -> int:
     but = f", but {len(empty)} classes have no images in a split (see above)" if empty else ""
     _log.info(f"No problems{but}.")
     if any(os.path.basename(folder) in ("train", ".") for folder in reports):
-        _log.info(f"Next: flyp train --model ViT-B-16 --pretrained openai --train-data {args.source}")
+        more = f" --prompts {args.prompts}" if args.prompts else ""
+        _log.info(f"Next: flyp train --model ViT-B-16 --pretrained openai --train-data {args.source}{more}")
     return 0
 
 
