@@ -251,6 +251,10 @@ def _resolve_lists(found: list, data: Path, classnames: str | None, templates: s
     from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts
 
     existing = {name: str(data / name) for name in (CLASSNAMES, TEMPLATES) if (data / name).exists()}
+    if templates and (data / DESCRIPTIONS).exists():
+        raise InputError(
+            f"{data / DESCRIPTIONS} would be used, not --templates; delete it, or leave the flag out."
+        )
     templates = templates or existing.get(TEMPLATES) or DEFAULT_TEMPLATE
     if classnames := classnames or existing.get(CLASSNAMES):
         prompts = ClassPrompts.from_files(classnames, templates)

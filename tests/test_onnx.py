@@ -2,11 +2,18 @@
 
 import json
 import os
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from textwrap import dedent
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import open_clip
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -18,6 +25,7 @@ from flyp_plugin.prompts import ClassPrompts
 from tests.close import assert_close, assert_same_choices
 from tests.helpers_eval import NAMES, TEMPLATES, checkpoint, digits, flyp, root
 from tests.naming import naming
+from tests.pages import README
 
 STEPS = {"tiny-digits": 80, "tiny-digits-resnet": 1, "tiny-digits-timm": 3}
 
@@ -66,25 +74,73 @@ def test_a_learned_head_goes_into_the_onnx_file(tmp_path):
     assert_equal_to(again, tmp_path / "it.onnx", 20)
 
 
-def test_numpy_preprocesses_from_the_metadata_of_the_file(tmp_path):
-    export(
-        "tiny-digits", tmp_path / "it.onnx", "--image-resize-mode", "squash", "--image-mean", 0.5, 0.4, 0.3
-    )
-    session = onnxruntime.InferenceSession(tmp_path / "it.onnx")
-    about = session.get_modelmeta().custom_metadata_map
-    assert about["model"] == "tiny-digits" and {"flyp_plugin", "open_clip"} <= set(about)
-    mean, std, size, names = (json.loads(about[key]) for key in ("mean", "std", "size", "classnames"))
-    assert (names, size, json.loads(about["resize_mode"])) == (NAMES, [32, 32], "squash")
-    picture = digits()[0][0]
-    image = picture.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
-    pixels = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)
-    logits = session.run(None, {"images": pixels.transpose(2, 0, 1)[None]})[0]
-    flags = {"image_resize_mode": "squash", "image_mean": [0.5, 0.4, 0.3]}
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+@pytest.mark.parametrize("size", [(41, 67), (50, 33), (20, 31)])
+def test_readmes_lines_preprocess_by_the_metadata(mode, size, tmp_path, monkeypatch):
+    flags = {"image_resize_mode": mode, "image_mean": [0.5, 0.4, 0.3]}
     ours = ImageClassifier.from_checkpoint(
         "tiny-digits", checkpoint("tiny-digits", 80), ClassPrompts(NAMES, TEMPLATES), **flags
     )
+    monkeypatch.chdir(tmp_path)
+    onnx_export.write_onnx(ours, "tiny-digits", tmp_path / "birds.onnx")
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("bird.jpg", quality=95)
+    lines = dedent(README.partition("<!-- onnx -->\n")[2].partition("\n\n")[0])
+    scope = {}
+    exec(lines, scope)
     with torch.no_grad():
-        assert_close(torch.from_numpy(logits), ours(ours.preprocess(picture)[None]))
+        expected = ours(ours.preprocess(Image.open("bird.jpg"))[None])
+    assert_close(torch.from_numpy(scope["logits"]), expected)
+    assert (scope["about"]["model"], scope["names"]) == ("tiny-digits", NAMES)
+
+
+def test_exported_folders_go_to_a_hub_as_readme_says(tmp_path, monkeypatch):
+    """Up to the upload: what would be uploaded loads back and computes the same."""
+    monkeypatch.chdir(tmp_path)
+    weights = ["export", checkpoint("tiny-digits", 80), "--model", "tiny-digits", "--data", root() / "data"]
+    flyp(*weights, "--format", "open_clip", "--out", "clip")
+    flyp(*weights, "--format", "timm", "--out", "classifier")
+    hub, uploaded = sys.modules["open_clip.push_to_hf_hub"], {}
+
+    def upload(repo_id, folder_path, **kwargs):
+        uploaded[repo_id] = shutil.copytree(folder_path, tmp_path / repo_id)
+
+    class Tokenizer:  # open_clip downloads one of Hugging Face's in its place
+        def __init__(self, name):
+            pass
+
+        def save_pretrained(self, folder):
+            pass
+
+    replaced = {"create_repo": lambda *_, **__: "https://huggingface.co/me/clip", "upload_folder": upload}
+    replaced |= {"list_repo_files": lambda repo: [], "get_hf_file_metadata": lambda url: None}
+    replaced |= {
+        "repo_type_and_id_from_hf_id": lambda url: (None, "me", "clip")
+    }  # missing from huggingface_hub 2, and
+    replaced |= {"hf_hub_url": lambda **_: "", "EntryNotFoundError": OSError, "HFTokenizer": Tokenizer}
+    for name, stub in replaced.items():  # then open_clip has none of these
+        monkeypatch.setattr(hub, name, stub, raising=False)
+    api = timm.models._hub.HfApi
+    monkeypatch.setattr(api, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/birds"))
+    monkeypatch.setattr(api, "file_exists", lambda *_, **__: False)
+    monkeypatch.setattr(api, "upload_folder", lambda self, **kwargs: upload(**kwargs))
+    exec(
+        dedent(README.partition("<!-- hub -->\n")[2].partition("\n\n")[0]),
+        {"json": json, "open_clip": open_clip, "timm": timm},
+    )
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for one, other in (("clip", "me/clip"), ("classifier", "me/birds")):
+            load = open_clip.create_model if one == "clip" else partial(timm.create_model, pretrained=True)
+            a, b = (load(f"local-dir:{folder}").eval() for folder in (one, other))
+            same = [m.encode_image(images) if one == "clip" else m(images) for m in (a, b)]
+            assert torch.equal(*same)
+    config = json.loads(Path("me/birds/config.json").read_text())
+    assert (
+        config["label_names"] == NAMES
+        and config["pretrained_cfg"]["mean"]
+        == json.loads(Path("classifier/config.json").read_text())["pretrained_cfg"]["mean"]
+    )
 
 
 def test_an_onnx_file_replaces_only_one_and_by_force(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from flyp_plugin import shards as shards_module
 from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import InputError
+from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.shards import few_shot_keys, local_shards, write
 from flyp_plugin.sources import count_samples, expand_source
 from tests import tars
@@ -816,3 +817,15 @@ def test_help_needs_neither_torch_nor_fsspec():
     with pytest.raises(SystemExit) as done:
         flyp(["shards", "write", "--help"])
     assert done.value.code == 0
+
+
+def test_templates_that_descriptions_would_hide_are_refused(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "1.png").write_bytes(tars.png(1))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.json").write_text('{"cat": ["a pet."], "dog": ["a pet."]}')
+    with pytest.raises(InputError, match=naming("prompts.json", "--templates")):
+        write(str(tmp_path / "photos"), str(tmp_path / "data" / "train"), templates="a {c}.")
+    write(str(tmp_path / "photos"), str(tmp_path / "data" / "train"))
+    assert resolve_prompts([str(tmp_path / "data" / "train" / "0.tar")]).texts(0) == ["a pet."]
