@@ -213,14 +213,12 @@ def count_labels(
     return [counts[label] for label in range(len(classnames))]
 
 
-def _read_labels(
-    shards: Sequence[str], label_key: str, image_key: str, classnames: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+def _read_labels(shards: Sequence[str], label_key: str, image_key: str, names: Sequence[str]) -> Iterator:
     from flyp_plugin.samples import label_samples, read_samples
 
     read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
-    keys, indices = (image_key, label_key), index_names(classnames)
-    return label_samples(read, len(classnames) or 2**63, _warn, *keys, indices=indices)
+    keys, indices = (image_key, label_key), index_names(names)
+    return label_samples(read, len(names) or 2**63, _warn, *keys, indices=indices)
 
 
 def _warn(message: str, lost: int = 1) -> None:
