@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
@@ -22,7 +23,9 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.heads import ImageClassifier, zeroshot_as_learned
 from flyp_plugin.learned import HEAD
 from flyp_plugin.prompts import ClassPrompts
+from flyp_plugin.train import train
 from tests.close import assert_close, assert_same_choices
+from tests.faults import kills
 from tests.helpers_eval import NAMES, TEMPLATES, checkpoint, digits, flyp, root
 from tests.naming import naming
 from tests.pages import README
@@ -92,6 +95,34 @@ def test_readmes_lines_preprocess_by_the_metadata(mode, size, tmp_path, monkeypa
         expected = ours(ours.preprocess(Image.open("bird.jpg"))[None])
     assert_close(torch.from_numpy(scope["logits"]), expected)
     assert (scope["about"]["model"], scope["names"]) == ("tiny-digits", NAMES)
+
+
+def test_a_run_folder_needs_no_other_flags(digits, tmp_path):
+    assert train([*kills.flags(digits, tmp_path / "run"), "--epochs", "1", "--workers", "0"]) == 0
+    flyp("export", tmp_path / "run", "--format", "onnx", "--out", tmp_path / "it.onnx")
+    assert_equal_to(ImageClassifier.from_run(tmp_path / "run"), tmp_path / "it.onnx", 60)
+
+
+def test_another_prediction_is_refused_unless_it_is_a_tie(tmp_path, monkeypatch):
+    ours = ImageClassifier.from_checkpoint(
+        "tiny-digits",
+        checkpoint("tiny-digits", 80),
+        ClassPrompts(NAMES, TEMPLATES),
+        image_interpolation="random",
+    )
+    [path] = onnx_export.write_onnx(ours, "tiny-digits", tmp_path / "it.onnx")
+    about = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+    assert json.loads(about["interpolation"]) == "bicubic"  # "random" is of training
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    logits = run(path, images)
+    (first, second), (i, j) = (part.tolist() for part in logits[0].topk(2))
+    expected, gap = logits.clone(), first - second
+    expected[0, i] -= 2 * gap
+    expected[0, j] += 2 * gap  # now the best, by three gaps
+    for share, refused in ((1.5, "logits"), (2.5, "classes"), (3.5, None)):
+        monkeypatch.setattr(onnx_export, "_SHARE", share * gap / expected.abs().max().item())
+        with pytest.raises(InputError, match=naming(refused)) if refused else nullcontext():
+            onnx_export._check_equal(ours, images, expected, path)
 
 
 def test_exported_folders_go_to_a_hub_as_readme_says(tmp_path, monkeypatch):
@@ -175,3 +206,9 @@ def test_weights_too_large_for_one_file_go_beside_it(tmp_path, monkeypatch):
         "tiny-digits", checkpoint("tiny-digits", 80), ClassPrompts(NAMES, TEMPLATES)
     )
     assert_equal_to(ours, tmp_path / "it.onnx", 10)
+    monkeypatch.undo()
+    export("tiny-digits", tmp_path / "it.onnx", "--force")
+    assert os.listdir(tmp_path) == ["it.onnx"]
+    (tmp_path / "it.onnx.data").write_text("mine")  # of which the file knows nothing
+    export("tiny-digits", tmp_path / "it.onnx", "--force")
+    assert (tmp_path / "it.onnx.data").read_text() == "mine"

@@ -108,7 +108,7 @@ def _resolve_classes(args: argparse.Namespace, record: "Record | None") -> "Clas
 def save_onnx(classifier: "ImageClassifier", name: str, out: str, force: bool) -> None:
     """Write and check the file in a folder beside `out`, then move it there; InputError as `write_onnx` raises it."""
     from flyp_plugin.checkpoints import explain_write_errors, refuse_existing
-    from flyp_plugin.onnx_export import check_onnx_output, write_onnx
+    from flyp_plugin.onnx_export import check_onnx_output, weights_beside, write_onnx
 
     path = Path(os.path.abspath(out))
     with explain_write_errors(out):
@@ -116,6 +116,7 @@ def save_onnx(classifier: "ImageClassifier", name: str, out: str, force: bool) -
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             files = write_onnx(classifier, name, Path(folder, path.name))
             check_onnx_output(out, force)  # another process may have made it meanwhile
+            old = weights_beside(path)
             for file in files[:-1]:
                 refuse_existing(path.with_name(file.name), force)
                 _log.warning(
@@ -123,6 +124,8 @@ def save_onnx(classifier: "ImageClassifier", name: str, out: str, force: bool) -
                 )
             for file in files:
                 os.replace(file, path.with_name(file.name))
+            if old and len(files) == 1:
+                old.unlink()
     _log.info(f"Wrote {out}. Load it with onnxruntime.InferenceSession('{out}').")
 
 
