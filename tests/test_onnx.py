@@ -125,6 +125,20 @@ def test_another_prediction_is_refused_unless_it_is_a_tie(tmp_path, monkeypatch)
             onnx_export._check_equal(ours, images, expected, path)
 
 
+@pytest.mark.parametrize(
+    "flags", [{"image_resize_mode": "longest"}, {"force_image_size": (32, 64)}], ids=["longest", "oblong"]
+)
+def test_readmes_lines_refuse_what_they_cannot_preprocess(flags, tmp_path, monkeypatch):
+    ours = ImageClassifier.from_checkpoint(
+        "tiny-digits", checkpoint("tiny-digits", 80), ClassPrompts(NAMES, TEMPLATES), **flags
+    )
+    monkeypatch.chdir(tmp_path)
+    onnx_export.write_onnx(ours, "tiny-digits", tmp_path / "birds.onnx")
+    digits()[0][0].save("bird.jpg")
+    with pytest.raises(AssertionError, match=naming("open_clip")):
+        exec(dedent(README.partition("<!-- onnx -->\n")[2].partition("\n\n")[0]), {})
+
+
 def test_exported_folders_go_to_a_hub_as_readme_says(tmp_path, monkeypatch):
     """Up to the upload: what would be uploaded loads back and computes the same."""
     monkeypatch.chdir(tmp_path)
