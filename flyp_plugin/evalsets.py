@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
-from flyp_plugin.names import normalize_name
+from flyp_plugin.names import find_undescribed
 from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts, resolve_prompts
 from flyp_plugin.record import Record
 from flyp_plugin.sources import CLASSNAMES, DESCRIPTIONS, RETRIES, TEMPLATES, expand_sources, find_beside
@@ -77,8 +77,7 @@ def _fallback_prompts(
     templates, descriptions = fallback.get("templates"), fallback.get("descriptions")
     if descriptions and classnames:
         names = ClassPrompts.from_files(classnames, DEFAULT_TEMPLATE).classnames
-        described = set(map(normalize_name, descriptions))
-        if not (missing := [one for one in names if normalize_name(one) not in described]):
+        if not (missing := find_undescribed(names, descriptions)):
             return templates, descriptions
         _log.info(
             f"--eval-data {name}: --prompts describes {len(names) - len(missing)} of its {len(names)} classes, not "

@@ -105,6 +105,12 @@ def check_list(entries: Sequence[str], place: str, what: str) -> None:
             _warn_once(f"{place} {number}, repeats {first}, {name!r}: no prompt can distinguish them.")
 
 
+def find_undescribed(classnames: Sequence[str], descriptions: Mapping[str, Sequence[str]]) -> list[str]:
+    """The class names for which there are no descriptions."""
+    described = set(map(normalize_name, descriptions))
+    return [name for name in classnames if normalize_name(name) not in described]
+
+
 def check_descriptions(
     descriptions: Mapping[str, Sequence[str]], classnames: Sequence[str], place: str
 ) -> None:
@@ -129,7 +135,7 @@ def check_descriptions(
         raise InputError(
             f"{place} has {twice[0]!r} twice, in two spellings that look alike; join the two lists."
         )
-    if missing := [name for name in classnames if normalize_name(name) not in known]:
+    if missing := find_undescribed(classnames, descriptions):
         some = ", ".join(repr(name[:40]) for name in [*descriptions][:_SHOWN]) or "none"
         raise InputError(
             f"{place} has no prompts for {len(missing)} of {len(classnames)} classes, the first {missing[0][:80]!r} (it has "

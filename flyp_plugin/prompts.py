@@ -1,10 +1,10 @@
-"""What the text tower reads for each class: templates, descriptions, and the tokens of all prompts.
+"""What the text tower reads for each class: its name in templates, and descriptions of its own.
 
 FLYP pairs an image with a description of its class (section 3). The simplest one is the class name in a template, "a
 photo of a {c}."; a class may also have a list of its own, such as a language model's descriptions (CuPL, arXiv 2209.03320).
 Prompts are text, not code: `{c}` and `{}` are replaced, nothing is evaluated or formatted. All prompts are tokenised
-once (tokens.py), so that a batch's text is an array lookup. Training (data.py), the zero-shot head (heads.py) and every command get
-their prompts here.
+once (tokens.py), so that a batch's text is an array lookup. Training (data.py), the zero-shot head (heads.py) and every
+command get their prompts here.
 """
 
 import json

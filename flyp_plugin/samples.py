@@ -243,8 +243,10 @@ def draw_prompts(
             (--template-order table). So no (image, prompt) pair repeats before all have been seen.
     """
     for sample in samples:
-        copy = [number] if (number := sample.get("copy", 0)) else []
-        drawn = sample_seed(seed, epoch, repeat, sample["key"], *copy)
+        later = (
+            [copy] if (copy := sample.get("copy")) else []
+        )  # the first copy is what it is without --balance
+        drawn = sample_seed(seed, epoch, repeat, sample["key"], *later)
         count = counts[sample["label"]]
         number = drawn % count
         if passes:
