@@ -39,11 +39,13 @@ class Monitor:
             rows = [json.loads(line) for line in results.read_text().splitlines()]
             self.history = {row["epoch"]: row for row in rows if f"{sets[0].name}/top1" in row}
 
-    def __call__(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
-        """Metrics as `NAME/top1`, `NAME/macro_f1`, ... and the epoch; empty if this epoch is not evaluated."""
+    def scores(self, epoch: int) -> bool:
+        """Whether this epoch is evaluated."""
         frequency = self.args.eval_frequency
-        if epoch not in (0, self.args.epochs) and (frequency == 0 or epoch % frequency):
-            return {}
+        return epoch in (0, self.args.epochs) or bool(frequency and epoch % frequency == 0)
+
+    def __call__(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
+        """Metrics as `NAME/top1`, `NAME/macro_f1`, ... and the epoch."""
         if self.args.world_size > 1:  # the checkpoint has rank 0's statistics of batch norm
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)

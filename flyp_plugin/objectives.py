@@ -104,7 +104,8 @@ def batch_head(text_features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # What a model returns in training, from itself, its original forward, images, tokens (B, L) and labels (B,). With
-# --accum-freq open_clip's loop concatenates every entry but logit_scale, so an entry needs B rows.
+# --accum-freq open_clip's loop concatenates every entry but logit_scale, so an entry needs B rows. Towers are called
+# through that forward: with --fsdp, encode_image and encode_text would release the parameters that are gathered for it.
 
 
 def _pair_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
@@ -112,8 +113,9 @@ def _pair_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor,
 
 
 def _head_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
-    logits = model.class_head(model.encode_image(images, normalize=True))
-    return {"class_logits": logits, "labels": labels, "logit_scale": model.logit_scale.exp()}
+    out = forward(images)
+    logits = model.class_head(out["image_features"])
+    return {"class_logits": logits, "labels": labels, "logit_scale": out["logit_scale"]}
 
 
 def _text_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
@@ -121,10 +123,9 @@ def _text_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor,
     counts = torch.from_numpy(model.class_tokens.counts)
     numbers = torch.randint(2**62, counts.shape) % counts
     prompts = model.class_tokens.take(range(len(counts)), numbers.tolist())
-    head = model.encode_text(prompts.to(images.device), normalize=True)
-    scale = model.logit_scale.exp()
-    logits = scale.float() * exact_logits(model.encode_image(images, normalize=True), head)
-    return {"class_logits": logits, "labels": labels, "logit_scale": scale}
+    out = forward(images, prompts.to(images.device))
+    logits = out["logit_scale"].float() * exact_logits(out["image_features"], out["text_features"])
+    return {"class_logits": logits, "labels": labels, "logit_scale": out["logit_scale"]}
 
 
 def _make_pair_loss(args: Namespace) -> nn.Module:
@@ -145,17 +146,22 @@ class Objective:
     loop: bool = True  # open_clip's loop trains; else the fit is all
 
     def install(self, model: Any) -> None:
-        """Make `model` take tokens (B, L + 1) with the labels last, and return `outputs`, in training mode only.
+        """Make `model`, whose forward returns a dict, take labels (B,) and return `outputs`, in training mode only.
 
-        Call it after adding `class_head` or `class_tokens`, before DistributedDataParallel, torch.compile, the optimizer.
+        open_clip 4 passes all parts of a batch by name; before, it passes two by position, and the labels are the last
+        column of the tokens (B, L + 1). Call this after adding `class_head` or `class_tokens`, before
+        DistributedDataParallel, FSDP, torch.compile and the optimizer.
         """
         original = model.forward
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(
+            image: Tensor | None = None, text: Tensor | None = None, labels: Tensor | None = None
+        ) -> Any:
             if not model.training:
-                return original(*args, **kwargs)
-            images, texts = args
-            return self.outputs(model, original, images, texts[:, :-1], texts[:, -1])
+                return original(image, text)
+            if labels is None:
+                text, labels = text[:, :-1], text[:, -1]  # type: ignore[index]
+            return self.outputs(model, original, image, text, labels)
 
         model.forward = forward
         for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ which call the original and the run (`TrainingRun`, which train.py implements). 
     create_model_and_transforms   resumes from the newest checkpoint, reads weights by our reader, and passes the model to
                                   the run before DDP, FSDP2 and torch.compile wrap it
     get_data                      data["train"] is our loader; open_clip's own evaluation sets stay
-    create_loss                   replaced only for an objective other than plain FLYP
+    create_loss, create_task (4)  replaced only for an objective other than plain FLYP
     train_one_epoch               before the first epoch: evaluates the starting weights, fits a linear probe;
                                   after each: stops if training has diverged
     evaluate                      after each epoch and on every rank: scores our evaluation sets
@@ -30,12 +30,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
+from types import MethodType
 from typing import Any, Protocol
 
 import numpy as np
+import open_clip
 import torch
 
 from flyp_plugin import patches, run_folder
@@ -96,7 +97,7 @@ class TrainingRun(Protocol):
 
 def _changed(what: str) -> InputError:
     return InputError(
-        f"open_clip_torch {version('open_clip_torch')} has changed ({what}); flyp-plugin works with {SUPPORTED}: "
+        f"open_clip_torch {open_clip.__version__} has changed ({what}); flyp-plugin works with {SUPPORTED}: "
         "install one of these."
     )
 
@@ -106,7 +107,7 @@ def _find(module: str, name: str) -> Any:
         found = getattr(import_module(f"open_clip_train.{module}"), name, None)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"open_clip_torch {version('open_clip_torch')} cannot train without the package {error.name}: pip install "
+            f"open_clip_torch {open_clip.__version__} cannot train without the package {error.name}: pip install "
             f"'flyp-plugin[train]' (which works with open_clip_torch {SUPPORTED})."
         ) from None
     if found is None:
@@ -198,7 +199,7 @@ class _Seams:
         self.named = bool(self.args.name)  # else main() makes up a name
         self.resumes_latest = self.args.resume == "latest"  # which main() replaces by a path
         self.newest: Path | None = None  # on rank 0: the checkpoint to resume from
-        self.takes_dicts = False  # open_clip 4
+        self.has_tasks = False  # open_clip 4, whose batches are dicts
         self.called: set[str] = set()
         self.started = False
         self.model: Any = None
@@ -212,7 +213,11 @@ class _Seams:
         """Replace open_clip's functions until `stack` is closed; InputError if one is missing or lacks a parameter."""
         main = import_module("open_clip_train.main")
         patches.install(self.stack, main, self.args.device.startswith("cpu") or not torch.cuda.is_available())
-        for name, (module, *alternatives) in SEAMS.items():
+        self.has_tasks = hasattr(main, "create_task")
+        seams = {**SEAMS}
+        if self.flyp.changes:
+            seams |= {"create_task" if self.has_tasks else "create_loss": ("main", "args")}
+        for name, (module, *alternatives) in seams.items():
             original = _find(module, name)
             signature = inspect.signature(original)
             if not any(signature.parameters.keys() >= set(names.split()) for names in alternatives):
@@ -220,15 +225,6 @@ class _Seams:
                 raise _changed(f"open_clip_train.{module}.{name} lacks one of the parameters {needed}")
             place = sys.modules[f"open_clip_train.{module}"]
             patches.replace(self.stack, place, name, partial(self.call, name, original, signature))
-            if name == "get_data":
-                self.takes_dicts = "naflex_data_config" in signature.parameters
-        if self.flyp.changes:
-            if not hasattr(main, "create_loss"):  # open_clip 4 has tasks
-                raise InputError(
-                    f"open_clip_torch {version('open_clip_torch')} takes no other loss, which {self.flyp.changes[0]} "
-                    "needs; install open_clip_torch 2.28 to 3.3, or leave the flag out."
-                )
-            patches.replace(self.stack, main, "create_loss", lambda args: self.flyp.create_loss())
 
     def call(self, name: str, original: Callable, signature: Any, *args: Any, **kwargs: Any) -> Any:
         """A call by open_clip, passed on to the method of this name."""
@@ -276,6 +272,14 @@ class _Seams:
             self.flyp.on_model(self.model)
         return created
 
+    def create_loss(self, proceed: Callable, arguments: dict) -> torch.nn.Module:
+        return self.flyp.create_loss()
+
+    def create_task(self, proceed: Callable, arguments: dict) -> Any:
+        task = proceed()
+        task.loss, task.training_forward = self.flyp.create_loss(), MethodType(_training_forward, task)
+        return task
+
     def resume_newest(self) -> None:
         """On every rank, replace the checkpoint that main() has found by name with the newest."""
         args = self.args
@@ -303,7 +307,7 @@ class _Seams:
         arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
         _try_own_sets(proceed, arguments)
         data = proceed()
-        dataset = self.flyp.train_data(preprocess_train, self.tokenizer, self.takes_dicts)
+        dataset = self.flyp.train_data(preprocess_train, self.tokenizer, self.has_tasks)
         data["train"] = self.train = _find("data", "DataInfo")(dataloader=dataset)
         self.train.set_epoch = self.set_epoch
         if self.flyp.evaluates:  # main() evaluates only if this key exists; zero_shot_eval below answers
@@ -356,6 +360,13 @@ class _Seams:
             return self.metrics
         arguments["data"] = data
         return {**proceed(), **self.metrics}
+
+
+def _training_forward(task: Any, batch: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+    """open_clip 4's CLIPTask.training_forward, with which only images and texts would reach the model, not labels."""
+    outputs = task.trainable_module(**batch)
+    losses = task.loss(**outputs, output_dict=True)
+    return {**losses, "loss": sum(losses.values())}, {"logit_scale": outputs["logit_scale"]}
 
 
 def _try_own_sets(get_data: Callable, arguments: dict) -> None:

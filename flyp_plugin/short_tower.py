@@ -6,6 +6,7 @@ with shorter positional embeddings and mask. Parameters, state_dict and the modu
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -37,12 +38,14 @@ class _Trimmed:
         return getattr(self._tower, name)
 
 
+@cache
 def _short_class(base: type, name: str) -> type:
     """A subclass of `base` whose method `name`, (tokens, ...) -> features, follows `short_options`."""
     full: Callable[..., Tensor] = getattr(base, name)
 
     def short(self: Any, text: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        options = self.short_options
+        if (options := self.short_options) is None:
+            return full(self, text, *args, **kwargs)
         if not self.training:  # the fixed length is the training prompts': evaluation may have longer texts
             options = options._replace(length=0)
         parts, index = _split_rows(text, get_pooling(self), options)
@@ -50,7 +53,7 @@ def _short_class(base: type, name: str) -> type:
         joined = torch.cat(features) if len(features) > 1 else features[0]
         return joined if index is None else joined[index]
 
-    return type(f"Short{base.__name__}", (base,), {name: short, "__module__": __name__})
+    return type(f"Short{base.__name__}", (base,), {name: short, "short_options": None, "__module__": __name__})
 
 
 @torch.compiler.disable  # it depends on the values of the tokens
@@ -89,27 +92,39 @@ def get_pooling(tower: Any) -> tuple:
 
 
 def original_class(module: nn.Module) -> type:
-    return type(module).__bases__[0] if type(module) in SHORT.values() else type(module)
+    """open_clip's class, of which `set_options` makes a subclass, and so does torch's FSDP2."""
+    kind = type(module)
+    while kind.__module__ == __name__ or kind.__bases__[0].__name__ == "FSDPModule":
+        kind = kind.__bases__[-1]
+    return kind
 
 
-def set_options(tower: Any, options: Options | None) -> None:  # None: as open_clip does
-    vars(tower).pop("short_options", None)
-    tower.__class__ = original_class(tower)
-    if options is not None:
-        tower.__class__, tower.short_options = SHORT[type(tower)], options
+def set_options(tower: Any, options: Options | None) -> None:
+    """How a tower encodes text from now on; None: as open_clip does."""
+    if options is not None and not hasattr(tower, "short_options"):
+        kind, sharded = original_class(tower), type(tower)
+        tower.__class__ = SHORT[kind] if sharded is kind else _short_class(sharded, _METHODS[kind])
+    if hasattr(tower, "short_options"):
+        tower.short_options = options
 
 
 @contextmanager
-def use_options(tower: nn.Module, options: Options | None) -> Iterator[None]:
-    before = getattr(tower, "short_options", None)
+def use_options(tower: Any, options: Options | None) -> Iterator[None]:
+    """`set_options` within a block."""
+    before = tower.__class__, vars(tower).pop("short_options", None)
     set_options(tower, options)
     try:
         yield
     finally:
-        set_options(tower, before)
+        vars(tower).pop("short_options", None)
+        tower.__class__ = before[0]
+        set_options(tower, before[1])
 
 
-# The method that open_clip's forward calls: _encode_text in 4.x, encode_text before
-ShortCLIP = _short_class(CLIP, "_encode_text" if hasattr(CLIP, "_encode_text") else "encode_text")
-ShortTextTransformer = _short_class(TextTransformer, "forward")
+# The method that open_clip's forward calls: CLIP's is _encode_text in 4.x, encode_text before
+_METHODS = {
+    CLIP: "_encode_text" if hasattr(CLIP, "_encode_text") else "encode_text",
+    TextTransformer: "forward",
+}
+ShortCLIP, ShortTextTransformer = (_short_class(*method) for method in _METHODS.items())
 SHORT: dict[type, type] = {CLIP: ShortCLIP, TextTransformer: ShortTextTransformer}

@@ -15,12 +15,13 @@ import sys
 import tempfile
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
 import torch
 
-from flyp_plugin import checkpoints, checks, objectives, openclip, record, run_folder, shards, targets
+from flyp_plugin import checkpoints, checks, objectives, openclip, record, run_folder, sharding, shards, targets
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
@@ -268,15 +269,17 @@ class FlypRun:
             args, head = self.args, getattr(model, HEAD)
             images = EvalSet("features", self.shards, self.prompts, args.train_data)
             loader = loader_from_args(images, preprocess, args, args.max_lost)  # without augmentation
-            features, labels = image_features(model, with_progress(loader, "features"), args.precision)
+            with self._whole(model):
+                features, labels = image_features(model, with_progress(loader, "features"), args.precision)
             c = args.lp_c or LP_C
-            head.weight.data.copy_(fit_head(features, labels, len(head.weight), c))
+            sharding.assign(head.weight, fit_head(features, labels, len(head.weight), c))
             _log.info(f"Fitted the head to the features of all images, with C = {c:g}.")
         return self.objective.loop
 
     def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
         """InputError if training has diverged: nothing that follows could be used."""
-        bad = next((name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None)
+        with self._whole(model):
+            bad = next((name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None)
         if bad:
             wider = "--precision amp_bf16, " if self.args.precision in ("amp", *checks.FP16) else ""
             raise InputError(
@@ -287,7 +290,13 @@ class FlypRun:
     def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
         """Metrics of the evaluation sets, for open_clip to log; empty if this epoch is not evaluated."""
         self.monitor = self.monitor or Monitor(self.eval_sets, self.args)
-        return self.monitor(model, preprocess, tokenizer, epoch)
+        if not self.monitor.scores(epoch):
+            return {}
+        with self._whole(model):
+            return self.monitor(model, preprocess, tokenizer, epoch)
+
+    def _whole(self, model: torch.nn.Module) -> AbstractContextManager:
+        return sharding.whole(model, not getattr(self.args, "fsdp_no_reshard_after_forward", False))
 
     def finish(self) -> None:
         """Log where the checkpoints are, which epoch was best and what to do next."""

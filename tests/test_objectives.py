@@ -7,7 +7,6 @@ import open_clip
 import pytest
 import timm
 import torch
-from open_clip_train import main as open_clip_main
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy, normalize
 
@@ -52,8 +51,7 @@ SGD = [
     "const",
 ]
 needs_sgd = pytest.mark.skipif(
-    not hasattr(openclip.parse_args([]), "opt") or not hasattr(open_clip_main, "create_loss"),
-    reason="this open_clip has no --opt (before 2.30), or takes no other loss (4)",
+    not hasattr(openclip.parse_args([]), "opt"), reason="this open_clip has no --opt (before 2.30)"
 )
 
 
@@ -554,14 +552,6 @@ def test_flags_that_do_not_go_together_are_one_sentence(digits, tmp_path, flags,
     with pytest.raises(InputError, match=naming(*named)) as error:
         train([*argv, *(flag.format(digits=digits, names=tmp_path / "names.txt") for flag in flags)])
     assert "\n" not in str(error.value)
-
-
-def test_an_open_clip_without_create_loss_is_named(launch, monkeypatch):
-    from open_clip_train import main
-
-    monkeypatch.delattr(main, "create_loss")
-    with pytest.raises(InputError, match=naming("open_clip_torch", "--objective ce")):
-        launch("--objective", "ce", name="tasks")
 
 
 def test_flags_and_their_owners_agree():

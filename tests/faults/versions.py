@@ -32,7 +32,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +237,7 @@ def upgrade(args: Namespace) -> int:
         open_clip.add_model_config(data / "digits-vit.json")
         torch.manual_seed(0)
         torch.save(open_clip.create_model("digits-vit").state_dict(), data / "start.pt")
-        here = version("open_clip_torch")
+        here = open_clip.__version__
         now = Place("this plugin", REPO)
         plain = Place(f"open_clip {here}", REPO)
         plugins, rows = {}, []
@@ -385,7 +384,7 @@ def verdict(status: int, written: str) -> str | None:
         return f"a traceback: {last}"
     if status != 1:
         return f"status {status}"
-    here = re.escape(f"open_clip_torch {version('open_clip_torch')} ")
+    here = re.escape(f"open_clip_torch {open_clip.__version__} ")
     if not re.fullmatch(rf"Error: {here}.*{re.escape(openclip.SUPPORTED)}.*", last):
         return f"another sentence: {last}"
     return None
