@@ -22,7 +22,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.flags import to_argv
 from flyp_plugin.learned import load_head
 from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, square_as_int
-from flyp_plugin.record import Record
+from flyp_plugin.record import Record, is_sharded
 from flyp_plugin.remote import is_url
 
 # The precisions that keep the weights, and so AdamW's state, in 16 bits
@@ -43,11 +43,13 @@ _NEEDS = {
 }
 
 
-def find_mistakes(args: Namespace, typed: Iterable[str]) -> Iterator[str]:
+def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) -> Iterator[str]:
     """Mistakes in flags that open_clip would silently ignore, or that would silently spoil the training.
 
     `typed`: the names of open_clip's flags on the command line.
     """
+    if getattr(args, "fsdp", False) and world_size == 1:
+        yield "--fsdp divides a model among several ranks, and there is one; start them with torchrun, or leave it out."
     for name, (pattern, other) in product(typed, _NEEDS.items()):
         if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):
             flag, missing = to_argv({name: True, other: True})
@@ -106,7 +108,7 @@ def check_start(args: Namespace) -> None:
             f"{args.pretrained} has a learned head, which open_clip cannot load; export its towers with "
             "`flyp export --format open_clip` and start from those."
         )
-    if args.resume and args.resume != "latest" and not is_url(args.resume):
+    if args.resume and args.resume != "latest" and not (is_url(args.resume) or is_sharded(args.resume)):
         checkpoints.read_state_dict(args.resume)
 
 
@@ -122,6 +124,7 @@ def resolve_model(args: Namespace, resumed: Record | None) -> ModelSpec:
     if resumed:
         spec = resumed.spec.with_flags(flags)
         run_folder.refuse_other_run(resumed, args, spec)
+        run_folder.refuse_other_sharding(resumed, args)
     else:
         spec = targets.resolve_spec(args.model, args.pretrained, flags)
     made = {f"image_{name}": spec.preprocess_cfg[name] for name in PREPROCESSING}

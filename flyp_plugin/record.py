@@ -31,6 +31,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,6 +52,7 @@ from flyp_plugin.sources import write_atomically
 FILE = "flyp.json"
 FORMAT = 1
 RESULTS = "checkpoints/results.jsonl"
+_SHARDED = "_metadata_extra.pt"  # in a sharded checkpoint; written last
 # flags that say where a run is, how it is watched and what it runs on, or that are elsewhere in the record
 _NOT_TRAINING = re.compile(
     "resume.*|name|logs|.*_path|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
@@ -140,10 +142,14 @@ def read(folder: str | Path) -> Record | None:
 
 
 def find(weights: str | os.PathLike) -> Record | None:
-    """The record that belongs to a run's folder, a checkpoint, merged weights or an export; None if there is none."""
+    """The record that belongs to a run's folder, a checkpoint, merged weights or an export; None if there is none.
+
+    InputError for a sharded checkpoint, which only training can read.
+    """
     path = Path(weights)
     if not os.path.exists(weights):  # such as '' for a place's weights, though Path('') is the current folder
         return None
+    refuse_sharded(path)
     folder = path if path.is_dir() else path.parent
     return read(folder) or (read(folder.parent) if folder.absolute().name == "checkpoints" else None)
 
@@ -175,9 +181,29 @@ def check_same_model(records: Sequence[Record]) -> None:
             raise InputError(f"{folders} are of different models ({found[0]}); merge runs of one model.")
 
 
+def is_sharded(path: str | os.PathLike) -> bool:
+    """Whether it is a folder of parts, as open_clip 4 writes them with --fsdp-checkpoint sharded."""
+    return Path(path, _SHARDED).is_file()
+
+
+def how_to_join(path: Path) -> tuple[str, Path]:
+    """The command that makes a file of a sharded checkpoint in a run's folder, and that file."""
+    whole = path.parents[1] / f"{path.name}.pt"
+    command = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+    return shlex.join([*command.split(), str(path), str(whole)]), whole
+
+
+def refuse_sharded(path: Path) -> None:
+    """InputError with the command that joins it, if it is a sharded checkpoint."""
+    if is_sharded(path):
+        command, whole = how_to_join(path)
+        raise InputError(f"{path} is a sharded checkpoint; join it with `{command}` and give {whole}.")
+
+
 def epochs(folder: Path) -> dict[int, Path]:
     """The checkpoints of a run by their epoch, in order."""
-    numbers = {path: path.stem.removeprefix("epoch_") for path in folder.glob("checkpoints/epoch_*.pt")}
+    paths = [*folder.glob("checkpoints/epoch_*.pt"), *_find_sharded(folder)]
+    numbers = {path: path.stem.removeprefix("epoch_") for path in paths}
     return dict(sorted((int(number), path) for path, number in numbers.items() if number.isdecimal()))
 
 
@@ -188,11 +214,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     without --save-most-recent, and with that flag it looks for no other file. InputError if a file is no checkpoint.
     """
     found = {path: _read_epoch(path) for path in folder.glob("checkpoints/epoch_*.pt")}
-    for path in folder.glob(
-        "checkpoints/epoch_*/_metadata_extra.pt"
-    ):  # open_clip 4's folder of parts; written last
-        found[path.parent] = _read_epoch(path)
+    found |= {path: _read_epoch(path / _SHARDED) for path in _find_sharded(folder)}
     return max(found, key=lambda path: (found[path], path.name), default=None)  # of equals, epoch_latest.pt
+
+
+def _find_sharded(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoints/epoch_*") if is_sharded(path)]
 
 
 def _read_epoch(path: Path) -> int:

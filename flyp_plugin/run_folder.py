@@ -43,7 +43,7 @@ def check_free(args: Namespace) -> None:
     if not args.name or args.resume == "latest":  # without a name open_clip makes up a new one
         return
     folder = Path(args.logs, args.name)
-    if contains_run(folder) or any(folder.glob("checkpoints/*.*")):
+    if contains_run(folder) or any(folder.glob("checkpoints/*")):
         raise InputError(
             f"{folder} already contains a run; choose another --name, or continue it with --resume latest."
         )
@@ -73,6 +73,8 @@ def resumed_record(args: Namespace) -> Record | None:
     """The record of the run that --resume continues; None for a new run, or one without a record."""
     if args.resume == "latest":
         return record.read(Path(args.logs, args.name)) if args.name else None
+    if record.is_sharded(args.resume or ""):
+        return record.find(Path(args.resume).parent.parent)
     return record.find(args.resume or "")
 
 
@@ -87,6 +89,16 @@ def refuse_other_run(resumed: Record, args: Namespace, spec: ModelSpec) -> None:
         raise InputError(
             f"your flags would change what the weights of {resumed.folder} mean ({changed[0]}); leave them out, or start a "
             "new run with another --name."
+        )
+
+
+def refuse_other_sharding(resumed: Record, args: Namespace) -> None:
+    """InputError if --fsdp was given or left out before and is not now: the optimizer's state is saved in another form."""
+    before, now = resumed.get("training", {}).get("fsdp", False), getattr(args, "fsdp", False)
+    if before != now:
+        raise InputError(
+            f"the run in {resumed.folder} was started {'with' if before else 'without'} --fsdp, and a run is resumed as it "
+            "was started; start a new run from its weights with --pretrained."
         )
 
 
@@ -131,7 +143,7 @@ def drop_results_after(epoch: int, folder: Path) -> None:
 
 def remove_unstarted(folder: Path) -> None:
     """Delete what open_clip has written for a run that never started to train, so that its name stays free."""
-    if not any(folder.glob("checkpoints/*.*")):
+    if not any(folder.glob("checkpoints/*")):
         for name in _RECORDS:
             (folder / name).unlink(missing_ok=True)
         for path in (folder / "checkpoints", folder / "tensorboard", folder):

@@ -81,6 +81,7 @@ def choose_weights(run: Record, epoch: str | None) -> Path:
         raise InputError(
             f"{folder} has no {what}; pass --epoch best, loss, last or one of its own ({those})."
         )
+    record.refuse_sharded(path)
     _log.info(f"Using the weights {path}.")
     return path
 

@@ -17,6 +17,7 @@ from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class FlypRun:
             args.model = args.model.replace("/", "-")  # ViT-B/16, which only parts of open_clip accept
         if args.model_config:
             targets.add_model_config(args.model_config)
-        mistake = next(chain(checks.find_mistakes(args, typed), objectives.find_mistakes(args)), None)
+        mistake = next(chain(checks.find_mistakes(args, typed, world_size), objectives.find_mistakes(args)), None)
         if mistake:
             raise InputError(mistake)
         checks.check_start(args)
@@ -307,6 +308,9 @@ class FlypRun:
             readers = "open_clip loads them with pretrained=PATH"
             if self.objective.learned_head or self.spec.differences(ModelSpec.of(args.model)):
                 readers = "flyp's commands read them; `flyp export --format open_clip` is for open_clip alone"
+            last = list(record.epochs(Path(args.logs, args.name)).values())[-1:]
+            if last and record.is_sharded(last[0]):
+                readers = f"flyp's commands read the last after `{record.how_to_join(last[0])[0]}`"
             _log.info(f"Checkpoints are in {args.checkpoint_path}; {readers}.")
         if args.rank == 0:
             for line in self.monitor.summary() if self.monitor else ():
