@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from flyp_plugin.flags import to_argv
 from flyp_plugin.learned import HEAD, exact_logits
+from flyp_plugin.tokens import PromptTokens
 
 COLLISIONS = ("keep", "mask", "soft")  # see PairLoss
 Outputs = dict[str, Tensor]
@@ -120,12 +121,17 @@ def _head_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor,
 
 def _text_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
     """Logits over the current text features of all classes, each in a random prompt of its own, as in the paper's code."""
-    counts = torch.from_numpy(model.class_tokens.counts)
-    numbers = torch.randint(2**62, counts.shape) % counts
-    prompts = model.class_tokens.take(range(len(counts)), numbers.tolist())
-    out = forward(images, prompts.to(images.device))
+    out = forward(images, _draw_prompts(model.class_tokens).to(images.device))
     logits = out["logit_scale"].float() * exact_logits(out["image_features"], out["text_features"])
     return {"class_logits": logits, "labels": labels, "logit_scale": out["logit_scale"]}
+
+
+@torch.compiler.disable  # a compiled graph would draw other numbers
+def _draw_prompts(tokens: PromptTokens) -> Tensor:
+    """The tokens of a random prompt of each class, int64 (C, L)."""
+    counts = torch.from_numpy(tokens.counts)
+    numbers = torch.randint(2**62, counts.shape) % counts
+    return tokens.take(range(len(counts)), numbers.tolist())
 
 
 def _make_pair_loss(args: Namespace) -> nn.Module:

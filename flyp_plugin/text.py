@@ -45,7 +45,8 @@ def reason_full_context(model: nn.Module) -> str | None:
         return "its text feature is not the one at the EOT token"
     if mask is None or not torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1)):
         return "its text tower is not causal"
-    if type(blocks) is not transformer.Transformer or set(map(original_class, blocks.resblocks)) - _BLOCKS:
+    kinds = {original_class(_unwrap(block)) for block in getattr(blocks, "resblocks", ())}
+    if type(blocks) is not transformer.Transformer or kinds - _BLOCKS:
         return "its text transformer is not made of open_clip's blocks"
     if any(getattr(m, "p" if isinstance(m, nn.Dropout) else "dropout", None) for m in blocks.modules()):
         return "its text tower has dropout"
