@@ -77,7 +77,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             what = f"refused because loading it could run code ({code[1]}); save only the state_dict"
         raise InputError(f"{path} is {what}.") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if isinstance(weights, dict) and isinstance(weights.get("model"), dict):  # joined from a sharded checkpoint, which
+    if isinstance(weights, dict) and isinstance(
+        weights.get("model"), dict
+    ):  # joined from a sharded checkpoint, which
         weights = weights["model"]  # has logit_scale and logit_bias with shape (1,)
         weights |= {key: weights[key].reshape(()) for key in ("logit_scale", "logit_bias") if key in weights}
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):

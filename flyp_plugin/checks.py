@@ -38,9 +38,13 @@ _NEEDS = {
     "distill_model": "distill_pretrained",
     "distill_pretrained": "distill_model",
     "train_data_upsampling_factors": "dataset_resampled",
+    "torchcompile_.*": "torchcompile",
+    "fsdp_.*": "fsdp",
     # its loader of captions reads --val-data only
-    "csv_.*|text_key|json_text_.*|max_image_pixels|length_bucketing|bucket_.*|text_pad_multiple|audio_.*": "val_data",
+    "csv_.*|text_key|json_text_.*|max_image_pixels|text_pad_multiple|val_retrieval_.*": "val_data",
 }
+# open_clip 4's flags (a regular expression) for other data than images of one size and short texts
+_OTHER_DATA = "(use|force)_naflex.*|naflex_.*|length_bucketing|bucket_.*|audio_.*|pretrained_audio"
 
 
 def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) -> Iterator[str]:
@@ -54,6 +58,10 @@ def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) ->
         if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):
             flag, missing = to_argv({name: True, other: True})
             yield f"{flag} has no effect without {missing}; add that, or leave it out."
+    for name in typed:
+        if re.fullmatch(_OTHER_DATA, name):
+            flag = to_argv({name: True})[0]
+            yield f"{flag} is not supported: FLYP trains on images of one size and class prompts; leave it out."
     if not args.train_data:
         yield "--train-data is missing; give a data folder or shards (see --help)."
     if args.dataset_type not in ("auto", "webdataset"):

@@ -73,9 +73,8 @@ class ClassPromptDataset(IterableDataset):
         retries: how often a remote shard that breaks off is read again.
         max_lost: largest share of an epoch's samples, on each rank, that may be unreadable.
         jpeg_draft: decode large JPEGs at a fraction of their size, at least this many pixels; 0 decodes in full.
-        with_labels: also yield each image's class index: appended to its tokens, which are then (B, L + 1), or in a dict as
-            "labels", int64 (B,).
-        as_dict: yield dicts, as for open_clip 4.
+        with_labels: append each image's class index to its tokens, which are then (B, L + 1).
+        as_dict: yield dicts, as for open_clip 4; the class indices are then "labels", int64 (B,).
 
     Raises:
         InputError: fewer shards than ranks, wrong labels, nothing readable, or more than `max_lost` unreadable.
@@ -205,7 +204,8 @@ class ClassPromptDataset(IterableDataset):
             return max(skipped.lost, skipped.number) if self.world_size == 1 else 0
 
         for images, tokens in rebatch(self._passes(epoch, skipped), self.batch_size, self._samples, num_lost):
-            yield self._as_dict(images, tokens) if self.as_dict else (images, tokens)
+            parts = [images, tokens[:, :-1], tokens[:, -1]] if self.with_labels else [images, tokens]
+            yield dict(zip(("image", "text", "labels"), parts)) if self.as_dict else (images, tokens)
         skipped.report(f"epoch {epoch}")
         empty = [name for name, occurs in zip(self.prompts.classnames, self._occurs) if not occurs]
         if self._sees_all and empty:  # then the labels may be shifted by one
@@ -215,11 +215,6 @@ class ClassPromptDataset(IterableDataset):
                 "those of these shards and that labels start at 0."
             )
         self._sees_all = False  # it is said once
-
-    def _as_dict(self, images: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not self.with_labels:
-            return {"image": images, "text": tokens}
-        return {"image": images, "text": tokens[:, :-1], "labels": tokens[:, -1]}
 
     def _passes(self, epoch: int, skipped: Skipped) -> Iterator[Iterator[Batch]]:
         check = partial(skipped.check, self._samples, self.max_lost, f"epoch {epoch}")

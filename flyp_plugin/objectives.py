@@ -206,6 +206,13 @@ def find_mistakes(args: Namespace) -> Iterator[str]:
     frozen = args.lock_image and not (objective.loop and args.lock_image_unlocked_groups)
     if objective.learned_head and frozen:
         yield f"{name} with --lock-image leaves only the head to train; use --objective lp without --lock-image."
+    for tower, trained, some in (
+        ("text", not objective.learned_head, args.lock_text_unlocked_layers),
+        ("image", objective.loop, args.lock_image_unlocked_groups),
+    ):
+        locked = getattr(args, f"lock_{tower}") and not some
+        if getattr(args, f"{tower}_layer_decay", None) and (locked or not trained):  # open_clip 4
+            yield f"--{tower}-layer-decay has no effect on a tower that is not trained; leave it out."
     if args.balance and not objective.loop:
         yield f"--balance has no effect with {name}, which fits its head to every image once; leave it out."
     if objective.fit and args.dataset_resampled:

@@ -42,7 +42,7 @@ import torch
 from flyp_plugin import patches, run_folder
 from flyp_plugin.checkpoints import use_reader
 from flyp_plugin.data import ClassPromptDataset
-from flyp_plugin.errors import NO_ROOM, InputError
+from flyp_plugin.errors import InputError
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.record import Record
 from flyp_plugin.samples import sample_seed
@@ -162,30 +162,11 @@ def run(flyp: TrainingRun) -> int:
                 _log.info(f"The run in {Path(args.logs, args.name)} is finished: --epochs is {args.epochs}.")
         except (OSError, RuntimeError) as error:
             _log.debug(error, exc_info=True)  # shown with --debug
-            if known := _explain(error, args):
+            if known := run_folder.explain(error, args, rank):
                 raise known from error
             raise
         flyp.finish()
     return 0
-
-
-def _explain(error: Exception, args: Namespace) -> InputError | None:
-    """The sentence for a full disk, a folder that cannot be written, or a lost rank; None for any other error."""
-    again = f"continue with --name {args.name} --resume latest" if args.name else "run the same command again"
-    if isinstance(error, OSError):
-        if error.errno in NO_ROOM or str(error.filename).startswith(str(Path(args.logs))):
-            folder = Path(args.logs, args.name or "")
-            return InputError(
-                f"{folder} cannot be written to ({error.strerror}); make room and {again}, or choose another --logs."
-            )
-    # gloo's errors have no type of their own
-    elif isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error):
-        reason = shorten(str(error), 200, placeholder=" ...")
-        return InputError(
-            f"rank {world()[0]} has lost another rank ({reason}), which has ended or cannot be reached; look for that "
-            f"rank's own error, fix it, and {again}."
-        )
-    return None
 
 
 class _Seams:
@@ -214,9 +195,8 @@ class _Seams:
         main = import_module("open_clip_train.main")
         patches.install(self.stack, main, self.args.device.startswith("cpu") or not torch.cuda.is_available())
         self.has_tasks = hasattr(main, "create_task")
-        seams = {**SEAMS}
-        if self.flyp.changes:
-            seams |= {"create_task" if self.has_tasks else "create_loss": ("main", "args")}
+        loss = {"create_task" if self.has_tasks else "create_loss": ("main", "args")}
+        seams = SEAMS | (loss if self.flyp.changes else {})
         for name, (module, *alternatives) in seams.items():
             original = _find(module, name)
             signature = inspect.signature(original)

@@ -55,9 +55,9 @@ RESULTS = "checkpoints/results.jsonl"
 _SHARDED = "_metadata_extra.pt"  # in a sharded checkpoint; written last
 # flags that say where a run is, how it is watched and what it runs on, or that are elsewhere in the record
 _NOT_TRAINING = re.compile(
-    "resume.*|name|logs|.*_path|device|rank|local_rank|distributed|dist_.*|(eval|val)_data|.*_frequency|report_to|"
+    "resume.*|name|logs|.*_path|device|rank|local_rank|distributed|dist_.*|eval_data|val_.*|.*_frequency|report_to|"
     "wandb.*|tensorboard|log_.*|debug|save_.*|delete_.*|remote_.*|copy_codebase|retries|max_lost|.*_key|cache_dir|"
-    "imagenet_.*|demo|help_.*|no_flyp_defaults|model|model_config|pretrained|objective|precision|classnames|templates|prompts|"
+    "imagenet_.*|train_loss_ema_.*|fsdp_.*|demo|help_.*|no_flyp_defaults|model|model_config|pretrained|objective|precision|classnames|templates|prompts|"
     + "|".join(FLAGS)
 )
 

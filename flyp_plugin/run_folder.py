@@ -22,8 +22,10 @@ from itertools import count
 from pathlib import Path
 from textwrap import shorten
 
+import torch
+
 from flyp_plugin import record
-from flyp_plugin.errors import InputError
+from flyp_plugin.errors import NO_ROOM, InputError
 from flyp_plugin.model_spec import ModelSpec
 from flyp_plugin.record import RESULTS, Record
 from flyp_plugin.sources import write_atomically
@@ -149,6 +151,25 @@ def remove_unstarted(folder: Path) -> None:
         for path in (folder / "checkpoints", folder / "tensorboard", folder):
             with suppress(OSError):  # it does not exist, or is not empty
                 path.rmdir()
+
+
+def explain(error: Exception, args: Namespace, rank: int) -> InputError | None:
+    """The sentence for a full disk, a folder that cannot be written, or a lost rank; None for any other error."""
+    again = f"continue with --name {args.name} --resume latest" if args.name else "run the same command again"
+    if isinstance(error, OSError):
+        if error.errno in NO_ROOM or str(error.filename).startswith(str(Path(args.logs))):
+            folder = Path(args.logs, args.name or "")
+            return InputError(
+                f"{folder} cannot be written to ({error.strerror}); make room and {again}, or choose another --logs."
+            )
+    # gloo's errors have no type of their own
+    elif isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo" in str(error):
+        reason = shorten(str(error), 200, placeholder=" ...")
+        return InputError(
+            f"rank {rank} has lost another rank ({reason}), which has ended or cannot be reached; look for that "
+            f"rank's own error, fix it, and {again}."
+        )
+    return None
 
 
 @contextmanager

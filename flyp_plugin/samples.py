@@ -218,6 +218,15 @@ def describe_error(error: BaseException) -> str:
     return escape_control_chars(": ".join([type(error).__name__, *text.splitlines()[:1]]))
 
 
+def balance_weights(counts: Sequence[int], power: float) -> list[float]:
+    """How often an image of each class is drawn in an epoch, for a share of n^(1 - power) of a class of n images.
+
+    w_c = n_c^-power * N / sum_k n_k^(1 - power), with N = sum_k n_k, which is also sum_c n_c w_c.
+    """
+    shares = sum(n ** (1 - power) for n in counts if n)
+    return [n**-power * sum(counts) / shares if n else 0.0 for n in counts]
+
+
 def balance_classes(samples: Iterable[Sample], weights: Sequence[float], *seed: object) -> Iterator[Sample]:
     """Each sample as often as its class's weight says: 2.3 is twice and, by chance, a third time; 0.3 is rarely at all.
 

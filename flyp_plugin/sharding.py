@@ -40,7 +40,7 @@ def whole(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None
             module.reshard()
 
 
-def assign(parameter: Tensor, value: Tensor) -> None:
+def assign(parameter: Any, value: Tensor) -> None:
     """Set a parameter, sharded or not, to `value` of its whole shape, which is the same on each rank."""
     if hasattr(parameter, "placements"):  # a DTensor
         from torch.distributed.tensor import distribute_tensor

@@ -39,7 +39,7 @@ class _Trimmed:
 
 
 @cache
-def _short_class(base: type, name: str) -> type:
+def _short_class(base: Any, name: str) -> type:
     """A subclass of `base` whose method `name`, (tokens, ...) -> features, follows `short_options`."""
     full: Callable[..., Tensor] = getattr(base, name)
 
@@ -53,7 +53,9 @@ def _short_class(base: type, name: str) -> type:
         joined = torch.cat(features) if len(features) > 1 else features[0]
         return joined if index is None else joined[index]
 
-    return type(f"Short{base.__name__}", (base,), {name: short, "short_options": None, "__module__": __name__})
+    return type(
+        f"Short{base.__name__}", (base,), {name: short, "short_options": None, "__module__": __name__}
+    )
 
 
 @torch.compiler.disable  # it depends on the values of the tokens
@@ -102,8 +104,8 @@ def original_class(module: nn.Module) -> type:
 def set_options(tower: Any, options: Options | None) -> None:
     """How a tower encodes text from now on; None: as open_clip does."""
     if options is not None and not hasattr(tower, "short_options"):
-        kind, sharded = original_class(tower), type(tower)
-        tower.__class__ = SHORT[kind] if sharded is kind else _short_class(sharded, _METHODS[kind])
+        kind, now = original_class(tower), tower.__class__
+        tower.__class__ = SHORT[kind] if now is kind else _short_class(now, _METHODS[kind])
     if hasattr(tower, "short_options"):
         tower.short_options = options
 

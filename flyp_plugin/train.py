@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from flyp_plugin import checkpoints, checks, objectives, openclip, record, run_folder, sharding, shards, targets
+from flyp_plugin import checks, objectives, openclip, record, run_folder, sharding, shards, targets
+from flyp_plugin.checkpoints import default_device
 from flyp_plugin.data import ClassPromptDataset, peek
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
@@ -33,6 +34,7 @@ from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.record import Record
+from flyp_plugin.samples import balance_weights
 from flyp_plugin.sources import count_samples, expand_sources
 from flyp_plugin.text import shorten
 
@@ -76,7 +78,7 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
     defaults = {name: value for name, value in defaults.items() if name not in skipped}
     across_ranks = ["--local-loss", "--gather-with-grad"] if defaults and world_size > 1 else []
     # open_clip's default is cuda, with a warning if there is none
-    device = ["--device", checkpoints.default_device()]
+    device = ["--device", default_device()]
     theirs = openclip.parse_args([*to_argv(defaults), *across_ranks, *device, *rest])
     return Namespace(**{**vars(theirs), **vars(ours)}), defaults, typed
 
@@ -99,7 +101,9 @@ class FlypRun:
             args.model = args.model.replace("/", "-")  # ViT-B/16, which only parts of open_clip accept
         if args.model_config:
             targets.add_model_config(args.model_config)
-        mistake = next(chain(checks.find_mistakes(args, typed, world_size), objectives.find_mistakes(args)), None)
+        mistake = next(
+            chain(checks.find_mistakes(args, typed, world_size), objectives.find_mistakes(args)), None
+        )
         if mistake:
             raise InputError(mistake)
         checks.check_start(args)
@@ -280,7 +284,9 @@ class FlypRun:
     def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
         """InputError if training has diverged: nothing that follows could be used."""
         with self._whole(model):
-            bad = next((name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None)
+            bad = next(
+                (name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None
+            )
         if bad:
             wider = "--precision amp_bf16, " if self.args.precision in ("amp", *checks.FP16) else ""
             raise InputError(
@@ -316,15 +322,6 @@ class FlypRun:
             for line in self.monitor.summary() if self.monitor else ():
                 _log.info(line)
             self._warn_of_random_weights()
-
-
-def balance_weights(counts: Sequence[int], power: float) -> list[float]:
-    """How often an image of each class is drawn in an epoch, for a share of n^(1 - power) of a class of n images.
-
-    w_c = n_c^-power * N / sum_k n_k^(1 - power), with N = sum_k n_k, which is also sum_c n_c w_c.
-    """
-    shares = sum(n ** (1 - power) for n in counts if n)
-    return [n**-power * sum(counts) / shares if n else 0.0 for n in counts]
 
 
 def _find_shards(args: Namespace) -> tuple[list[str], list[float] | None]:

@@ -70,6 +70,10 @@ _WIDTH = 64  # of every tower: heads of OpenAI's models have 64
 _SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # the ids that RoBERTa and NLLB give them
 
 
+def _sane(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.nan_to_num(0, 0, 0).clamp(-100, 100) if tensor.is_floating_point() else tensor
+
+
 @dataclass(frozen=True)
 class Entry:
     """A pretrained tag of a model, and what open_clip's tables say that it means."""
@@ -303,8 +307,8 @@ def downloads(entry: Entry, folder: Path) -> Iterator[None]:
         torch.manual_seed(zlib.crc32(entry.name.encode()))
         with quiet(logging.ERROR):
             model = open_clip.create_model(entry.name, pretrained_hf=False)
-        # CoCa's text_decoder.text_projection is left as the memory was, which may be NaN
-        finite = {key: tensor.nan_to_num(0, 0, 0) for key, tensor in model.state_dict().items()}
+        # CoCa's text_decoder.text_projection is left as the memory was, which may be NaN, or larger than any weight
+        finite = {key: _sane(tensor) for key, tensor in model.state_dict().items()}
         torch.save(finite, path)
     with ExitStack() as stack:
         for module in (open_clip, factory, pretrained):

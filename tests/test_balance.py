@@ -12,7 +12,7 @@ from flyp_plugin.commands import call
 from flyp_plugin.errors import InputError
 from flyp_plugin.samples import balance_classes, draw_prompts
 from flyp_plugin.shards import count_labels
-from flyp_plugin.train import balance_weights
+from flyp_plugin.samples import balance_weights
 from tests import tars
 from tests.naming import naming
 
