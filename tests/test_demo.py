@@ -20,7 +20,7 @@ SHORT = ("--pretrain-epochs", "1", "--epochs", "1")
 
 def run(folder, *argv):
     command = [sys.executable, str(REPO / "train_flyp.py"), "--demo", *SHORT, *argv]
-    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), *sys.path])}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stderr

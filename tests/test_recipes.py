@@ -48,7 +48,7 @@ def recipe(tmp_path, monkeypatch, digits, start) -> Callable[..., None]:
     env = {
         **os.environ,
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
-        "PYTHONPATH": str(REPO),
+        "PYTHONPATH": os.pathsep.join([str(REPO), *sys.path]),
         "LC_ALL": "C",
     }
     small = [

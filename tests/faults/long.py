@@ -92,7 +92,8 @@ def train(folder: Path, number: int, at: Sequence[int]) -> Iterator[tuple[str, H
     words += ["--train-num-samples", "64", "--batch-size", "32", "--workers", WORKERS, "--epochs", number]
     words += ["--eval-data", f"val={folder}/test/{{0..1}}.tar", "--save-frequency", "0", "--save-most-recent"]
     words += ["--logs", folder, "--name", "run", "--device", "cpu"]
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(REPO), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, REPO / "train_flyp.py", *words]
     with open(folder / "err", "w") as err:
         run = subprocess.Popen([*map(str, command)], stderr=err, stdout=err, env=env)
