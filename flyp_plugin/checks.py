@@ -132,7 +132,7 @@ def resolve_model(args: Namespace, resumed: Record | None) -> ModelSpec:
     if resumed:
         spec = resumed.spec.with_flags(flags)
         run_folder.refuse_other_run(resumed, args, spec)
-        run_folder.refuse_other_sharding(resumed, args)
+        run_folder.refuse_other_optimizer(resumed, args)
     else:
         spec = targets.resolve_spec(args.model, args.pretrained, flags)
     made = {f"image_{name}": spec.preprocess_cfg[name] for name in PREPROCESSING}

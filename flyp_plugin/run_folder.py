@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 from textwrap import shorten
 
+import open_clip
 import torch
 
 from flyp_plugin import record
@@ -94,14 +95,22 @@ def refuse_other_run(resumed: Record, args: Namespace, spec: ModelSpec) -> None:
         )
 
 
-def refuse_other_sharding(resumed: Record, args: Namespace) -> None:
-    """InputError if --fsdp was given or left out before and is not now: the optimizer's state is saved in another form."""
+def refuse_other_optimizer(resumed: Record, args: Namespace) -> None:
+    """InputError if the optimizer's state was saved in another form: with or without --fsdp, before or by open_clip 4."""
     before, now = resumed.get("training", {}).get("fsdp", False), getattr(args, "fsdp", False)
+    versions = [resumed.get("versions", {}).get("open_clip", open_clip.__version__), open_clip.__version__]
     if before != now:
-        raise InputError(
-            f"the run in {resumed.folder} was started {'with' if before else 'without'} --fsdp, and a run is resumed as it "
-            "was started; start a new run from its weights with --pretrained."
-        )
+        how = f"{'with' if before else 'without'} --fsdp"
+    elif (
+        len({int(version.split(".")[0]) >= 4 for version in versions}) > 1
+    ):  # it has other groups of parameters
+        how = f"with open_clip_torch {versions[0]}, and this is {versions[1]}"
+    else:
+        return
+    raise InputError(
+        f"the run in {resumed.folder} was started {how}, so that the state of its optimizer cannot be read; resume it as it "
+        "was started, or start a new run from its weights with --pretrained."
+    )
 
 
 def write_record(now: Record, before: Record | None, folder: Path) -> None:

@@ -360,6 +360,14 @@ def test_batches_as_dicts(dataset):
     assert batch["text"].shape == (512, 77)
 
 
+def test_labels_are_a_part_of_their_own_in_a_dict(dataset):
+    images, tokens = next(iter(dataset(with_labels=True)))
+    batch = next(iter(dataset(with_labels=True, as_dict=True)))
+    assert batch.keys() == {"image", "text", "labels"}
+    assert torch.equal(torch.cat([batch["text"], batch["labels"][:, None]], dim=1), tokens)
+    assert torch.equal(batch["image"], images)
+
+
 def test_it_is_not_for_a_data_loader_with_workers(dataset):
     with pytest.raises(RuntimeError, match=naming("DataLoader", "workers")):
         next(iter(DataLoader(dataset(), batch_size=None, num_workers=1)))

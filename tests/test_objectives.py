@@ -271,6 +271,23 @@ def test_accumulation_equals_one_batch(launch, start, flags):
     assert_moved_alike(parts, whole, before)
 
 
+@pytest.mark.skipif(
+    not hasattr(openclip.parse_args([]), "torchcompile_strategy"),
+    reason="this open_clip has one strategy (before 4)",
+)
+@pytest.mark.parametrize("strategy", ["task", "model", "step"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--objective", "ce"], ["--objective", "flyp-ce"]], ids=lambda flags: "".join(flags[1:])
+)
+def test_each_way_of_compiling_gives_the_same_losses(launch, start, flags, strategy):
+    flags = [*flags, *SGD[2:], "--pretrained", start, "--report-to", "tensorboard"]
+    name = f"{flags[1]}-{strategy}".replace("/", "-")
+    eager = tensorboard_losses(launch(*flags, name=f"eager-{name}"))
+    how = ["--torchcompile", "--torchcompile-strategy", strategy, "--torchcompile-backend", "aot_eager"]
+    compiled = tensorboard_losses(launch(*flags, *how, name=f"compiled-{name}"))
+    assert compiled == pytest.approx(eager, rel=FORWARD)
+
+
 # 80 images in one step, however they are shared out
 TWO_RANKS = {
     "soft": ["--collisions", "soft", "--ce-weight", 0.5],

@@ -149,6 +149,16 @@ def test_other_settings_are_named_and_another_model_is_refused(again):
     )
 
 
+def test_a_run_of_an_open_clip_on_the_other_side_of_4_is_not_resumed(again):
+    path = again.folder / record.FILE
+    content = json.loads(path.read_text())
+    here = content["versions"]["open_clip"]
+    content["versions"]["open_clip"] = other = "3.3.0" if here.startswith("4") else "4.2.0"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=naming("run", other, here, "--pretrained")):
+        again("--resume", "latest")
+
+
 def test_a_checkpoint_that_cannot_be_resumed_from_is_a_sentence(digits, once, start, tmp_path):
     flags = kills.flags(digits, tmp_path / "run")
     trained = str(once / "checkpoints" / "epoch_1.pt")

@@ -47,42 +47,25 @@ CASES = {
 SHORT = ("flyp", "flyp, soft + ce-weight", "lp-ft", "flyp-ce")  # those of the test
 
 
-def write(root: Path) -> Path:
-    """Data, the models, and weights that know a little of digits."""
+def write(root: Path, models: Sequence[str] = ("digits-vit", "digits-rn")) -> Path:
+    """Data, the models, and weights that know some digits."""
     data = ranks.write(root / "data", (10,) * 16)
-    for model in ("digits-vit", "digits-rn"):
-        flags = ["--epochs", 8, "--batch-size", 40, "--lr", "3e-3", "--warmup", 8, "--save-frequency", 8]
+    for model in models:
+        flags = ["--epochs", 60, "--batch-size", 40, "--lr", "3e-3", "--warmup", 20]
+        flags += ["--save-frequency", 60, "--workers", 0]
         assert ranks.train(ranks.words(data, root / "logs", f"start-{model}", *flags, model=model)) == 0
-        torch.save(read_state_dict(root / f"logs/start-{model}/checkpoints/epoch_8.pt"), data / f"{model}.pt")
+        torch.save(
+            read_state_dict(root / f"logs/start-{model}/checkpoints/epoch_60.pt"), data / f"{model}.pt"
+        )
     return data
 
 
 def argv(data: Path, logs: Path, name: str, sharded: bool, flags: Sequence[str]) -> list[str]:
     """The flags of a case's run."""
     model = flags[flags.index("--model") + 1] if "--model" in flags else "digits-vit"
-    more = [
-        "--epochs",
-        2,
-        "--batch-size",
-        40,
-        "--workers",
-        0,
-        "--eval-data",
-        f"val={data}",
-        "--group-key",
-        "hand",
-    ]
-    more += [
-        "--opt",
-        "timm/sgd",
-        "--lr",
-        "0.05",
-        "--wd",
-        0.01,
-        "--warmup",
-        0,
-        *(["--fsdp"] if sharded else []),
-    ]
+    more = ["--epochs", 2, "--batch-size", 40, "--workers", 0, "--wd", 0.01, "--warmup", 0]
+    more += ["--eval-data", f"val={data}", "--group-key", "hand", "--opt", "timm/sgd", "--lr", "0.002"]
+    more += ["--fsdp"] if sharded else []
     flags = [flag for flag in flags if sharded or not flag.startswith("--fsdp")]
     return ranks.words(data, logs, f"{'fsdp' if sharded else 'ddp'} {name}", *more, *flags, model=model)
 

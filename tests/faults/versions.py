@@ -55,8 +55,9 @@ def print_table(head: list[str], rows: Iterable[list[object]]) -> None:
 
 # matrix
 
-FILES = [f"tests/test_{name}.py" for name in ("train", "data", "objectives", "export")]
+FILES = [f"tests/test_{name}.py" for name in ("train", "data", "objectives", "export", "fsdp")]
 JOB = "plain_loop or each_key_once or resumed_run_equals or skipped or defaults or evaluation_sets or timm_reads"
+JOB += " or fsdp_equals or an_uninterrupted_one or joined or compiling"
 WITH = ["pytest", "scikit-learn", "tensorboard", "requests", "matplotlib"]
 DEVELOPMENT = "open_clip_torch 4"
 # ordered by torch, whose packages are kept from one to the next
