@@ -14,10 +14,11 @@ from itertools import product
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import QuickGELU
 
-from flyp_plugin import checkpoints, run_folder, targets
+from flyp_plugin import checkpoints, run_folder, sharding, targets
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import to_argv
 from flyp_plugin.learned import load_head
@@ -54,6 +55,8 @@ def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) ->
     """
     if getattr(args, "fsdp", False) and world_size == 1:
         yield "--fsdp divides a model among several ranks, and there is one; start them with torchrun, or leave it out."
+    if getattr(args, "fsdp", False) and not sharding.is_supported():
+        yield f"--fsdp needs torch 2.8 or newer, and this is {torch.__version__}; install it, or leave the flag out."
     for name, (pattern, other) in product(typed, _NEEDS.items()):
         if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):
             flag, missing = to_argv({name: True, other: True})

@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.distributed import fsdp
+
+
+def is_supported() -> bool:
+    """Whether torch can keep parameters whole after a forward pass, which came with 2.8."""
+    return hasattr(getattr(fsdp, "FSDPModule", None), "set_reshard_after_forward")
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
-    kind = getattr(torch.distributed.fsdp, "FSDPModule", None) if torch.distributed.is_available() else None
-    return [module for module in model.modules() if isinstance(module, kind)] if kind else []
+    return [module for module in model.modules() if is_supported() and isinstance(module, fsdp.FSDPModule)]
 
 
 @contextmanager

@@ -20,13 +20,13 @@ from pathlib import Path
 import open_clip
 import torch
 
-from flyp_plugin import openclip
+from flyp_plugin import openclip, sharding
 from flyp_plugin.checkpoints import read_state_dict
 from tests.close import BACKWARD, FORWARD
 from tests.faults import ranks
 from tests.faults.processes import Row, table
 
-HAS_FSDP = hasattr(openclip.parse_args([]), "fsdp")
+HAS_FSDP = hasattr(openclip.parse_args([]), "fsdp") and sharding.is_supported()
 CASES = {
     "flyp": [],
     "flyp, full text": ["--full-text"],
