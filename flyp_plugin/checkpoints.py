@@ -56,11 +56,14 @@ for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # its names
     _allow_numpy_scalars(_module)
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_state_dict(path: str | os.PathLike, joined: bool = True) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint, on the CPU: .safetensors, a .pt of open_clip or torch.save, OpenAI's TorchScript.
 
     Tensors of a .pt are memory-mapped, so the optimizer state beside the weights costs nothing. Prefixes that wrappers
     add to names (`module.`, `_orig_mod.`) are removed, as are the three sizes in OpenAI's archives.
+
+    Args:
+        joined: whether the file may be one that was joined from a sharded checkpoint (record.py).
 
     Raises:
         InputError: the file is missing, truncated, could run code when loaded, or has no weights or non-finite ones.
@@ -77,10 +80,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             what = f"refused because loading it could run code ({code[1]}); save only the state_dict"
         raise InputError(f"{path} is {what}.") from None
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if isinstance(weights, dict) and isinstance(
-        weights.get("model"), dict
-    ):  # joined from a sharded checkpoint, which
-        weights = weights["model"]  # has logit_scale and logit_bias with shape (1,)
+    if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
+        if not joined:
+            said = f"{path} was joined from a sharded checkpoint"
+            raise InputError(f"{said}; resume that one, or give this as --pretrained.")
+        weights = weights["model"]  # with scalars of shape (1,)
         weights |= {key: weights[key].reshape(()) for key in ("logit_scale", "logit_bias") if key in weights}
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise InputError(f"{path} has no weights in it; give a state_dict or a checkpoint of open_clip.")

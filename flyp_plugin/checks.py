@@ -27,7 +27,7 @@ from flyp_plugin.record import Record, is_sharded
 from flyp_plugin.remote import is_url
 
 # The precisions that keep the weights, and so AdamW's state, in 16 bits
-FP16 = ("fp16", "pure_fp16")
+FP16, BF16 = ("fp16", "pure_fp16"), ("bf16", "pure_bf16")
 # AdamW divides by sqrt(mean of squared gradients) + eps. In fp16 that mean is 0 for gradients below 0.005 (with beta2
 # 0.999), so a step can be 0.005 / eps times --lr: with 1e-8, which is 0 itself, NaN; with 1e-6, 5000 times, after which a
 # model of digits is at chance. With 1e-3 it learns as in fp32 or a little slower.
@@ -53,8 +53,15 @@ def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) ->
 
     `typed`: the names of open_clip's flags on the command line.
     """
+    if getattr(args, "fsdp", False) and args.precision in (*FP16, *BF16):
+        yield f"--fsdp with --precision {args.precision} would mix weights of 16 and 32 bits; use amp_bf16 or fp32."
     if getattr(args, "fsdp", False) and world_size == 1:
         yield "--fsdp divides a model among several ranks, and there is one; start them with torchrun, or leave it out."
+    scaled = args.accum_freq > 1 or args.precision == "amp"
+    if (
+        getattr(args, "torchcompile_strategy", "") == "step" and scaled
+    ):  # else only when the first step is taken
+        yield "--torchcompile-strategy step needs --accum-freq 1 and a --precision other than amp; use task or model."
     if getattr(args, "fsdp", False) and not sharding.is_supported():
         yield f"--fsdp needs torch 2.8 or newer, and this is {torch.__version__}; install it, or leave the flag out."
     for name, (pattern, other) in product(typed, _NEEDS.items()):
@@ -104,7 +111,9 @@ def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
         if args.eps is not None and gradient > 10 * args.eps:
             times = f"{gradient / args.eps:.0f} times --lr"
             yield f"With --eps {args.eps:g} in {args.precision} a step may be {times}; {FP16_EPS} is safe."
-    if args.precision in ("bf16", "pure_bf16"):
+    if getattr(args, "fsdp", False) and args.precision != "fp32":
+        yield f"--fsdp with {args.precision} computes everything in 16 bits, losses and class logits too."
+    if args.precision in BF16:
         lost = f"most steps of --lr {args.lr:g}"
         yield f"{precision} keeps weights in 16 bits, which rounds away {lost}; amp_bf16 keeps them in 32."
     if args.warmup > steps and not args.skip_scheduler:
@@ -119,8 +128,11 @@ def check_start(args: Namespace) -> None:
             f"{args.pretrained} has a learned head, which open_clip cannot load; export its towers with "
             "`flyp export --format open_clip` and start from those."
         )
-    if args.resume and args.resume != "latest" and not (is_url(args.resume) or is_sharded(args.resume)):
-        checkpoints.read_state_dict(args.resume)
+    if is_sharded(args.resume or ""):
+        if not getattr(args, "fsdp", False):
+            raise InputError(f"{args.resume} is a sharded checkpoint; resume it with --fsdp of open_clip 4.")
+    elif args.resume and args.resume != "latest" and not is_url(args.resume):
+        checkpoints.read_state_dict(args.resume, joined=False)
 
 
 def resolve_model(args: Namespace, resumed: Record | None) -> ModelSpec:

@@ -121,6 +121,8 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     try:
         with redirect_stderr(stderr):
             return _find("params", "parse_args")(list(argv))
+    except ValueError as error:  # open_clip 4
+        raise InputError(f"{error} (see --help-open-clip).") from None
     except SystemExit as error:
         if error.code != 2:  # --help
             raise
@@ -180,7 +182,7 @@ class _Seams:
         self.named = bool(self.args.name)  # else main() makes up a name
         self.resumes_latest = self.args.resume == "latest"  # which main() replaces by a path
         self.newest: Path | None = None  # on rank 0: the checkpoint to resume from
-        self.has_tasks = False  # open_clip 4, whose batches are dicts
+        self.has_tasks = False  # open_clip 4
         self.called: set[str] = set()
         self.started = False
         self.model: Any = None
@@ -295,9 +297,7 @@ class _Seams:
         return data
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by open_clip at the start of each epoch. Seeds everything random, so that a resumed run equals an
-        uninterrupted one: open_clip does not restore random states.
-        """
+        """Called by open_clip at the start of each epoch. Seeds everything random: on resuming, open_clip does not."""
         self.check_called("train_one_epoch")
         self.called.add("set_epoch")
         self.train.dataloader.set_epoch(epoch)

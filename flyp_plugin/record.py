@@ -151,7 +151,7 @@ def find(weights: str | os.PathLike) -> Record | None:
         return None
     refuse_sharded(path)
     folder = path if path.is_dir() else path.parent
-    return read(folder) or (read(folder.parent) if folder.absolute().name == "checkpoints" else None)
+    return read(folder) or (read(_above(folder)) if folder.absolute().name == "checkpoints" else None)
 
 
 def differences(before: Record, now: Record) -> dict[str, tuple[Any, Any]]:
@@ -181,14 +181,19 @@ def check_same_model(records: Sequence[Record]) -> None:
             raise InputError(f"{folders} are of different models ({found[0]}); merge runs of one model.")
 
 
+def _above(folder: Path) -> Path:
+    return folder.parent if folder.name else Path("..")  # Path(".") has no name, and is its own parent
+
+
 def is_sharded(path: str | os.PathLike) -> bool:
     """Whether it is a folder of parts, as open_clip 4 writes them with --fsdp-checkpoint sharded."""
     return Path(path, _SHARDED).is_file()
 
 
 def how_to_join(path: Path) -> tuple[str, Path]:
-    """The command that makes a file of a sharded checkpoint in a run's folder, and that file."""
-    whole = path.parents[1] / f"{path.name}.pt"
+    """The command that makes a file of a sharded checkpoint, in its run's folder, and that file."""
+    folder = _above(path.parent) if path.absolute().parent.name == "checkpoints" else path.parent
+    whole = folder / f"{path.name}.pt"
     command = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
     return shlex.join([*command.split(), str(path), str(whole)]), whole
 

@@ -72,6 +72,9 @@ def test_a_sharded_checkpoint_is_joined_and_read(root, logs, capsys):
     scored = json.loads(capsys.readouterr().out)["results"]["val"]
     logged = {key.removeprefix("val/"): value for key, value in results(run)[-1].items() if key != "epoch"}
     scored.pop("worst_group")
+    argv = fsdp.argv(root / "data", logs, "joined", False, ["--resume", str(whole)])
+    with pytest.raises(InputError, match=naming("epoch_2.pt", "joined", "--pretrained")):
+        train(argv)
     assert_same_figures(scored, logged)
     flyp(["export", str(whole), "--format", "open_clip", "--out", str(root / "clip"), "--device", "cpu"])
     assert says((run / "out.log").read_text(), "dcp_to_torch", "checkpoints/epoch_2")
@@ -95,6 +98,12 @@ def test_fsdp_stays_as_it_was(root, logs, before):
     ("flags", "named"),
     [
         (["--fsdp"], ("--fsdp", "torchrun")),
+        (["--fsdp", "--precision", "bf16"], ("--fsdp", "bf16", "amp_bf16")),
+        (
+            ["--torchcompile", "--torchcompile-strategy", "step", "--accum-freq", "2"],
+            ("step", "--accum-freq 1"),
+        ),
+        (["--text-pad-multiple", "0"], ("--text-pad-multiple", "0")),
         (["--fsdp-offload-cpu"], ("--fsdp-offload-cpu", "--fsdp")),
         (["--torchcompile-mode", "default"], ("--torchcompile-mode", "--torchcompile")),
         (["--use-naflex"], ("--use-naflex", "one size")),
@@ -111,7 +120,20 @@ def test_flags_that_would_do_nothing_or_something_else(root, tmp_path, flags, na
         train(ranks.words(root / "data", tmp_path, "run", *flags))
 
 
-def test_a_sharded_checkpoint_is_told_from_a_run(tmp_path):
+@needs_fsdp
+def test_a_rank_that_finds_nan_tells_the_others(root):
+    flags = ["--opt", "adamw", "--lr", "1e30", "--eval-frequency", "0"]
+    plan = root / "nan" / "plan.json"
+    plan.parent.mkdir()
+    plan.write_text(
+        json.dumps([[fsdp.argv(root / "data", root / "nan", "nan", True, flags)], [ranks._free_port()]])
+    )
+    started = ranks.Ranks(2, [ranks.__file__, "--steps", plan, root / "nan" / "losses"], root / "nan")
+    assert started.ended() == [1, 1]
+    assert all(says(started.said(rank), "diverged", "non-finite") for rank in range(2))
+
+
+def test_a_sharded_checkpoint_is_told_from_a_run(tmp_path, monkeypatch):
     """Of whichever open_clip."""
     sharded = tmp_path / "run" / "checkpoints" / "epoch_3"
     sharded.mkdir(parents=True)
@@ -120,3 +142,7 @@ def test_a_sharded_checkpoint_is_told_from_a_run(tmp_path):
     assert record.newest_checkpoint(tmp_path / "run") == sharded
     with pytest.raises(InputError, match=naming("checkpoints/epoch_3", "dcp_to_torch", "run/epoch_3.pt")):
         flyp(["eval", str(sharded), "--device", "cpu"])
+    monkeypatch.chdir(sharded.parent)
+    assert record.how_to_join(record.Path("epoch_3"))[1] == record.Path("../epoch_3.pt")
+    with pytest.raises(InputError, match=naming("epoch_3", "--fsdp")):
+        train(["--model", "ViT-B-32", "--train-data", "data", "--resume", str(sharded)])
