@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import fsdp
 
 
 def is_supported() -> bool:
-    """Whether torch can keep parameters whole after a forward pass, which came with 2.8."""
-    return hasattr(getattr(fsdp, "FSDPModule", None), "set_reshard_after_forward")
+    """Whether torch is new enough: before 2.8 it cannot keep parameters whole after a forward pass, and 2.8 adds up the
+    gradients of gloo's ranks where it should average them.
+    """
+    return torch.__version__ >= (2, 9)  # type: ignore[operator]  # a TorchVersion
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:

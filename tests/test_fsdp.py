@@ -15,7 +15,7 @@ from tests.faults import fsdp, ranks
 from tests.naming import naming, says
 from tests.test_train import assert_equal, results, weights
 
-needs_fsdp = pytest.mark.skipif(not fsdp.HAS_FSDP, reason="--fsdp needs open_clip 4 and torch 2.8")
+needs_fsdp = pytest.mark.skipif(not fsdp.HAS_FSDP, reason="--fsdp needs open_clip 4 and torch 2.9")
 
 
 @pytest.fixture(scope="module")
