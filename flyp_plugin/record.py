@@ -187,7 +187,7 @@ def _above(folder: Path) -> Path:
 
 def is_sharded(path: str | os.PathLike) -> bool:
     """Whether it is a folder of parts, as open_clip 4 writes them with --fsdp-checkpoint sharded."""
-    return Path(path, _SHARDED).is_file()
+    return bool(path) and Path(path, _SHARDED).is_file()
 
 
 def how_to_join(path: Path) -> tuple[str, Path]:

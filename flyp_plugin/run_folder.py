@@ -101,11 +101,10 @@ def refuse_other_optimizer(resumed: Record, args: Namespace) -> None:
         return  # it starts over
     before, now = resumed.get("training", {}).get("fsdp", False), getattr(args, "fsdp", False)
     versions = [resumed.get("versions", {}).get("open_clip", open_clip.__version__), open_clip.__version__]
+    sides = {int(version.split(".")[0]) >= 4 for version in versions}
     if before != now:
         how = f"{'with' if before else 'without'} --fsdp"
-    elif (
-        len({int(version.split(".")[0]) >= 4 for version in versions}) > 1
-    ):  # it has other groups of parameters
+    elif len(sides) > 1:  # open_clip 4 groups parameters otherwise
         how = f"with open_clip_torch {versions[0]}, and this is {versions[1]}"
     else:
         return
