@@ -53,16 +53,18 @@ def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) ->
 
     `typed`: the names of open_clip's flags on the command line.
     """
-    if getattr(args, "fsdp", False) and args.precision in (*FP16, *BF16):
-        yield f"--fsdp with --precision {args.precision} would mix weights of 16 and 32 bits; use amp_bf16 or fp32."
-    if getattr(args, "fsdp", False) and world_size == 1:
-        yield "--fsdp divides a model among several ranks, and there is one; start them with torchrun, or leave it out."
-    # open_clip says so after the first evaluation
+    if getattr(args, "fsdp", False):
+        if args.precision in (*FP16, *BF16):
+            yield f"--fsdp with --precision {args.precision} would mix weights of 16 and 32 bits; use amp_bf16 or fp32."
+        if world_size == 1:
+            yield "--fsdp divides a model among several ranks, and there is one; start them with torchrun, or leave it out."
+        if not sharding.is_supported():
+            yield f"--fsdp needs torch 2.9 or newer, and this is {torch.__version__}; install it, or leave the flag out."
     whole_step = getattr(args, "torchcompile_strategy", "") == "step"
-    if whole_step and (args.accum_freq > 1 or args.precision == "amp"):
+    if whole_step and (
+        args.accum_freq > 1 or args.precision == "amp"
+    ):  # open_clip says so an evaluation later
         yield "--torchcompile-strategy step needs --accum-freq 1 and a --precision other than amp; use task or model."
-    if getattr(args, "fsdp", False) and not sharding.is_supported():
-        yield f"--fsdp needs torch 2.9 or newer, and this is {torch.__version__}; install it, or leave the flag out."
     for name, (pattern, other) in product(typed, _NEEDS.items()):
         if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):
             flag, missing = to_argv({name: True, other: True})

@@ -105,9 +105,8 @@ class Ranks:
     def __init__(self, ranks: int, command: Sequence[object], folder: Path, how: str = "hand"):
         folder.mkdir(parents=True, exist_ok=True)
         self.mark, self.folder, self.how = f"{folder}-{time.monotonic_ns()}", folder, how
-        path = os.pathsep.join(
-            [str(REPO), *sys.path]
-        )  # the packages of this process, wherever they come from
+        # the packages of this process, wherever they come from
+        path = os.pathsep.join([str(REPO), *sys.path])
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, MARK: self.mark}
         python = [sys.executable]
         if how == "torchrun":
