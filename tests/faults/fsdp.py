@@ -61,12 +61,17 @@ def write(root: Path, models: Sequence[str] = ("digits-vit", "digits-rn")) -> Pa
 
 def argv(data: Path, logs: Path, name: str, sharded: bool, flags: Sequence[str]) -> list[str]:
     """The flags of a case's run."""
-    model = flags[flags.index("--model") + 1] if "--model" in flags else "digits-vit"
     more = ["--epochs", 2, "--batch-size", 40, "--workers", 0, "--wd", 0.01, "--warmup", 0]
     more += ["--eval-data", f"val={data}", "--group-key", "hand", "--opt", "timm/sgd", "--lr", "0.002"]
     more += ["--fsdp"] if sharded else []
     flags = [flag for flag in flags if sharded or not flag.startswith("--fsdp")]
-    return ranks.words(data, logs, f"{'fsdp' if sharded else 'ddp'} {name}", *more, *flags, model=model)
+    return ranks.words(
+        data, logs, f"{'fsdp' if sharded else 'ddp'} {name}", *more, *flags, model=model_of(flags)
+    )
+
+
+def model_of(flags: Sequence[str]) -> str:
+    return flags[flags.index("--model") + 1] if "--model" in flags else "digits-vit"
 
 
 def train(
@@ -83,16 +88,13 @@ def train(
         last = max(int(path.stem.removeprefix("epoch_")) for path in runs[0].glob("epoch_*.pt"))
         ddp, fsdp = (read_state_dict(run / f"epoch_{last}.pt") for run in runs)
         assert ddp.keys() == fsdp.keys() and all(ddp[key].shape == fsdp[key].shape for key in ddp)
-        start = torch.load(
-            data / ("digits-rn.pt" if name == "ResNet" else "digits-vit.pt"), weights_only=True
-        )
+        model = model_of(cases[name])
+        start = torch.load(data / f"{model}.pt", weights_only=True)
         ways = {key: (ddp[key].double() - start[key].double()).abs().max() for key in start}
         far = [(ddp[key].double() - fsdp[key].double()).abs().max() / way for key, way in ways.items() if way]
         rows = [ranks.results(run) for run in runs]
         pairs = [(a, b) for rank in losses for a, b in zip(rank[2 * i], rank[2 * i + 1], strict=True)]
-        found = ranks.figures(
-            runs[1] / f"epoch_{last}.pt", data, "digits-rn" if name == "ResNet" else "digits-vit"
-        )
+        found = ranks.figures(runs[1] / f"epoch_{last}.pt", data, model)
         yield (
             name,
             {
