@@ -23,14 +23,13 @@ smaller last ones (rebatch) and ends the epoch at its last sample (__iter__).
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, count, islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import webdataset as wds
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from flyp_plugin import samples as steps
@@ -41,7 +40,6 @@ from flyp_plugin.sources import IMAGE_KEY, RETRIES, count_samples, expand_source
 from flyp_plugin.workers import Skipped, batch_samples, receive_batches, start_workers
 
 MAX_LOST = 0.01  # largest share of an epoch's samples that may be unreadable
-SHUFFLE, SHUFFLE_INITIAL = 5000, 1000  # samples in the buffer, and before the first leaves; as in open_clip
 Batch = tuple[torch.Tensor, torch.Tensor]  # images, tokens
 _log = logging.getLogger(__name__)
 
@@ -62,6 +60,7 @@ class ClassPromptDataset(IterableDataset):
         batch_size: images per batch and rank.
         prompts: those of the classes; None takes what the text files beside the shards say.
         num_samples: N, over all ranks: more than there are repeats the set, fewer cuts it. None counts.
+        sizes: samples of the shards, where known; None looks (sources.shard_sizes).
         num_workers: worker processes, at most one per shard; 0 reads in this one.
         rank, world_size: None asks torch.distributed.
         shard_weights: sample shards with replacement, with these weights (open_clip's --dataset-resampled).
@@ -96,6 +95,7 @@ class ClassPromptDataset(IterableDataset):
         *,
         prompts: ClassPrompts | None = None,
         num_samples: int | None = None,
+        sizes: Mapping[str, int] | None = None,
         num_workers: int = 0,
         seed: int = 0,
         rank: int | None = None,
@@ -132,7 +132,7 @@ class ClassPromptDataset(IterableDataset):
         self._samples = math.ceil(num_samples / world_size)  # of this rank
         self.num_samples, self.num_batches = self._samples * world_size, math.ceil(self._samples / batch_size)
         self.sizes = dict.fromkeys(self.shards, num_samples // len(self.shards))  # or about as many
-        self.sizes |= shard_sizes(self.shards, image_key)
+        self.sizes |= shard_sizes(self.shards, image_key) if sizes is None else sizes
         whole = num_samples >= sum(self.sizes[shard] for shard in self.shards)
         self._sees_all = whole and world_size == 1 and shard_weights is None and class_weights is None
         self.preprocess, self.batch_size, self.num_workers = preprocess, batch_size, num_workers
@@ -150,7 +150,7 @@ class ClassPromptDataset(IterableDataset):
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._occurs = torch.zeros(self.num_classes, dtype=torch.bool).share_memory_()
         self._epoch = 0
-        self._loader = start_workers(self, num_workers)
+        self._loader = start_workers(self, num_workers, persistent=True)
 
     def __len__(self) -> int:
         """Batches an epoch, on each rank."""
@@ -171,7 +171,7 @@ class ClassPromptDataset(IterableDataset):
         if self.class_weights is not None:
             samples = steps.balance_classes(samples, self.class_weights, self.seed, epoch, repeat)
         rng = random.Random(repr((self.seed, epoch, repeat, self.rank, worker)))
-        samples = wds.shuffle(SHUFFLE, initial=SHUFFLE_INITIAL, rng=rng)(samples)
+        samples = steps.shuffle(samples, rng)
         passes = self._passes_per_epoch if self.template_order == "table" else 0
         samples = steps.draw_prompts(samples, self._tokens.counts.tolist(), self.seed, epoch, repeat, passes)
         samples = steps.decode_images(samples, self.preprocess, skip, self.jpeg_draft)
@@ -317,6 +317,7 @@ class LabelledDataset(IterableDataset):
         *,
         num_classes: int,
         classnames: Sequence[str] = (),
+        sizes: Mapping[str, int] | None = None,
         num_workers: int = 0,
         image_key: str = IMAGE_KEY,
         label_key: str = "cls",
@@ -328,12 +329,12 @@ class LabelledDataset(IterableDataset):
     ):
         if not shards:
             raise InputError("the list of shards is empty; give at least one tar.")
-        self.shards, self.sizes = list(shards), shard_sizes(shards, image_key)
+        self.shards, self.sizes = list(shards), shard_sizes(shards, image_key) if sizes is None else sizes
         self.preprocess, self.batch_size, self.num_classes = preprocess, batch_size, num_classes
         self._indices = index_names(classnames)
         self.image_key, self.label_key, self.group_key = image_key, label_key, group_key
         self.retries, self.max_lost, self.rank, self.world_size = retries, max_lost, rank, world_size
-        self._loader = start_workers(self, num_workers)
+        self._loader = start_workers(self, num_workers, persistent=False)
 
     def worker_batches(self, worker: int, num_workers: int, skip: Skipped) -> Iterator[dict[str, Any]]:
         """One worker's share of the shards or, if there are too few of them, of the samples."""

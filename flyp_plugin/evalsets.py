@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from flyp_plugin.prompts import DEFAULT_TEMPLATE, ClassPrompts, resolve_prompts
 from flyp_plugin.record import Record
 from flyp_plugin.sources import CLASSNAMES, DESCRIPTIONS, RETRIES, TEMPLATES, expand_sources, find_beside
 
+Built = TypeVar("Built")
 _log = logging.getLogger(__name__)
 
 
@@ -33,6 +34,7 @@ class EvalSet:
     shards: list[str]  # tar URLs
     prompts: ClassPrompts
     source: str  # the shards as the user gave them
+    sizes: Mapping[str, int] | None = None  # samples of the shards, where known; None: nobody has looked
 
 
 def parse_eval_sets(
@@ -41,6 +43,7 @@ def parse_eval_sets(
     templates: str | None = None,
     descriptions: str | None = None,
     fallback: Mapping[str, Any] = {},
+    same: Sequence[ClassPrompts] = (),
 ) -> list[EvalSet]:
     """Evaluation sets from NAME=SHARDS; of a data folder, the `test` split is used.
 
@@ -48,6 +51,7 @@ def parse_eval_sets(
         specs: the values of --eval-data.
         classnames, templates, descriptions: used for all sets, whatever text files are beside the shards.
         fallback: what was given for the training set, under the same names.
+        same: prompts that are used elsewhere. Sets with equal prompts share one object, which is tokenised once.
 
     Raises:
         InputError: not NAME=SHARDS, a repeated name, no shards, or no class names.
@@ -66,7 +70,10 @@ def parse_eval_sets(
         lists: tuple[Any, Any] = (templates, descriptions)
         if not any(lists):
             lists = _fallback_prompts(name, shards, names, fallback)
-        sets[name] = EvalSet(name, shards, resolve_prompts(shards, names, *lists), source)
+        prompts = resolve_prompts(shards, names, *lists)
+        known = (*same, *(each.prompts for each in sets.values()))
+        prompts = next((other for other in known if other.lists() == prompts.lists()), prompts)
+        sets[name] = EvalSet(name, shards, prompts, source)
     return list(sets.values())
 
 
@@ -87,6 +94,15 @@ def _fallback_prompts(
     return (None, None) if own else (templates, None)
 
 
+def build_for_each(sets: Sequence[EvalSet], build: Callable[[ClassPrompts], Built]) -> dict[str, Built]:
+    """{name of the set: build(its prompts)}; what has the same prompts is built once."""
+    built: dict[int, Built] = {}
+    for each in sets:
+        if id(each.prompts) not in built:
+            built[id(each.prompts)] = build(each.prompts)
+    return {each.name: built[id(each.prompts)] for each in sets}
+
+
 def loader_from_args(
     eval_set: EvalSet, preprocess: Callable, args: argparse.Namespace, max_lost: float = 1.0
 ) -> LabelledDataset:
@@ -97,6 +113,7 @@ def loader_from_args(
         args.batch_size,
         num_classes=len(eval_set.prompts.classnames),
         classnames=eval_set.prompts.classnames,
+        sizes=eval_set.sizes,
         num_workers=args.workers,
         image_key=args.image_key,
         label_key=args.label_key,

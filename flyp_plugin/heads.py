@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,25 @@ def build_zeroshot_head(model: Model, tokenizer: Callable, prompts: ClassPrompts
     Returns:
         float (D, C) with D the width of the joint space; columns have norm 1.
     """
-    names, kwargs = prompts.classnames, {"device": model.logit_scale.device} | kwargs
+    tokens, kwargs = prompts.tokenize(tokenizer), {"device": model.logit_scale.device} | kwargs
+
+    def take(pairs: list[tuple[int, int]]) -> Tensor:
+        return tokens.take(*zip(*pairs))
+
+    # open_clip takes one list of templates for all classes, so each stretch of classes with as many prompts is a call
+    groups = [list(group) for _, group in groupby(range(len(tokens.counts)), tokens.counts.__getitem__)]
+    several = len(groups) > 1 and kwargs.pop("use_tqdm", False)
+    columns = []
     with eval_mode(model), short_text(model):
-        if prompts.descriptions is None:
-            templates: list[Callable] = prompts.template_functions()
-            return open_clip.build_zero_shot_classifier(model, tokenizer, names, templates, **kwargs)
-        columns = []  # open_clip takes one list of templates for all classes, so each class is a call of its own
-        for label in tqdm(
-            range(len(names)), desc="head", unit="class", disable=not kwargs.pop("use_tqdm", False)
-        ):
-            templates = [partial(_ignore_name, text) for text in prompts.texts(label)]
-            columns.append(
-                open_clip.build_zero_shot_classifier(model, tokenizer, [names[label]], templates, **kwargs)
-            )
-        return torch.cat(columns, dim=1)
+        for labels in tqdm(groups, desc="head", disable=not several):
+            numbers = [partial(_pair, number) for number in range(tokens.counts[labels[0]])]
+            columns.append(open_clip.build_zero_shot_classifier(model, take, labels, numbers, **kwargs))
+    return torch.cat(columns, dim=1)
 
 
-def _ignore_name(text: str, name: str) -> str:
-    return text
+def _pair(number: int, label: int) -> tuple[int, int]:
+    """A prompt's place in the tokens, as a "template" of open_clip: it is "tokenised" by a look-up."""
+    return label, number
 
 
 def zeroshot_as_learned(
@@ -166,7 +168,7 @@ class ImageClassifier(nn.Module):
         """
         spec = resolve_spec(model_name, os.fspath(path), kwargs)
         model = build_model(spec, os.fspath(path), precision, device)
-        return cls.from_model(model, spec.tokenizer(), prompts, precision).eval()
+        return cls.from_model(model, spec.tokenizer, prompts, precision).eval()
 
     @classmethod
     def from_run(
@@ -197,7 +199,7 @@ class ImageClassifier(nn.Module):
         prompts = prompts or known.prompts
         if prompts is None:
             raise InputError(f"{known.folder}/{FILE} names no classes; pass prompts=.")
-        return cls.from_model(model, spec.tokenizer(), prompts, precision).eval()
+        return cls.from_model(model, spec.tokenizer, prompts, precision).eval()
 
     @property
     def preprocess(self) -> Callable:

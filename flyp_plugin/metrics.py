@@ -44,20 +44,28 @@ class Tally:
         Raises:
             InputError: a label outside 0..C-1, or a logit that is NaN.
         """
-        logits, labels = logits.float(), labels.to(logits.device)
-        if logits.isnan().any():
-            raise InputError("NaN logits: training diverged, or the weights overflow; try --precision fp32.")
+        logits, top = logits.float(), min(5, logits.shape[1])
         if len(wrong := labels[(labels < 0) | (labels >= self.num_classes)]):
             raise InputError(
                 f"label {int(wrong[0])} is outside 0..{self.num_classes - 1}; pass the class names of this set."
             )
-        prediction = logits.argmax(dim=1)
+        own = labels.to(logits.device, non_blocking=True)
+        columns = [
+            logits.argmax(dim=1),  # exact in float32 up to 16 million classes
+            (logits.topk(top, dim=1).indices == own[:, None]).any(dim=1),
+            cross_entropy(logits, own, reduction="none"),
+            logits.isnan().any(dim=1),
+        ]
+        # one copy, and so one wait for the device
+        prediction, in_top5, loss, bad = torch.stack([column.float() for column in columns]).cpu()
+        if bad.any():
+            raise InputError("NaN logits: training diverged, or the weights overflow; try --precision fp32.")
+        labels, prediction = labels.cpu(), prediction.long()
         correct = prediction == labels
         indices = (labels, prediction, labels[correct])
-        self.counts += torch.stack([torch.bincount(i, minlength=self.num_classes) for i in indices]).cpu()
-        if self.num_classes > 5:
-            self.in_top5 += int((logits.topk(5, dim=1).indices == labels[:, None]).sum())
-        self.loss += cross_entropy(logits, labels, reduction="none").cpu().double().sum().item()
+        self.counts += torch.stack([torch.bincount(i, minlength=self.num_classes) for i in indices])
+        self.in_top5 += int(in_top5.sum())
+        self.loss += loss.double().sum().item()
         groups = list(groups or ())
         self.group_images.update(groups)
         self.group_correct.update(compress(groups, correct.tolist()))

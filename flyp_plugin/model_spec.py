@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -120,6 +121,7 @@ class ModelSpec:
                     open_clip.add_model_config(path)
         return name
 
+    @cached_property
     def tokenizer(self) -> Callable:
         """open_clip's tokenizer of this model: list of N texts -> int64 (N, context length)."""
         name = self.name if is_place(self.name) else self.registered_name()  # a place has tokenizer files

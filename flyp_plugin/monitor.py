@@ -8,6 +8,7 @@ import logging
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from flyp_plugin.data import LabelledDataset
-from flyp_plugin.evalsets import EvalSet, loader_from_args
+from flyp_plugin.evalsets import EvalSet, build_for_each, loader_from_args
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Metrics, Tally, best, score, table
 from flyp_plugin.model_spec import is_place
@@ -50,13 +51,14 @@ class Monitor:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
         row: dict[str, Any] = {}
+        make = ImageClassifier.from_model if epoch else ImageClassifier.from_prompts  # 0: zero-shot
+        build = partial(make, model, tokenizer, precision=self.args.precision)
+        classifiers = build_for_each(self.sets, build)
         for eval_set in self.sets:
-            make = ImageClassifier.from_model if epoch else ImageClassifier.from_prompts  # 0: zero-shot
-            classifier = make(model, tokenizer, eval_set.prompts, self.args.precision)
             if eval_set.name not in self.loaders:
                 self.loaders[eval_set.name] = loader_from_args(eval_set, preprocess, self.args)
             tally = Tally(len(eval_set.prompts.classnames))
-            metrics = self._merge_ranks(score(classifier, self.loaders[eval_set.name], tally))
+            metrics = self._merge_ranks(score(classifiers[eval_set.name], self.loaders[eval_set.name], tally))
             if "worst_group" in metrics:  # a name, while logged metrics must be numbers
                 _log.info(f"{eval_set.name}: the worst group is {metrics.pop('worst_group')!r}")
             row |= {f"{eval_set.name}/{metric}": value for metric, value in metrics.items()}

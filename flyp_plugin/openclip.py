@@ -5,6 +5,7 @@ checkpoints and logs are open_clip's. For the time of that call a few functions 
 which call the original and the run (`TrainingRun`, which train.py implements). In the order in which main() calls them:
 
     parse_args                    returns the arguments that train.py has parsed and checked, open_clip's and ours
+    init_distributed_device       returns the device: the ranks have met before, in `connect`
     create_model_and_transforms   resumes from the newest checkpoint, reads weights by our reader, and passes the model to
                                   the run before DDP, FSDP2 and torch.compile wrap it
     get_data                      data["train"] is our loader; open_clip's own evaluation sets stay
@@ -34,6 +35,7 @@ from pathlib import Path
 from textwrap import shorten
 from types import MethodType
 from typing import Any, Protocol
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import open_clip
@@ -51,6 +53,7 @@ SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
 # name: (module of open_clip_train, parameters that we rely on; two lists where open_clip 4 differs)
 SEAMS: dict[str, tuple[str, ...]] = {
     "parse_args": ("main", ""),
+    "init_distributed_device": ("main", "args"),
     "create_model_and_transforms": ("main", "model_name pretrained force_quick_gelu"),
     "get_data": ("main", "args preprocess_fns epoch tokenizer"),
     "train_one_epoch": ("main", "model epoch data args tb_writer", "state data args tb_writer"),
@@ -138,6 +141,15 @@ def world() -> tuple[int, int]:
     return rank, size
 
 
+def connect(args: Namespace) -> None:
+    """Let the ranks meet, as main() would do later; sets rank, world_size, local_rank, distributed and device in `args`."""
+    if (
+        world()[1] > 1
+    ):  # a rank that waits for the others in C++ runs no Python handler, and torchrun waits for it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _find("distributed", "init_distributed_device")(args)
+
+
 def run(flyp: TrainingRun) -> int:
     """Call open_clip_train.main.main() on the data of `flyp` and return the exit status.
 
@@ -146,10 +158,11 @@ def run(flyp: TrainingRun) -> int:
             changed, or what `flyp` raises.
     """
     main, args = _find("main", "main"), flyp.args
-    rank, ranks = world()
-    if ranks > 1:  # a rank that waits for the others in C++ runs no Python handler, and torchrun waits for it
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rank = args.rank
     with ExitStack() as stack:
+        if rank:
+            stack.enter_context(catch_warnings())
+            simplefilter("ignore")  # rank 0 shows them
         seams = _Seams(flyp, stack)
         seams.install()
         try:
@@ -238,10 +251,15 @@ class _Seams:
     def parse_args(self, proceed: Callable, arguments: dict) -> Namespace:
         return self.args
 
+    def init_distributed_device(self, proceed: Callable, arguments: dict) -> torch.device:
+        return torch.device(self.args.device)
+
     def create_model_and_transforms(self, proceed: Callable, arguments: dict) -> tuple:
         self.check_called("parse_args")
         name, pretrained = arguments["model_name"], arguments.get("pretrained") or ""
         if self.model is None:
+            if self.args.rank and not self.args.log_local:
+                logging.getLogger().setLevel(logging.WARNING)  # the rest is what rank 0 logs
             self.resume_newest()
             if self.args.rank == 0 and not self.named:  # by now main() has made up a name
                 self.claim_folder()
@@ -285,7 +303,7 @@ class _Seams:
                 run_folder.write_record(self.flyp.record(epoch), self.flyp.resumed, self.folder)
             run_folder.drop_results_after(epoch, self.folder)
         preprocess_train, self.preprocess_val = arguments["preprocess_fns"]
-        self.tokenizer = self.flyp.spec.tokenizer()
+        self.tokenizer = self.flyp.spec.tokenizer
         arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
         _try_own_sets(proceed, arguments)
         data = proceed()

@@ -10,7 +10,6 @@ command get their prompts here.
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +85,7 @@ class ClassPrompts:
         if descriptions is not None:
             check_descriptions(descriptions, self.classnames, places[2])
         self.descriptions = None if descriptions is None else dict(descriptions)
+        self._tokenized: tuple[Callable, PromptTokens] | None = None
         self._own = {normalize_name(name): texts for name, texts in (descriptions or {}).items()}
 
     @classmethod
@@ -162,13 +162,15 @@ class ClassPrompts:
         """The arguments that make an equal ClassPrompts, as JSON has them."""
         return {name: getattr(self, name) for name in ("classnames", "templates", "descriptions")}
 
-    def template_functions(self) -> list[Callable[[str], str]]:
-        """The templates as functions of a class name, as open_clip.build_zero_shot_classifier takes them."""
-        return [partial(fill, template) for template in self.templates]
-
     def tokenize(self, tokenizer: Callable) -> "PromptTokens":
-        """Tokenise all prompts; see PromptTokens. Warns of truncated prompts and of classes with equal tokens."""
+        """The tokens of all prompts, made once for each tokenizer; see PromptTokens.
+
+        Warns of truncated prompts and of classes with equal tokens.
+        """
+        if self._tokenized and self._tokenized[0] is tokenizer:
+            return self._tokenized[1]
         tokens = PromptTokens(self, tokenizer)
+        self._tokenized = tokenizer, tokens
         if tokens.cut:
             _log.warning(
                 f"{len(tokens.cut)} of {len(self)} prompts are longer than the model's {tokens.context_length} tokens "

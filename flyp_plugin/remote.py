@@ -18,6 +18,7 @@ import random
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.client import IncompleteRead
 from typing import Any, TypeVar
 from urllib.error import HTTPError
@@ -31,6 +32,7 @@ MAX_TEXT = 512 << 20  # bytes of a text file, the largest of which are class des
 BLOCK = 16 << 20  # bytes of a request to an object store
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)  # HTTP errors that may pass
 Answer = TypeVar("Answer")
+_remembered: list[dict[str, str | None]] = []  # of the blocks of remember_texts
 _log = logging.getLogger(__name__)
 
 
@@ -101,6 +103,16 @@ def list_folder(folder: str) -> list[str]:
     return [os.path.basename(path) for path in paths]
 
 
+@contextmanager
+def remember_texts() -> Iterator[None]:
+    """Ask servers for each text file once within a block, however often it is read."""
+    _remembered.append({})
+    try:
+        yield
+    finally:
+        _remembered.pop()
+
+
 def read_text(path: str) -> str | None:
     """Content of a text file, local or remote; None if it does not exist. A failing server is asked again.
 
@@ -108,6 +120,14 @@ def read_text(path: str) -> str | None:
         InputError: the file is not UTF-8 or larger than MAX_TEXT, or the server does not answer.
     """
 
+    if _remembered and is_url(path):
+        if path not in _remembered[-1]:
+            _remembered[-1][path] = _read_text(path)
+        return _remembered[-1][path]
+    return _read_text(path)
+
+
+def _read_text(path: str) -> str | None:
     def read() -> bytes:
         with open_source(path) as stream:
             raw = stream.read(MAX_TEXT + 1)

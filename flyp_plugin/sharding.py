@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import fsdp
 
@@ -46,20 +45,6 @@ def whole(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None
         for module in modules:
             module.set_reshard_after_forward(reshard_after_forward, recurse=False)
             module.reshard()
-
-
-def find_non_finite(model: nn.Module) -> str | None:
-    """The name of a parameter with NaN or inf in it, or None: the same on each rank, which looks at its own part."""
-    bad = next((name for name, p in model.named_parameters() if not _own_part(p).isfinite().all()), None)
-    if not _sharded_modules(model):
-        return bad
-    names: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, bad)
-    return next((name for name in names if name), None)
-
-
-def _own_part(parameter: Any) -> Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def assign(parameter: Any, value: Tensor) -> None:

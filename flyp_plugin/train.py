@@ -16,26 +16,26 @@ import tempfile
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flyp_plugin import checks, objectives, openclip, record, run_folder, sharding, shards, targets
+from flyp_plugin import checks, objectives, openclip, ranks, record, run_data, run_folder, sharding, targets
 from flyp_plugin.checkpoints import default_device
-from flyp_plugin.data import ClassPromptDataset, peek
+from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError, run
-from flyp_plugin.evalsets import EvalSet, loader_from_args, parse_eval_sets, with_progress
+from flyp_plugin.evalsets import EvalSet, loader_from_args, with_progress
 from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, parser, to_argv
 from flyp_plugin.heads import image_features, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.monitor import Monitor
-from flyp_plugin.prompts import resolve_prompts
 from flyp_plugin.record import Record
 from flyp_plugin.samples import balance_weights
-from flyp_plugin.sources import count_samples, expand_sources
 from flyp_plugin.text import shorten
 
 _log = logging.getLogger(__name__)
@@ -94,7 +94,8 @@ class FlypRun:
     """
 
     def __init__(self, argv: Sequence[str]):
-        rank, world_size = openclip.world()
+        self.few_shot: tempfile.TemporaryDirectory | None = None
+        _, world_size = openclip.world()
         args, self.defaults, typed = parse(argv, world_size)
         self.args = args
         if not is_place(args.model):
@@ -106,59 +107,49 @@ class FlypRun:
         )
         if mistake:
             raise InputError(mistake)
-        checks.check_start(args)
-        if rank == 0:
-            run_folder.check_free(args)
+        openclip.connect(args)  # the ranks have met: from here on, one of them reads for all
+        ranks.once(partial(_check_start, args))
         self.resumed = run_folder.resumed_record(args)
         self.spec = checks.resolve_model(args, self.resumed)
         self.objective = objectives.OBJECTIVES[args.objective]
         self.changes = objectives.changed_flags(args)
-
-        self.shards, self.weights = _find_shards(args)
-        self.given = {"classnames": args.classnames, "templates": args.templates}
-        self.prompts = resolve_prompts(self.shards, args.classnames, args.templates, args.prompts)
-        self.given["descriptions"] = self.prompts.descriptions if args.prompts else None
-        self.eval_sets = parse_eval_sets(args.eval_data, fallback=self.given)
-        self.evaluates = bool(self.eval_sets)
-        if self.objective.learned_head:
-            for name, prompts in ((eval_set.name, eval_set.prompts) for eval_set in self.eval_sets):
-                find_class_rows(self.prompts.classnames, prompts.classnames, f"--eval-data {name}")
-        if args.shots:
-            self.few_shot = tempfile.TemporaryDirectory(prefix="flyp-shots-")  # lives as long as the run
-            folder = f"{self.few_shot.name}/train"
-            keys: dict[str, Any] = {"label_key": args.label_key, "image_key": args.image_key}
-            keys["classnames"] = self.prompts.classnames
-            shards.subset(args.train_data, folder, shots=args.shots, seed=args.shots_seed or 0, **keys)
-            self.shards = shards.local_shards(folder, "train")
-            self.weights = [1.0] * len(self.shards) if args.dataset_resampled else None
-        self.num_samples = args.train_num_samples or count_samples(self.shards, args.image_key)
-        first = self.shards if self.num_samples else self.shards[:3]  # peek says why there are none
-        self.pairs = peek(
-            first,
-            self.prompts,
-            args.seed,
-            args.image_key,
-            args.label_key,
-            passes=int(args.template_order == "table"),
-        )
-
-        self.class_counts = None
-        if args.balance:
-            names = self.prompts.classnames
-            self.class_counts = shards.count_labels(self.shards, args.label_key, args.image_key, names)
+        self.data = self._read_data()
+        self.evaluates = bool(self.data.eval_sets)
 
         if not self.objective.loop:
             self.defaults.pop("epochs", None)
             args.epochs = 1  # the fit, whose result is saved as epoch_1.pt
-        self.steps = _count_steps(args, self.num_samples, world_size)
+        self.steps = _count_steps(args, self.data.num_samples, world_size)
         longest = self.steps * args.epochs // 10
         if "warmup" in self.defaults and args.warmup > longest:
             self.defaults["warmup"] = f"{longest} (a tenth of the steps, which are few)"
             args.warmup = longest
         if args.skip_scheduler:
             self.defaults.pop("warmup", None)
-        self.settings = record.training_settings(vars(args), samples=self.num_samples, ranks=world_size)
+        self.settings = record.training_settings(vars(args), samples=self.data.num_samples, ranks=world_size)
         self.monitor: Monitor | None = None
+
+    def _read_data(self) -> run_data.RunData:
+        args = self.args
+
+        def find() -> run_data.RunData:
+            data = run_data.find_data(args)
+            for each in data.eval_sets if self.objective.learned_head else ():
+                find_class_rows(data.prompts.classnames, each.prompts.classnames, f"--eval-data {each.name}")
+            return data
+
+        data = ranks.once(find)
+        if args.shots:
+
+            def write() -> str:
+                self.few_shot = tempfile.TemporaryDirectory(prefix="flyp-shots-")  # lives as long as the run
+                run_data.write_few_shot(data, args, self.few_shot.name)
+                return self.few_shot.name
+
+            folder = ranks.once_a_node(write, args.local_rank)
+            data = run_data.use_few_shot(data, folder)
+        counted = ranks.once(partial(run_data.count_data, data, args))
+        return replace(counted, shards=data.shards, sizes={} if args.shots else counted.sizes)
 
     def on_model(self, model: Any) -> None:
         """Check the model that open_clip built, shorten its text tower and install the objective."""
@@ -167,15 +158,15 @@ class FlypRun:
         checks.check_loss(model, args, self.changes)
         size = getattr(model.visual, "image_size", 0)  # int or (height, width)
         self.image_size = size if isinstance(size, int) else max(size)
-        tokenizer = self.spec.tokenizer()
+        tokenizer = self.spec.tokenizer
         self.short_text = not args.full_text and shorten(
-            model, tokenizer([self.prompts(0, 0), self.prompts(-1, -1)])
+            model, tokenizer([self.data.prompts(0, 0), self.data.prompts(-1, -1)])
         )
         self.model = model
         if self.objective.learned_head:
-            setattr(model, HEAD, zeroshot_as_learned(model, tokenizer, self.prompts, args.precision))
+            setattr(model, HEAD, zeroshot_as_learned(model, tokenizer, self.data.prompts, args.precision))
         if self.objective.class_tokens:
-            model.class_tokens = self.prompts.tokenize(tokenizer)
+            model.class_tokens = self.data.prompts.tokenize(tokenizer)
         if self.changes:
             self.objective.install(model)
 
@@ -187,8 +178,8 @@ class FlypRun:
         content |= {
             name: getattr(args, name) for name in ("model_config", "precision", "objective", "eval_data")
         }
-        content |= self.prompts.lists()
-        content["classes_given"] = [name for name, value in self.given.items() if value]
+        content |= self.data.prompts.lists()
+        content["classes_given"] = [name for name, value in self.data.given.items() if value]
         content["keys"] = {name: getattr(args, name) for name in keys}
         content["pretrained"] = record.describe_weights(args.pretrained)
         if epoch and self.resumed and args.pretrained in ("", self.resumed.pretrained):
@@ -209,15 +200,16 @@ class FlypRun:
             "max_lost",
         )
         dataset = ClassPromptDataset(
-            self.shards,
+            self.data.shards,
             preprocess,
             tokenizer,
             args.batch_size,
-            prompts=self.prompts,
-            num_samples=self.num_samples,
+            prompts=self.data.prompts,
+            num_samples=self.data.num_samples,
+            sizes=self.data.sizes or None,
             num_workers=args.workers,
-            shard_weights=self.weights,
-            class_weights=self.class_counts and balance_weights(self.class_counts, args.balance),
+            shard_weights=self.data.weights,
+            class_weights=self.data.class_counts and balance_weights(self.data.class_counts, args.balance),
             jpeg_draft=self.image_size if args.jpeg_draft else 0,
             with_labels=bool(self.changes),
             as_dict=as_dict,
@@ -230,7 +222,7 @@ class FlypRun:
         return dataset
 
     def _describe(self, workers: int) -> None:
-        args, prompts = self.args, self.prompts
+        args, prompts = self.args, self.data.prompts
         defaults = ", ".join(f"{name} {value}" for name, value in self.defaults.items()) or "none"
         fewer = "" if workers == args.workers else f" (not {args.workers}: each worker needs a shard)"
         steps = f"{self.steps} an epoch, {args.epochs} epochs; {workers} workers a rank{fewer}"
@@ -238,10 +230,10 @@ class FlypRun:
             f"FLYP's defaults in use: {defaults}. All other settings are open_clip's or yours.",
             f"Model: {self.spec}; weights: {args.pretrained or 'random or its own'}.",
             f"Objective: {', '.join(self.changes) or 'FLYP'}.",
-            f"Samples: {self.num_samples} an epoch, in {len(self.shards)} shards.",
+            f"Samples: {self.data.num_samples} an epoch, in {len(self.data.shards)} shards.",
             f"Prompts: {prompts.describe()}.",
             f"Steps: {steps if self.objective.loop else 'none; one fit to the features of all images'}.",
-            *(f"  {key}: {prompt!r}" for key, prompt in self.pairs),
+            *(f"  {key}: {prompt!r}" for key, prompt in self.data.pairs),
             *self._describe_balance(),
         ):
             _log.info(line)
@@ -250,12 +242,12 @@ class FlypRun:
             _log.warning(line)
 
     def _describe_balance(self) -> Iterator[str]:
-        if self.class_counts:
-            weights = balance_weights(self.class_counts, self.args.balance)
-            known = [label for label, number in enumerate(self.class_counts) if number]
-            few, many = (f(known, key=self.class_counts.__getitem__) for f in (min, max))
+        if self.data.class_counts:
+            weights = balance_weights(self.data.class_counts, self.args.balance)
+            known = [label for label, number in enumerate(self.data.class_counts) if number]
+            few, many = (f(known, key=self.data.class_counts.__getitem__) for f in (min, max))
             each = (
-                f"{weights[label]:.3g} times an epoch of {self.prompts.classnames[label]!r} ({self.class_counts[label]} images)"
+                f"{weights[label]:.3g} times an epoch of {self.data.prompts.classnames[label]!r} ({self.data.class_counts[label]} images)"
                 for label in (few, many)
             )
             yield f"Balance {self.args.balance:g}: an image is drawn, on average, {' and '.join(each)}."
@@ -272,7 +264,7 @@ class FlypRun:
         """Fit the head of a linear probe before the first epoch. Returns whether open_clip's loop should train."""
         if self.objective.fit and epoch == 0:
             args, head = self.args, getattr(model, HEAD)
-            images = EvalSet("features", self.shards, self.prompts, args.train_data)
+            images = EvalSet("features", self.data.shards, self.data.prompts, args.train_data)
             loader = loader_from_args(images, preprocess, args, args.max_lost)  # without augmentation
             with self._whole(model):
                 features, labels = image_features(model, with_progress(loader, "features"), args.precision)
@@ -296,7 +288,7 @@ class FlypRun:
 
     def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
         """Metrics of the evaluation sets, for open_clip to log; empty if this epoch is not evaluated."""
-        self.monitor = self.monitor or Monitor(self.eval_sets, self.args)
+        self.monitor = self.monitor or Monitor(self.data.eval_sets, self.args)
         if not self.monitor.scores(epoch):
             return {}
         with self._whole(model):
@@ -308,7 +300,7 @@ class FlypRun:
     def finish(self) -> None:
         """Log where the checkpoints are, which epoch was best and what to do next."""
         args = self.args
-        if args.shots:
+        if self.few_shot:
             self.few_shot.cleanup()
         if getattr(args, "save_logs", False):  # on rank 0 only
             readers = "open_clip loads them with pretrained=PATH"
@@ -324,20 +316,9 @@ class FlypRun:
             self._warn_of_random_weights()
 
 
-def _find_shards(args: Namespace) -> tuple[list[str], list[float] | None]:
-    """The tar URLs of --train-data and, with --dataset-resampled, the weight of each."""
-    sources = expand_sources(args.train_data, "train")
-    urls = list(chain.from_iterable(sources))
-    factors = args.train_data_upsampling_factors
-    if factors is None:
-        return urls, [1.0] * len(urls) if args.dataset_resampled else None
-    weights = [float(factor) for factor in factors.split("::")]
-    if len(weights) != len(sources) or min(weights) < 0:
-        raise InputError(
-            f"--train-data-upsampling-factors {factors} must be one number >= 0 for each of the {len(sources)} sources in "
-            "--train-data, joined by '::'."
-        )
-    return urls, [weight for weight, source in zip(weights, sources) for _ in source]
+def _check_start(args: Namespace) -> None:
+    run_folder.check_free(args)
+    checks.check_start(args)
 
 
 def _count_steps(args: Namespace, num_samples: int, world_size: int) -> int:

@@ -9,6 +9,7 @@ sets never choose. `flyp wiseft` (commands/wiseft.py) runs all of it on files.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from flyp_plugin.checkpoints import Model, StateDict, first_difference
 from flyp_plugin.errors import InputError
-from flyp_plugin.evalsets import EvalSet, with_progress
+from flyp_plugin.evalsets import EvalSet, build_for_each, with_progress
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Metrics, Tally, best, score
 
@@ -101,19 +102,18 @@ def sweep(
         for key, tensor in tensors.items():
             tensor.copy_(_interpolate_tensor(pretrained[key], finetuned[key], alpha))
 
-    classifiers: dict[tuple[float, str], ImageClassifier] = {}  # of the one model, each with its own head
+    classifiers: dict[float, dict[str, ImageClassifier]] = {}  # of the one model, each with its own head
+    build = partial(ImageClassifier.from_model, model, tokenizer, precision=precision)
     for alpha in tqdm(alphas, desc="heads", unit="alpha", disable=None):
         load(alpha, weights)
-        for each in sets:
-            classifier = ImageClassifier.from_model(model, tokenizer, each.prompts, precision)
-            classifiers[alpha, each.name] = classifier
+        classifiers[alpha] = build_for_each(sets, build)
     results: dict[float, dict[str, Metrics]] = {alpha: {} for alpha in alphas}
     for eval_set in sets:
         tallies = {alpha: Tally(len(eval_set.prompts.classnames)) for alpha in alphas}
         for block in _blocks(with_progress(loader(eval_set), eval_set.name), model.logit_scale.device):
             for alpha in alphas:
                 load(alpha, image_side)
-                score(classifiers[alpha, eval_set.name], block, tallies[alpha])
+                score(classifiers[alpha][eval_set.name], block, tallies[alpha])
         for alpha in alphas:
             results[alpha][eval_set.name] = tallies[alpha].metrics()
     return results
@@ -124,10 +124,11 @@ def _blocks(loader: Iterable[dict[str, Any]], device: torch.device) -> Iterator[
     block: list[dict[str, Any]] = []
     size = 0
     for batch in loader:
-        # copy: a worker's batch lies in shared memory, which may be no larger than 64 MB
-        tensors = {key: batch[key].to(device, copy=True) for key in ("images", "labels")}
-        size += tensors["images"].nbytes
-        block.append({**batch, **tensors})
+        # copies: a worker's batch lies in shared memory, which may be no larger than 64 MB
+        block.append(
+            batch | {"images": batch["images"].to(device, copy=True), "labels": batch["labels"].clone()}
+        )
+        size += batch["images"].nbytes
         if size >= _BLOCK:
             yield block
             block, size = [], 0

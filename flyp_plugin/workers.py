@@ -1,4 +1,4 @@
-"""Batches from a DataLoader's worker processes, which start once and serve every epoch.
+"""Batches from a DataLoader's worker processes. Those of training start once and serve every epoch.
 
 An item carries its batch, what was skipped since the last one, and an InputError as text, so that the main process sees
 the same whatever the number of workers. With 0 workers the loader reads in the main process. Both data sets in data.py
@@ -82,9 +82,10 @@ class _WorkerStream(IterableDataset):
         yield None, skip.drain(), mistake
 
 
-def start_workers(dataset: Any, num_workers: int) -> DataLoader:
+def start_workers(dataset: Any, num_workers: int, persistent: bool) -> DataLoader:
     """A loader for `receive_batches` of `dataset.worker_batches(worker, num_workers, skip)`.
 
+    The workers live as long as the loader if they are `persistent`, else only while it is iterated over.
     The workers get a copy of the data set: a cycle of data set and loader would leave them to the garbage collector, and
     torch then waits 5 seconds for each.
     """
@@ -92,7 +93,7 @@ def start_workers(dataset: Any, num_workers: int) -> DataLoader:
         _WorkerStream(copy.copy(dataset).worker_batches),
         batch_size=None,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
+        persistent_workers=persistent and num_workers > 0,
         worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the default would draw from the generator that the model's dropout uses

@@ -47,7 +47,7 @@ def add_flags(parser: ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score a checkpoint on the evaluation sets; the table or the JSON goes to stdout."""
     from flyp_plugin.checkpoints import refuse_existing
-    from flyp_plugin.evalsets import eval_sets_from_args, loader_from_args, with_progress
+    from flyp_plugin.evalsets import build_for_each, eval_sets_from_args, loader_from_args, with_progress
     from flyp_plugin.heads import ImageClassifier, val_preprocess
     from flyp_plugin.metrics import evaluate, table
     from flyp_plugin.precision import match_open_clip_precision
@@ -61,17 +61,16 @@ def run(args: argparse.Namespace) -> None:
     if args.predictions:
         refuse_existing(args.predictions, args.force)
     model = target.model(args)
-    tokenizer, preprocess = target.spec.tokenizer(), val_preprocess(model)
-    build = partial(ImageClassifier.from_model, model, tokenizer, use_tqdm=sys.stderr.isatty())
-    classifiers = [
-        build(each.prompts, args.precision) for each in sets
-    ]  # first: a learned head may lack a class
+    tokenizer, preprocess = target.spec.tokenizer, val_preprocess(model)
+    build = partial(ImageClassifier.from_model, model, tokenizer, precision=args.precision)
+    # first: a learned head may lack a class
+    classifiers = build_for_each(sets, partial(build, use_tqdm=sys.stderr.isatty()))
     results = {}
     with _predictions(args.predictions) if args.predictions else nullcontext() as write:
-        for eval_set, classifier in zip(sets, classifiers):
+        for eval_set in sets:
             loader = with_progress(loader_from_args(eval_set, preprocess, args), eval_set.name)
             on_batch = partial(_write, write, eval_set) if write else None
-            results[eval_set.name] = evaluate(classifier, loader, on_batch=on_batch)
+            results[eval_set.name] = evaluate(classifiers[eval_set.name], loader, on_batch=on_batch)
     text = json.dumps({"checkpoint": target.weights, "model": target.spec.name, "results": results}, indent=1)
     sys.stdout.write((text if args.json else table(results, "set")) + "\n")
     if args.predictions:

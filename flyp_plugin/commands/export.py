@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     target = target_from_args(args, args.checkpoint)
     spec, record = target.spec, target.record
     prompts = _resolve_classes(args, record) if args.format != "open_clip" else None
-    model, model_cfg, tokenizer = target.model(args, "fp32"), dict(spec.model_cfg), spec.tokenizer()
+    model, model_cfg, tokenizer = target.model(args, "fp32"), dict(spec.model_cfg), spec.tokenizer
     learned = getattr(model, HEAD, None)
     if args.format == "open_clip":
         if spec.forced.get("force_image_size") and resized_to(model.visual):

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         chosen = alphas[0]
         if sets:
             loader = partial(loader_from_args, preprocess=val_preprocess(model), args=args)
-            tokenizer = ends.spec.tokenizer()
+            tokenizer = ends.spec.tokenizer
             results = sweep(model, pretrained, finetuned, alphas, sets, tokenizer, loader, args.precision)
             chosen = choose_alpha(results, sets[0].name)
         saved = alphas if args.save_all else [chosen]
@@ -179,7 +179,7 @@ def _load(args: argparse.Namespace, ends: EndPoints) -> "tuple[Model, dict[str, 
     learned = load_head(states[0])
     source = build_model(ends.spec, ends.pretrained, "fp32", args.device)
     if learned is not None and not hasattr(source, HEAD):
-        setattr(source, HEAD, zeroshot_as_learned(source, ends.spec.tokenizer(), learned.class_prompts))
+        setattr(source, HEAD, zeroshot_as_learned(source, ends.spec.tokenizer, learned.class_prompts))
     pretrained = {key: tensor.clone() for key, tensor in source.state_dict().items()}
     model = source
     if args.precision not in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
