@@ -6,6 +6,7 @@ minutes: reading a large set for --shots may take longer. A mistake in the data 
 
 import json
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
@@ -17,11 +18,12 @@ from flyp_plugin.errors import InputError
 
 Found = TypeVar("Found")
 _PATIENCE = timedelta(days=2)
+_GRACE = 10  # seconds
 _calls = count()  # all ranks make the same calls in the same order
 
 
 def once(function: Callable[[], Found]) -> Found:
-    """function() of rank 0, on every rank. Where it raises InputError there, the others exit."""
+    """function() of rank 0, on every rank. If it fails there, the others exit."""
     if not dist.is_initialized():
         return function()
     results: list[Any] = [None]
@@ -55,5 +57,6 @@ def _once(function: Callable[[], Any], here: bool, node: str = "") -> Any:
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"the rank that reads the data has ended ({reason}); look for its error.") from None
     if "result" not in content:
+        time.sleep(_GRACE)  # a launcher that sees this rank end may kill the one that says why
         raise SystemExit(1)
     return content["result"]

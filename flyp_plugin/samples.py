@@ -45,19 +45,22 @@ def read_samples(
     skip: Callable[[str, int], None],
     retries: int = RETRIES,
     sizes: Mapping[str, int] = {},
+    wanted: Callable[[str, str], bool] | None = None,
 ) -> Iterator[Sample]:
     """The samples of `shards` as webdataset groups them: dicts from ending to bytes, with __key__ and __url__.
 
     A remote tar that breaks off is read again from there, up to `retries` times. What stays unreadable is skipped:
     `skip` gets the reason and the samples lost, by the `sizes` of the shards. The last sample before the break is marked
     `__broken__`, because it may lack a member.
+
+    With `wanted`, the members of local tars for which wanted(shard, name) is false are not read but empty.
     """
     for shard in shards:
         num_read = 0
         for delay in backoff_delays(retries if is_remote(shard) else 0):
             errors: list[Exception] = []
             held: Sample | None = None  # yielded once it is known whether the tar breaks off behind it
-            for sample in islice(_group_members(shard, errors), num_read, None):
+            for sample in islice(_group_members(shard, errors, wanted), num_read, None):
                 if held:
                     yield {**held, "__broken__": False}
                     num_read += 1
@@ -67,32 +70,38 @@ def read_samples(
                 _log.warning(f"{reason}; trying again in {delay:.0f} s.")
                 time.sleep(delay)
                 continue
-            if held:
+            if held and not (errors and wanted):  # what is not read may be cut off
                 yield {**held, "__broken__": bool(errors)}
             if errors:
                 skip(reason, max(0, sizes.get(shard, 1) - num_read))
             break
 
 
-def _group_members(shard: str, errors: list[Exception]) -> Iterator[Sample]:
+def _group_members(
+    shard: str, errors: list[Exception], wanted: Callable[[str, str], bool] | None
+) -> Iterator[Sample]:
     def note(error: Exception) -> bool:
         errors.append(error)
         return True  # go on
 
-    return group_by_keys(_read_members(shard, errors), handler=note)
+    return group_by_keys(_read_members(shard, errors, wanted), handler=note)
 
 
-def _read_members(shard: str, errors: list[Exception]) -> Iterator[Sample]:
+def _read_members(
+    shard: str, errors: list[Exception], wanted: Callable[[str, str], bool] | None
+) -> Iterator[Sample]:
     """The regular files of a tar, in webdataset's form, up to its end mark or the first error."""
     complete = False
     try:
         with (
             open_source(shard) as stream,
-            tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar,
+            tarfile.open(fileobj=stream, mode="r:*" if wanted else "r|*", tarinfo=Header) as tar,
         ):
             for member in tar:
                 if member.isreg() and is_member(member.name):
-                    yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": shard}  # type: ignore[union-attr]
+                    read = wanted is None or wanted(shard, member.name)
+                    data = tar.extractfile(member).read() if read else b""  # type: ignore[union-attr]
+                    yield {"fname": member.name, "data": data, "__url__": shard}
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             complete = True
     except Exception as error:  # noqa: BLE001 - tarfile and decompressors raise nearly anything on broken bytes

@@ -40,6 +40,7 @@ from flyp_plugin.sources import (
     write_sizes,
 )
 from flyp_plugin.splits import divide_rows, resolve_shares
+from flyp_plugin.tars import split_name
 
 # prompts, samples and webdataset import torch: they are imported in functions, for a fast --help
 if TYPE_CHECKING:
@@ -158,8 +159,12 @@ def subset(
     rename = len({key for _, key in chosen}) < len(chosen)  # sets joined by '::' may share keys
     sizes = _shard_sizes(len(chosen), shard_size)
 
+    def is_chosen(shard: str, member: str) -> bool:
+        return (shard, split_name(member)[0]) in chosen
+
     def read_chosen() -> Iterator[dict[str, Any]]:
-        for sample in read_samples(tqdm(shards, desc="copying", unit="shard", disable=None), _warn):
+        bar = tqdm(shards, desc="copying", unit="shard", disable=None)
+        for sample in read_samples(bar, _warn, wanted=is_chosen):
             identity = (sample["__url__"], sample["__key__"])
             if identity in chosen and any(name in sample for name in image_key.split(";")):
                 chosen.remove(identity)
@@ -207,7 +212,7 @@ def few_shot_keys(
 def count_labels(
     shards: Sequence[str], label_key: str, image_key: str, classnames: Sequence[str]
 ) -> list[int]:
-    """Number of images of each class in local shards, all of which are read."""
+    """Number of images of each class in local shards, of which all labels are read."""
     _check_local(*shards)
     counts = Counter(sample["label"] for sample in _read_labels(shards, label_key, image_key, classnames))
     return [counts[label] for label in range(len(classnames))]
@@ -216,7 +221,9 @@ def count_labels(
 def _read_labels(shards: Sequence[str], label_key: str, image_key: str, names: Sequence[str]) -> Iterator:
     from flyp_plugin.samples import label_samples, read_samples
 
-    read = read_samples(tqdm(shards, desc="reading labels", unit="shard", disable=None), _warn)
+    images = set(image_key.split(";"))
+    bar = tqdm(shards, desc="reading labels", unit="shard", disable=None)
+    read = read_samples(bar, _warn, wanted=lambda shard, member: split_name(member)[1] not in images)
     keys, indices = (image_key, label_key), index_names(names)
     return label_samples(read, len(names) or 2**63, _warn, *keys, indices=indices)
 

@@ -44,13 +44,19 @@ def is_member(name: str) -> bool:
     return not re.match(r"__[^/]*__($|/)", name) and not name.rpartition("/")[2].startswith(".")
 
 
+def split_name(member: str) -> tuple[str, str]:
+    """(key of its sample, ending in lower case) of a member; both are empty if webdataset would leave it out."""
+    found = _MEMBER.fullmatch(member)
+    return (found[1], found[2].lower()) if found else ("", "")
+
+
 def _group_members(path: str) -> Iterator[tuple[str, Iterator[str]]]:
     """(key, endings of the members) of each sample in a local tar, grouped as by samples.read_samples."""
     with tarfile.open(path, tarinfo=Header) as tar:
         files = (member.name for member in tar if member.isreg() and is_member(member.name))
-        parts = (found.groups() for found in map(_MEMBER.fullmatch, files) if found)
+        parts = (parts for parts in map(split_name, files) if parts[0])
         for key, members in groupby(parts, lambda part: part[0]):
-            yield key, (ending.lower() for _, ending in members)
+            yield key, (ending for _, ending in members)
 
 
 def keys_with_image(path: str, image_key: str) -> Iterator[str]:

@@ -6,10 +6,11 @@ import multiprocessing
 import random
 import re
 import threading
-import weakref
 from collections import Counter
+from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -666,17 +667,23 @@ def test_evaluation_comes_in_the_order_of_the_shards(tmp_path):
     assert [label for batch in batches for label in batch["labels"].tolist()] == list(map(tars.label, order))
 
 
-def test_workers_end_with_the_data_set_also_after_an_error(tmp_path):
+def test_training_keeps_its_workers_and_evaluation_does_not(tmp_path, tokenizer):
     """Left to the garbage collector, torch waits 5 seconds for each of them."""
-    one = LabelledDataset(tars.shards(tmp_path, 20, 2), CROPS, 4, num_classes=3, num_workers=2)
+    shards, others = tars.shards(tmp_path, 20, 2), set(active_children())
     gc.collect()
     gc.disable()
     try:
-        try:
-            list(one)
-        except InputError:
-            workers = weakref.ref(one._loader._iterator)
-        del one
-        assert workers() is None
+        training = ClassPromptDataset(shards, CROPS, tokenizer, 4, prompts=DIGITS, num_workers=2)
+        list(training)
+        workers = set(active_children()) - others
+        assert len(workers) == 2
+        list(training)
+        assert set(active_children()) - others == workers
+        del training
+        assert set(active_children()) <= others
+        for classes in (10, 3):
+            with suppress(InputError):  # with 3, a label is wrong
+                list(LabelledDataset(shards, CROPS, 4, num_classes=classes, num_workers=2))
+            assert set(active_children()) <= others
     finally:
         gc.enable()

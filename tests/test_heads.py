@@ -1,5 +1,6 @@
 import inspect
 import re
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from flyp_plugin.heads import ImageClassifier, build_zeroshot_head
 from flyp_plugin.learned import ClassHead, exact_logits
 from flyp_plugin.precision import allows_tf32, full_float32, match_open_clip_precision
-from flyp_plugin.prompts import ClassPrompts
+from flyp_plugin.prompts import ClassPrompts, fill
 from tests.close import assert_close
 from tests.helpers_eval import NAMES, TEMPLATES, checkpoint, digits, root
 
@@ -34,7 +35,8 @@ def images():
 
 def test_head_is_open_clips(model):
     tokenizer = open_clip.get_tokenizer(MODEL)
-    theirs = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, PROMPTS.template_functions())
+    templates = [partial(fill, template) for template in TEMPLATES]
+    theirs = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES, templates)
     for per_batch in (10, 3, None):
         head = build_zeroshot_head(model, tokenizer, PROMPTS, num_classes_per_batch=per_batch)
         assert head.shape == (48, 10)

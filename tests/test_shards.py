@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from flyp_plugin import shards as shards_module
 from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import InputError
 from flyp_plugin.prompts import resolve_prompts
-from flyp_plugin.shards import few_shot_keys, local_shards, write
+from flyp_plugin.shards import few_shot_keys, local_shards, subset, write
 from flyp_plugin.sources import count_samples, expand_source
 from tests import tars
 from tests.naming import naming, says
@@ -573,6 +574,35 @@ def test_shots_depend_on_the_seed_and_fewer_are_a_part_of_more(data):
     assert few_shot_keys(shards, 4, seed=0) == few_shot_keys(shards, 4, seed=0)
     assert few_shot_keys(shards, 4, seed=0) < few_shot_keys(shards, 8, seed=0)
     assert few_shot_keys(shards, 4, seed=0) != few_shot_keys(shards, 4, seed=1)
+
+
+def test_a_subset_reads_labels_and_the_chosen_images_alone(tmp_path):
+    pixels = random.Random(0).randbytes(100_000)
+    members = [
+        (f"s{i:03d}.{ending}", data)
+        for i in range(100)
+        for ending, data in (("cls", b"%d" % (i % 2)), ("png", pixels))
+    ]
+    shard = tars.write(tmp_path / "0.tar", members)
+
+    def bytes_read():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = bytes_read()
+    subset(shard, str(tmp_path / "few"), shots=2, classnames=["cat", "dog"])
+    assert bytes_read() - before < 20 * len(pixels)  # of 200: twice 100
+    with tarfile.open(tmp_path / "few" / "0.tar") as tar:
+        assert {len(tar.extractfile(member).read()) for member in tar} <= {1, len(pixels)}
+
+
+def test_a_sample_that_is_cut_off_is_not_chosen(tmp_path):
+    whole = tars.tar(tars.samples(range(20)))
+    for end in range(len(whole) // 2, len(whole) // 2 + 2000, 100):
+        folder = tmp_path / str(end)
+        shard = tars.write(folder / "0.tar", whole[:end])
+        sizes = subset(shard, str(folder / "few"), shots=20, classnames=tars.NAMES)
+        written = sum(count_samples([str(path)]) for path in (folder / "few").glob("*.tar"))
+        assert written == sum(sizes.values())
 
 
 def test_classes_with_fewer_images_give_all_and_are_named(tmp_path, caplog):
