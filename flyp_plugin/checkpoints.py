@@ -56,7 +56,9 @@ for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # its names
     _allow_numpy_scalars(_module)
 
 
-def read_state_dict(path: str | os.PathLike, joined: bool = True) -> dict[str, torch.Tensor]:
+def read_state_dict(
+    path: str | os.PathLike, joined: bool = True, finite: bool = False
+) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint, on the CPU: .safetensors, a .pt of open_clip or torch.save, OpenAI's TorchScript.
 
     Tensors of a .pt are memory-mapped, so the optimizer state beside the weights costs nothing. Prefixes that wrappers
@@ -64,6 +66,7 @@ def read_state_dict(path: str | os.PathLike, joined: bool = True) -> dict[str, t
 
     Args:
         joined: whether the file may be one that was joined from a sharded checkpoint (record.py).
+        finite: whether the weights are known to be finite, because another rank has looked.
 
     Raises:
         InputError: the file is missing, truncated, could run code when loaded, or has no weights or non-finite ones.
@@ -88,7 +91,8 @@ def read_state_dict(path: str | os.PathLike, joined: bool = True) -> dict[str, t
         weights |= {key: weights[key].reshape(()) for key in ("logit_scale", "logit_bias") if key in weights}
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise InputError(f"{path} has no weights in it; give a state_dict or a checkpoint of open_clip.")
-    bad = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    floats = {} if finite else {key: value for key, value in weights.items() if value.is_floating_point()}
+    bad = [key for key, value in floats.items() if not value.isfinite().all()]
     if bad:
         raise InputError(
             f"{path} has non-finite weights (NaN or inf) in {len(bad)} of {len(weights)} tensors, first in {bad[0]}: "

@@ -28,7 +28,7 @@ from flyp_plugin.metrics import eval_mode
 from flyp_plugin.prompts import ClassPrompts
 from flyp_plugin.record import FILE, find
 from flyp_plugin.targets import choose_weights, resolve_spec
-from flyp_plugin.text import short_text
+from flyp_plugin.text import CHUNK_ELSEWHERE, short_text
 
 
 def build_zeroshot_head(model: Model, tokenizer: Callable, prompts: ClassPrompts, **kwargs: Any) -> Tensor:
@@ -40,12 +40,13 @@ def build_zeroshot_head(model: Model, tokenizer: Callable, prompts: ClassPrompts
         model: an open_clip CLIP model; runs in eval mode and is then restored.
         tokenizer: open_clip.get_tokenizer's for that model.
         prompts: those of C classes.
-        kwargs: open_clip's num_classes_per_batch (default: 10), use_tqdm, and device (default: the model's).
+        kwargs: open_clip's num_classes_per_batch (default: 10, on a GPU as many as have CHUNK_ELSEWHERE prompts), use_tqdm,
+            and device (default: the model's).
 
     Returns:
         float (D, C) with D the width of the joint space; columns have norm 1.
     """
-    tokens, kwargs = prompts.tokenize(tokenizer), {"device": model.logit_scale.device} | kwargs
+    tokens, device = prompts.tokenize(tokenizer), model.logit_scale.device
 
     def take(pairs: list[tuple[int, int]]) -> Tensor:
         return tokens.take(*zip(*pairs))
@@ -57,7 +58,9 @@ def build_zeroshot_head(model: Model, tokenizer: Callable, prompts: ClassPrompts
     with eval_mode(model), short_text(model):
         for labels in tqdm(groups, desc="head", disable=not several):
             numbers = [partial(_pair, number) for number in range(tokens.counts[labels[0]])]
-            columns.append(open_clip.build_zero_shot_classifier(model, take, labels, numbers, **kwargs))
+            size = 10 if device.type == "cpu" else max(10, CHUNK_ELSEWHERE // len(numbers))
+            options = {"num_classes_per_batch": size, "device": device, **kwargs}
+            columns.append(open_clip.build_zero_shot_classifier(model, take, labels, numbers, **options))
     return torch.cat(columns, dim=1)
 
 

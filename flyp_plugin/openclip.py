@@ -32,7 +32,6 @@ from contextlib import ExitStack, redirect_stderr
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from textwrap import shorten
 from types import MethodType
 from typing import Any, Protocol
 from warnings import catch_warnings, simplefilter
@@ -41,8 +40,8 @@ import numpy as np
 import open_clip
 import torch
 
-from flyp_plugin import patches, run_folder
-from flyp_plugin.checkpoints import use_reader
+from flyp_plugin import checks, patches, run_folder
+from flyp_plugin.checkpoints import read_state_dict, use_reader
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.model_spec import ModelSpec, is_place
@@ -60,7 +59,6 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "evaluate": ("main", "data epoch args tb_writer tokenizer"),
     "zero_shot_eval": ("train", "data epoch args"),
 }
-_OWN_SETS = ("val_data", "imagenet_val", "imagenet_v2")  # open_clip's flags of evaluation sets
 _log = logging.getLogger(__name__)
 
 
@@ -265,7 +263,7 @@ class _Seams:
                 self.claim_folder()
         elif not is_place(name):  # the teacher of --distill-model
             arguments["force_quick_gelu"] = ModelSpec.of(name, pretrained).quick_gelu
-        with use_reader():
+        with use_reader(partial(read_state_dict, finite=self.args.rank > 0)):
             created = proceed()
         if self.model is None:
             self.model, _, _ = created
@@ -305,7 +303,7 @@ class _Seams:
         preprocess_train, self.preprocess_val = arguments["preprocess_fns"]
         self.tokenizer = self.flyp.spec.tokenizer
         arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
-        _try_own_sets(proceed, arguments)
+        checks.try_own_sets(proceed, arguments, partial(_find, "zero_shot", "accuracy"))
         data = proceed()
         dataset = self.flyp.train_data(preprocess_train, self.tokenizer, self.has_tasks)
         data["train"] = self.train = _find("data", "DataInfo")(dataloader=dataset)
@@ -365,24 +363,3 @@ def _training_forward(task: Any, batch: dict[str, torch.Tensor]) -> tuple[dict, 
     outputs = task.trainable_module(**batch)
     losses = task.loss(**outputs, output_dict=True)
     return {**losses, "loss": sum(losses.values())}, {"logit_scale": outputs["logit_scale"]}
-
-
-def _try_own_sets(get_data: Callable, arguments: dict) -> None:
-    """Read a batch of each of open_clip's own evaluation sets: else a bad one costs the first epoch, unsaved."""
-    args = arguments["args"]
-    for name in (name for name in _OWN_SETS if getattr(args, name)):
-        only = {**dict.fromkeys(_OWN_SETS), name: getattr(args, name), "workers": 0}
-        arguments["args"] = Namespace(**{**vars(args), **only})
-        try:
-            for info in get_data().values():
-                if next(iter(info.dataloader), None) is None:
-                    raise ValueError("it has no image with a text in .txt")
-            if name != "val_data":  # before open_clip 4 this needs NumPy before 2.4
-                _find("zero_shot", "accuracy")(torch.eye(5), torch.arange(5), topk=(1, 5))
-        except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-            reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
-            raise InputError(
-                f"open_clip cannot evaluate --{name.replace('_', '-')} {getattr(args, name)} ({reason}); give a labelled set "
-                "with --eval-data NAME=SHARDS instead."
-            ) from error
-    arguments["args"] = args

@@ -48,6 +48,13 @@ def is_http(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
+def require_local(*places: str) -> None:
+    """Refuse addresses: few-shot sets and `flyp shards` read and write local files."""
+    for place in map(str.strip, places):
+        if is_remote(place):
+            raise InputError(f"{place} is not a local path; use a local copy of the set.")
+
+
 def check_driver(source: str) -> None:
     """Import what reads `source`.
 

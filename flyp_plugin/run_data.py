@@ -14,6 +14,7 @@ from flyp_plugin import shards
 from flyp_plugin.data import peek
 from flyp_plugin.errors import InputError
 from flyp_plugin.evalsets import EvalSet, parse_eval_sets
+from flyp_plugin.labels import count_labels
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.remote import remember_texts
 from flyp_plugin.sources import expand_sources, shard_sizes
@@ -74,7 +75,7 @@ def count_data(data: RunData, args: Namespace) -> RunData:
     counts = None
     if args.balance:
         names = data.prompts.classnames
-        counts = shards.count_labels(data.shards, args.label_key, args.image_key, names)
+        counts = count_labels(data.shards, args.label_key, args.image_key, names)
     return replace(data, sizes=sizes, num_samples=number, pairs=pairs, class_counts=counts)
 
 

@@ -14,7 +14,6 @@ import os
 import random
 import re
 import shutil
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -25,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.names import detect_syntax, index_names, same_names, to_unique_keys
+from flyp_plugin.labels import few_shot_keys, log_skipped
+from flyp_plugin.names import detect_syntax, same_names, to_unique_keys
 from flyp_plugin.parallel import map_parallel
-from flyp_plugin.remote import is_remote, read_lines
+from flyp_plugin.remote import read_lines, require_local
 from flyp_plugin.rows import Row, image_extension, read_folder, read_table
 from flyp_plugin.sources import (
     CLASSNAMES,
@@ -80,7 +80,7 @@ def write(
     """
     if columns.get("by") and not hold_out:
         raise InputError("--by is about --hold-out; give one, such as --hold-out val=0.1, or leave --by out.")
-    _check_local(source)
+    require_local(source)
     folder = _resolve_dest(dest)
     shares = resolve_shares(folder, hold_out)
     folders = {name: _resolve_dest(str(folder.with_name(name))) for name in shares}
@@ -164,7 +164,7 @@ def subset(
 
     def read_chosen() -> Iterator[dict[str, Any]]:
         bar = tqdm(shards, desc="copying", unit="shard", disable=None)
-        for sample in read_samples(bar, _warn, wanted=is_chosen):
+        for sample in read_samples(bar, log_skipped, wanted=is_chosen):
             identity = (sample["__url__"], sample["__key__"])
             if identity in chosen and any(name in sample for name in image_key.split(";")):
                 chosen.remove(identity)
@@ -177,72 +177,10 @@ def subset(
     return sizes
 
 
-def few_shot_keys(
-    shards: Sequence[str],
-    shots: int,
-    seed: int,
-    label_key: str = "cls",
-    image_key: str = IMAGE_KEY,
-    classnames: Sequence[str] = (),
-) -> set[tuple[str, str]]:
-    """(shard, key) of `shots` random samples of each class. Fewer shots of a seed are a subset of more shots.
-
-    A class with fewer samples gives all it has and is named in a warning. A wrong label or a key that is repeated in a
-    shard raises InputError. The choice depends on the order of the local tars `shards`, not on their paths.
-    """
-    classes, seen = defaultdict(list), set()
-    for sample in _read_labels(shards, label_key, image_key, classnames):
-        identity = (sample["shard"], sample["key"])
-        if identity in seen:
-            raise InputError(f"{identity[0]} has two samples with the key {identity[1]}; rename one.")
-        seen.add(identity)
-        classes[sample["label"]].append(identity)
-    if not classes:
-        raise InputError(f"{shards[0]} has no samples; `flyp shards check` reports what is in it.")
-    names = dict(enumerate(classnames)) or {label: str(label) for label in sorted(classes)}
-    few = [f"{name} ({len(classes[label])})" for label, name in names.items() if len(classes[label]) < shots]
-    if few:
-        named = ", ".join(few[:20]) + (", ..." if len(few) > 20 else "")
-        _log.warning(f"{len(few)} classes have fewer than {shots} images: {named}.")
-    for label, identities in classes.items():
-        random.Random(f"{seed} {label}").shuffle(identities)
-    return {identity for identities in classes.values() for identity in identities[:shots]}
-
-
-def count_labels(
-    shards: Sequence[str], label_key: str, image_key: str, classnames: Sequence[str]
-) -> list[int]:
-    """Number of images of each class in local shards, of which all labels are read."""
-    _check_local(*shards)
-    counts = Counter(sample["label"] for sample in _read_labels(shards, label_key, image_key, classnames))
-    return [counts[label] for label in range(len(classnames))]
-
-
-def _read_labels(shards: Sequence[str], label_key: str, image_key: str, names: Sequence[str]) -> Iterator:
-    from flyp_plugin.samples import label_samples, read_samples
-
-    images = set(image_key.split(";"))
-    bar = tqdm(shards, desc="reading labels", unit="shard", disable=None)
-    read = read_samples(bar, _warn, wanted=lambda shard, member: split_name(member)[1] not in images)
-    keys, indices = (image_key, label_key), index_names(names)
-    return label_samples(read, len(names) or 2**63, _warn, *keys, indices=indices)
-
-
-def _warn(message: str, lost: int = 1) -> None:
-    _log.warning(message)
-
-
 def local_shards(source: str, split: str) -> list[str]:
     """Paths of the tars of `source`, or of several joined by '::'."""
-    _check_local(*source.split("::"))
+    require_local(*source.split("::"))
     return list(chain.from_iterable(expand_sources(source, split)))
-
-
-def _check_local(*places: str) -> None:
-    """Refuse addresses: `flyp shards` and few-shot sets read and write local files."""
-    for place in map(str.strip, places):
-        if is_remote(place):
-            raise InputError(f"{place} is not a local path; use a local copy of the set.")
 
 
 def list_splits(source: str, split: str | None) -> list[str]:
@@ -304,7 +242,7 @@ def _shard_sizes(samples: int, shard_size: int | None) -> dict[str, int]:
 
 
 def _resolve_dest(dest: str) -> Path:
-    _check_local(dest)
+    require_local(dest)
     folder = Path(os.path.abspath(dest))
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise InputError(f"{dest} is a file or is not empty; choose a new split folder, such as data/train.")

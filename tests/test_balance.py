@@ -10,8 +10,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from flyp_plugin import ClassPromptDataset, ClassPrompts
 from flyp_plugin.commands import call
 from flyp_plugin.errors import InputError
+from flyp_plugin.labels import count_labels
 from flyp_plugin.samples import balance_classes, balance_weights, draw_prompts
-from flyp_plugin.shards import count_labels
 from tests import tars
 from tests.naming import naming
 

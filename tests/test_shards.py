@@ -23,8 +23,9 @@ from sklearn.datasets import load_digits
 from flyp_plugin import shards as shards_module
 from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import InputError
+from flyp_plugin.labels import few_shot_keys
 from flyp_plugin.prompts import resolve_prompts
-from flyp_plugin.shards import few_shot_keys, local_shards, subset, write
+from flyp_plugin.shards import local_shards, subset, write
 from flyp_plugin.sources import count_samples, expand_source
 from tests import tars
 from tests.naming import naming, says

@@ -6,6 +6,11 @@ Shards of 1,000 generated 8-pixel PNGs with sizes.json beside them, in batches o
 its own. The time runs from ClassPromptDataset(...), tokenising included, to the first batch; importing torch and
 open_clip comes before it. Memory is the proportional share (PSS) of the process and its workers together, when
 the first batch is there and at the hundredth; `before` is the process before it makes the dataset.
+
+    python tests/bench/scale.py --score --samples 1000 --classes 1000 21000 --prompts 8
+
+A sweep over 3 alphas on two sets that have the same class descriptions, --prompts of each class, with towers of one layer
+and few images: what it costs beside the towers.
 """
 
 import argparse
@@ -16,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -81,6 +87,33 @@ def measure(folder: str, classes: int, workers: int, prompts_each: int) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def measure_scoring(folder: str, classes: int, prompts_each: int) -> None:
+    from open_clip import CLIP, get_tokenizer, image_transform
+
+    from flyp_plugin.evalsets import loader_from_args, parse_eval_sets
+    from flyp_plugin.wiseft import sweep
+
+    names = [f"thing {i}" for i in range(classes)]
+    own = {
+        name: [f"{name}, number {k} of the many photos of it." for k in range(prompts_each)] for name in names
+    }
+    Path(folder, "classnames.txt").write_text("\n".join(names) + "\n")
+    Path(folder, "prompts.json").write_text(json.dumps(own))
+    vision = {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8}
+    model = CLIP(64, vision, {"context_length": 77, "width": 64, "heads": 1, "layers": 1})
+    flags = argparse.Namespace(batch_size=BATCH, workers=0, image_key="png", label_key="cls", group_key=None)
+    before, start = resident(), time.perf_counter()
+    sets = parse_eval_sets([f"a={folder}", f"b={folder}"])
+    found = time.perf_counter() - start
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    alphas, tokenizer = [0, 0.5, 1], get_tokenizer("ViT-B-16")
+    loader = partial(loader_from_args, preprocess=image_transform(16, is_train=False), args=flags)
+    sweep(model, weights, weights, alphas, sets, tokenizer, loader)
+    cells = [f"{classes:,}", f"{classes * prompts_each:,}", f"{found:.1f} s"]
+    cells += [f"{time.perf_counter() - start - found:.0f} s", f"{before:.0f} MiB", f"{resident():.0f} MiB"]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,21 +124,28 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=int, default=0, help="descriptions of each class, about; 0: a template"
     )
+    parser.add_argument("--score", action="store_true", help="the second table")
     parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "CLASSES"), help="one row, in this process")
     args = parser.parse_args()
     if args.measure:
-        measure(args.measure[0], int(args.measure[1]), args.workers, args.prompts)
+        folder, classes = args.measure[0], int(args.measure[1])
+        if args.score:
+            measure_scoring(folder, classes, args.prompts or 1)
+        else:
+            measure(folder, classes, args.workers, args.prompts)
         return
-    print("| samples | classes | first batch | before | first batch | hundredth |")
-    print("|---|---|---|---|---|---|", flush=True)
+    columns = ["samples | classes | first batch", "before | first batch | hundredth"]
+    if args.score:
+        columns = ["classes | prompts | sets read", "sweep | before | after"]
+    print(f"| {' | '.join(columns)} |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for samples in args.samples:
             folder = Path(temporary, str(samples))
             write(folder, samples)
             for classes in args.classes if samples == args.samples[-1] else args.classes[:1]:
                 command = [sys.executable, __file__, "--measure", str(folder), str(classes)]
-                workers = ["--workers", str(args.workers), "--prompts", str(args.prompts)]
-                subprocess.run([*command, *workers], check=True)
+                command += ["--workers", str(args.workers), "--prompts", str(args.prompts)]
+                subprocess.run(command + ["--score"] * args.score, check=True)
 
 
 if __name__ == "__main__":
