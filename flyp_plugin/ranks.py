@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -23,7 +24,7 @@ _calls = count()  # all ranks make the same calls in the same order
 
 
 def once(function: Callable[[], Found]) -> Found:
-    """function() of rank 0, on every rank. If it fails there, the others exit."""
+    """function() of rank 0, on every rank. If it fails there, the others end after it, with an InputError."""
     if not dist.is_initialized():
         return function()
     results: list[Any] = [None]
@@ -50,13 +51,14 @@ def _once(function: Callable[[], Any], here: bool, node: str = "") -> Any:
         finally:  # with an error, without a result
             store.set(key, json.dumps(content))
         return content["result"]
+    reason = "it failed"
     try:
         store.wait([key], _PATIENCE)
         content = json.loads(store.get(key))
-    except RuntimeError as error:  # torch's DistError
-        reason = " ".join(str(error).split())[:100]
-        raise InputError(f"the rank that reads the data has ended ({reason}); look for its error.") from None
-    if "result" not in content:
+        if "result" in content:
+            return content["result"]
         time.sleep(_GRACE)  # a launcher that sees this rank end may kill the one that says why
-        raise SystemExit(1)
-    return content["result"]
+    except RuntimeError as error:  # torch's DistError
+        reason = shorten(str(error), 200, placeholder=" ...")
+    said = f"rank {dist.get_rank()} has lost the rank that reads the data for it ({reason})"
+    raise InputError(f"{said}; look for that rank's own error, fix it, and run the same command again.")

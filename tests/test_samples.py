@@ -8,13 +8,21 @@ import random
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from PIL import Image
 from torchvision.transforms import ColorJitter, Compose, RandomResizedCrop, ToTensor
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.images import to_rgb
 from flyp_plugin.names import index_names
-from flyp_plugin.samples import decode_images, draw_prompts, label_samples, read_samples, sample_seed
+from flyp_plugin.samples import (
+    decode_images,
+    draw_prompts,
+    label_samples,
+    read_samples,
+    sample_seed,
+    shuffle,
+)
 from flyp_plugin.workers import Skipped, preserve_random_states
 from tests import tars
 from tests.naming import naming, says
@@ -486,3 +494,31 @@ def test_a_jpeg_draft_is_never_smaller_than_the_target():
         sample = {"image": stream.getvalue(), "shard": "0.tar", "key": "a"}
         list(decode_images([sample], preprocess, Skipped(), jpeg_draft=224))
     assert sizes == [(450, 350), (400, 300), (900, 700), (4000, 250)]
+
+
+# the shuffle buffer
+
+
+@pytest.mark.parametrize("number", [0, 1, 500, 1001, 12_000])
+def test_small_images_are_shuffled_as_webdataset_does(number):
+    numbered = [{"image": b"", "number": i} for i in range(number)]
+    theirs = wds.shuffle(5000, initial=1000, rng=random.Random(1))(iter(numbered))
+    assert list(shuffle(numbered, random.Random(1))) == list(theirs)
+
+
+def test_large_images_fill_the_shuffle_buffer_by_bytes():
+    read = []
+
+    def images():
+        for i in range(400):
+            read.append(i)
+            yield {"image": bytes(100 if i < 390 else 5000), "number": i}
+
+    left, most = [], 0
+    for sample in shuffle(images(), random.Random(1), most_bytes=3000):
+        left.append(sample["number"])
+        held = set(read) - set(left)
+        most = max(most, sum(100 if i < 390 else 5000 for i in held))
+        assert most <= 3000 + 2 * 5000
+    assert sorted(left) == list(range(400)) != left
+    assert most > 2000

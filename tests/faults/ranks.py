@@ -480,7 +480,7 @@ SAME = "resumed to the same weights"
 # of the way that the weights went: DistributedDataParallel lays out its buckets anew after the first step of a process,
 # and where the sum of a gradient starts, of three terms or more, depends on its place in a bucket
 ROUNDING = 1e-3
-SENTENCE = r"Error: .*\brank \d\b.*\(.+\).*--resume latest\b.*"
+SENTENCE = r"Error: .*\brank \d\b.*\(.+\).*(--resume latest\b|same command again).*"
 
 
 class Death:
