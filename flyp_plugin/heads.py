@@ -16,6 +16,7 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.distributed as dist
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -31,7 +32,15 @@ from flyp_plugin.targets import choose_weights, resolve_spec
 from flyp_plugin.text import CHUNK_ELSEWHERE, short_text
 
 
-def build_zeroshot_head(model: Model, tokenizer: Callable, prompts: ClassPrompts, **kwargs: Any) -> Tensor:
+def build_zeroshot_head(
+    model: Model,
+    tokenizer: Callable,
+    prompts: ClassPrompts,
+    *,
+    num_classes_per_batch: int | None = 0,
+    use_tqdm: bool = False,
+    across_ranks: bool = False,
+) -> Tensor:
     """The zero-shot head: for each class the mean of its prompts' normalised text features, normalised again.
 
     Calls open_clip.build_zero_shot_classifier, with short text where that is exact (text.py).
@@ -40,8 +49,8 @@ def build_zeroshot_head(model: Model, tokenizer: Callable, prompts: ClassPrompts
         model: an open_clip CLIP model; runs in eval mode and is then restored.
         tokenizer: open_clip.get_tokenizer's for that model.
         prompts: those of C classes.
-        kwargs: open_clip's num_classes_per_batch (default: 10, on a GPU as many as have CHUNK_ELSEWHERE prompts), use_tqdm,
-            and device (default: the model's).
+        num_classes_per_batch: as in open_clip, None is all; 0: 10, on a GPU as many as have CHUNK_ELSEWHERE prompts.
+        across_ranks: the ranks, which must all call this, build a part each and exchange them.
 
     Returns:
         float (D, C) with D the width of the joint space; columns have norm 1.
@@ -51,16 +60,26 @@ def build_zeroshot_head(model: Model, tokenizer: Callable, prompts: ClassPrompts
     def take(pairs: list[tuple[int, int]]) -> Tensor:
         return tokens.take(*zip(*pairs))
 
-    # open_clip takes one list of templates for all classes, so each stretch of classes with as many prompts is a call
-    groups = [list(group) for _, group in groupby(range(len(tokens.counts)), tokens.counts.__getitem__)]
-    several = len(groups) > 1 and kwargs.pop("use_tqdm", False)
-    columns = []
+    batches = []
+    # open_clip takes one list of templates for all classes, so a batch is of classes with as many prompts
+    for count, group in groupby(range(len(tokens.counts)), tokens.counts.__getitem__):
+        labels, numbers = list(group), [partial(_pair, number) for number in range(count)]
+        size = num_classes_per_batch or len(labels)
+        if num_classes_per_batch == 0:
+            size = 10 if device.type == "cpu" else max(10, CHUNK_ELSEWHERE // count)
+        batches += [(labels[start : start + size], numbers) for start in range(0, len(labels), size)]
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if across_ranks else (0, 1)
+    build = partial(
+        open_clip.build_zero_shot_classifier, model, take, num_classes_per_batch=None, device=device
+    )
     with eval_mode(model), short_text(model):
-        for labels in tqdm(groups, desc="head", disable=not several):
-            numbers = [partial(_pair, number) for number in range(tokens.counts[labels[0]])]
-            size = 10 if device.type == "cpu" else max(10, CHUNK_ELSEWHERE // len(numbers))
-            options = {"num_classes_per_batch": size, "device": device, **kwargs}
-            columns.append(open_clip.build_zero_shot_classifier(model, take, labels, numbers, **options))
+        columns = [
+            build(*batch) for batch in tqdm(batches[rank::ranks], "head", unit="batch", disable=not use_tqdm)
+        ]
+    if across_ranks:
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, [some.cpu() for some in columns])
+        columns = [parts[number % ranks][number // ranks].to(device) for number in range(len(batches))]
     return torch.cat(columns, dim=1)
 
 

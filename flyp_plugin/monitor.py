@@ -52,7 +52,8 @@ class Monitor:
                 dist.broadcast(buffer, 0)
         row: dict[str, Any] = {}
         make = ImageClassifier.from_model if epoch else ImageClassifier.from_prompts  # 0: zero-shot
-        build = partial(make, model, tokenizer, precision=self.args.precision)
+        several = self.args.world_size > 1
+        build = partial(make, model, tokenizer, precision=self.args.precision, across_ranks=several)
         classifiers = build_for_each(self.sets, build)
         for eval_set in self.sets:
             if eval_set.name not in self.loaders:

@@ -157,27 +157,21 @@ def run(flyp: TrainingRun) -> int:
     """
     main, args = _find("main", "main"), flyp.args
     rank = args.rank
-    with ExitStack() as stack:
+    with run_folder.explain_errors(args, rank), ExitStack() as stack:
         if rank:
             stack.enter_context(catch_warnings())
             simplefilter("ignore")  # rank 0 shows them
         seams = _Seams(flyp, stack)
         seams.install()
-        try:
-            if seams.named and rank == 0:
-                seams.claim_folder()
-            if main([]) == -1:  # it has printed why
-                return 1
-            seams.check_called("get_data")
-            if seams.started:
-                seams.check_evaluated(args.epochs)
-            elif rank == 0:
-                _log.info(f"The run in {Path(args.logs, args.name)} is finished: --epochs is {args.epochs}.")
-        except (OSError, RuntimeError) as error:
-            _log.debug(error, exc_info=True)  # shown with --debug
-            if known := run_folder.explain(error, args, rank):
-                raise known from error
-            raise
+        if seams.named and rank == 0:
+            seams.claim_folder()
+        if main([]) == -1:  # it has printed why
+            return 1
+        seams.check_called("get_data")
+        if seams.started:
+            seams.check_evaluated(args.epochs)
+        elif rank == 0:
+            _log.info(f"The run in {Path(args.logs, args.name)} is finished: --epochs is {args.epochs}.")
         flyp.finish()
     return 0
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
-from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -51,14 +50,10 @@ def _once(function: Callable[[], Any], here: bool, node: str = "") -> Any:
         finally:  # with an error, without a result
             store.set(key, json.dumps(content))
         return content["result"]
-    reason = "it failed"
-    try:
-        store.wait([key], _PATIENCE)
-        content = json.loads(store.get(key))
-        if "result" in content:
-            return content["result"]
+    store.wait([key], _PATIENCE)
+    content = json.loads(store.get(key))
+    if "result" not in content:
         time.sleep(_GRACE)  # a launcher that sees this rank end may kill the one that says why
-    except RuntimeError as error:  # torch's DistError
-        reason = shorten(str(error), 200, placeholder=" ...")
-    said = f"rank {dist.get_rank()} has lost the rank that reads the data for it ({reason})"
-    raise InputError(f"{said}; look for that rank's own error, fix it, and run the same command again.")
+        said = f"rank {dist.get_rank()} waited for another one, which has found a mistake (or failed)"
+        raise InputError(f"{said}; look for that rank's own error, fix it, and run the same command again.")
+    return content["result"]

@@ -163,8 +163,19 @@ def remove_unstarted(folder: Path) -> None:
                 path.rmdir()
 
 
-def explain(error: Exception, args: Namespace, rank: int) -> InputError | None:
-    """The sentence for a full disk, a folder that cannot be written, or a lost rank; None for any other error."""
+@contextmanager
+def explain_errors(args: Namespace, rank: int) -> Iterator[None]:
+    """InputError for a full disk, a folder that cannot be written, or a lost rank within the block."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        _log.debug(error, exc_info=True)  # shown with --debug
+        if known := _explain(error, args, rank):
+            raise known from error
+        raise
+
+
+def _explain(error: Exception, args: Namespace, rank: int) -> InputError | None:
     again = f"continue with --name {args.name} --resume latest" if args.name else "run the same command again"
     if isinstance(error, OSError):
         if error.errno in NO_ROOM or str(error.filename).startswith(str(Path(args.logs))):

@@ -95,7 +95,7 @@ class FlypRun:
 
     def __init__(self, argv: Sequence[str]):
         self.few_shot: tempfile.TemporaryDirectory | None = None
-        _, world_size = openclip.world()
+        rank, world_size = openclip.world()
         args, self.defaults, typed = parse(argv, world_size)
         self.args = args
         if not is_place(args.model):
@@ -107,13 +107,14 @@ class FlypRun:
         )
         if mistake:
             raise InputError(mistake)
-        openclip.connect(args)  # the ranks have met: from here on, one of them reads for all
-        ranks.once(partial(_check_start, args))
-        self.resumed = run_folder.resumed_record(args)
-        self.spec = checks.resolve_model(args, self.resumed)
         self.objective = objectives.OBJECTIVES[args.objective]
         self.changes = objectives.changed_flags(args)
-        self.data = self._read_data()
+        with run_folder.explain_errors(args, rank):
+            openclip.connect(args)  # from here on, one rank reads for all
+            ranks.once(partial(_check_start, args))
+            self.resumed = run_folder.resumed_record(args)
+            self.spec = checks.resolve_model(args, self.resumed)
+            self.data = self._read_data()
         self.evaluates = bool(self.data.eval_sets)
 
         if not self.objective.loop:

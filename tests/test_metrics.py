@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from flyp_plugin.data import LabelledDataset
 from flyp_plugin.errors import InputError
-from flyp_plugin.evalsets import parse_eval_sets
+from flyp_plugin.evalsets import build_for_each, parse_eval_sets
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Tally, evaluate, score, table
 from flyp_plugin.prompts import ClassPrompts
@@ -294,3 +294,24 @@ def test_help_opens_with_an_example(command, capsys):
         flyp(command, "--help")
     assert re.search(rf"(?i)example.*\n+ +flyp {command} ", capsys.readouterr().out)
     assert "flyp_plugin.metrics" in sys.modules  # here; test_cli looks at what a fresh process imports
+
+
+def test_equal_prompts_are_tokenised_and_encoded_once():
+    texts, built = [], []
+    sets = parse_eval_sets([f"a={root()}/data", f"b={root()}/data", f"c={root()}/ood"])
+    model = open_clip.create_model(MODEL, pretrained=str(checkpoint(MODEL, 80)))
+    tokenizer = open_clip.get_tokenizer(MODEL)
+
+    def counted(some, **kwargs):
+        texts.extend(some)
+        return tokenizer(some, **kwargs)
+
+    def build(prompts):
+        built.append(prompts)
+        return ImageClassifier.from_prompts(model, counted, prompts)
+
+    for _ in range(2):
+        classifiers = build_for_each(sets, build)
+        assert classifiers["a"] is classifiers["b"] is not classifiers["c"]
+    assert built == [sets[0].prompts, sets[2].prompts] * 2
+    assert texts.count(sets[0].prompts(0, 0)) == 1
