@@ -41,7 +41,7 @@ def families(collections: Collections) -> list[tuple[str, ...]]:
             links["material"].append(name)
     family = {name: {name} for name in collections}
     for names in links.values():
-        joined = set().union(*(family[name] for name in names))
+        joined = set().union(*(family[name] for name in names if name in family))
         family.update(dict.fromkeys(joined, joined))
     return sorted({tuple(sorted(joined)) for joined in family.values()})
 

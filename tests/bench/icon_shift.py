@@ -34,12 +34,14 @@ from hashlib import md5
 from itertools import product
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 import torch
 import webdataset
 from icon_looks import LOOKS, Drawing, drawings, families, png
 
 from flyp_plugin import shards
+from flyp_plugin.checkpoints import atomic_write
 from flyp_plugin.commands.plots import figure, percent
 
 SEED, SHARDS = 67, 32
@@ -110,7 +112,7 @@ def select(package: Path, least: Sequence[int]) -> tuple[list[Drawing], list[Dra
 def pack(package: Path, least: Sequence[int], path: Path) -> None:
     """What select finds, in one file: 26 MB of the 104 MB that npm downloads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lzma.open(path, "wt") as file:
+    with atomic_write(path) as part, lzma.open(part, "wt") as file:
         json.dump(select(package, least), file)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -120,19 +122,28 @@ def unpack(path: Path) -> tuple[list[Drawing], ...]:
         return tuple([Drawing(*row) for row in part] for part in json.load(file))
 
 
-def write_data(icons: Path, least: Sequence[int], cache: Path, model: Path | None, processes: int) -> None:
-    """The captions of the seen families; then the labelled sets of the others. Each only if it is not there."""
+def write_data(
+    icons: Path, least: Sequence[int], cache: Path, model: dict[str, Any], processes: int
+) -> dict[str, int]:
+    """The captions of the seen families; then the labelled sets of the others. Each only if it is not there.
+
+    Returns the number of classes, and of images in each.
+    """
     captioned, labelled = unpack(icons) if icons.is_file() else select(icons, least)
-    config = json.loads(model.read_text()) if model else MODEL
     cache.mkdir(parents=True, exist_ok=True)
-    (cache / "icon-clip.json").write_text(json.dumps(config, indent=1))
+    (cache / "icon-clip.json").write_text(json.dumps(model, indent=1))
+    draw = partial(png, pixels=model["vision_cfg"]["image_size"])
     with Pool(processes) as pool:
-        pixels = config["vision_cfg"]["image_size"]
-        drawn = [
-            pool.imap(partial(png, pixels=pixels), [drawing.svg for drawing in part], 256)
-            for part in (captioned, labelled)
-        ]
-        write_sets(labelled, drawn[1], write_captions(captioned, drawn[0], cache), cache)
+        drawn, labelled_drawn = (
+            pool.imap(draw, [drawing.svg for drawing in part], 256) for part in (captioned, labelled)
+        )
+        seen = write_captions(captioned, drawn, cache)
+        return {"captions": about(cache)["images"], **write_sets(labelled, labelled_drawn, seen, cache)}
+
+
+def about(cache: Path) -> dict[str, Any]:
+    """What the captioned icons are."""
+    return json.loads((cache / "captions/about.json").read_text())
 
 
 def write_captions(chosen: list[Drawing], drawn: Iterable[bytes | None], cache: Path) -> set[bytes]:
@@ -155,10 +166,12 @@ def write_captions(chosen: list[Drawing], drawn: Iterable[bytes | None], cache: 
     return {md5(image).digest() for _, image in pairs}
 
 
-def write_sets(wanted: list[Drawing], drawn: Iterable[bytes | None], seen: set[bytes], cache: Path) -> None:
+def write_sets(
+    wanted: list[Drawing], drawn: Iterable[bytes | None], seen: set[bytes], cache: Path
+) -> dict[str, int]:
     """Of each class: outlines as train, val and test; filled ones; all others. No image is there twice, or in `seen`."""
     classes = sorted({drawing.base for drawing in wanted})
-    digests, taken = set(seen), set()
+    digests, taken, numbers = set(seen), set(), {"classes": len(classes)}
     parts: dict[tuple[str, str], list[bytes]] = defaultdict(list)
     for drawing, image in zip(wanted, drawn):
         once = (drawing.set, drawing.base, drawing.look)  # of the looks that are plenty: one of a set
@@ -186,18 +199,19 @@ def write_sets(wanted: list[Drawing], drawn: Iterable[bytes | None], seen: set[b
             split = folder.relative_to(photos)
             if not (cache / split).exists():
                 shards.write(str(folder), str(cache / split), **texts)
-            print(f"{split}: {sum(1 for _ in folder.glob('*/*.png'))} images", flush=True)
+            numbers[str(split)] = sum(1 for _ in folder.glob("*/*.png"))
+            print(f"{split}: {numbers[str(split)]} images", flush=True)
     if not (cache / "few/val").exists():
         shards.subset(f"{cache}/id/val", f"{cache}/few/val", shots=4)  # to choose by, with 4 shots
-    print(f"{len(classes)} classes; {json.loads((cache / 'captions/about.json').read_text())}")
+    print(f"{len(classes)} classes; {about(cache)}")
+    return numbers
 
 
 def pretrain(cache: Path, epochs: int, device: str, more: list[str]) -> None:
     """By open_clip's own script, unchanged; it goes on from the newest epoch."""
-    about = json.loads((cache / "captions/about.json").read_text())
     main = f"import torch; {NO_FLASH}; {PLAIN_MAIN}" if device == "cpu" else PLAIN_MAIN
     command = [sys.executable, "-c", main, str(cache / "icon-clip.json"), *shlex.split(PRETRAIN)]
-    command += ["--train-num-samples", str(about["images"])]
+    command += ["--train-num-samples", str(about(cache)["images"])]
     command += ["--train-data", f"{cache}/captions/{{0..{SHARDS - 1}}}.tar", "--epochs", str(epochs)]
     command += ["--logs", f"{cache}/logs", "--name", f"pretrain{epochs}", "--resume", "latest"]
     command += ["--device", device, *more]  # of a flag the last counts
@@ -303,7 +317,8 @@ def main() -> None:
         return pack(args.icons, args.least, args.path)
     cache = args.out.expanduser()
     if args.step == "data":
-        write_data(args.icons, args.least, cache, args.model_config, args.processes)
+        model = json.loads(args.model_config.read_text()) if args.model_config else MODEL
+        write_data(args.icons, args.least, cache, model, args.processes)
     elif args.step == "pretrain":
         pretrain(cache, args.pretrain_epochs, args.device, more)
     else:
