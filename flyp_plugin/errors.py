@@ -95,7 +95,7 @@ def _line_and_status(error: BaseException) -> tuple[str, int | None]:
     found = OUT_OF_MEMORY.search(str(error)) if isinstance(error, RuntimeError) else None
     if found or isinstance(error, MemoryError):
         size = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
-        what = f"out of {'GPU ' if found and found[1] else ''}memory{f', at {size[1]} more' if size else ''}"
+        what = f"out of {'GPU ' if found and found[1] else ''}memory{f' ({size[1]} more needed)' if size else ''}"
         return (
             f"Error: {what}; use a smaller --batch-size, or in training --grad-checkpointing or --accum-freq.",
             1,
