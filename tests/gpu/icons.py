@@ -5,13 +5,13 @@ Where npm and pip reach their registries, once:
     npm pack @iconify/json && tar xzf iconify-json-*.tgz && pip install resvg-py
     PYTHONPATH=. python tests/bench/icon_shift.py pack --icons package .gpu/icons.json.xz      # 26 MB, 150,000 icons
 
-and on the machine with the GPU, where nothing is downloaded, twice, 9 minutes at most each time on an H100 with 16 cores:
+and on the machine with the GPU, without a network, twice; 9 minutes at most each time on an H100 with 16 cores:
 
     python -m tests.gpu.icons --device cuda --out tables
 
-The first command draws the icons, times two half epochs of pretraining, and pretrains for as many epochs as --seconds allow;
-the second is `flyp compare`, first with one seed, then with all. Everything is in the folder --work, and each command goes
-on where the last one was stopped: so start the next before that folder is gone. Results: icons.md, icons.json, icons.png.
+The first command draws the icons, times two half epochs of pretraining, and pretrains for as many as --seconds allow.
+The second is `flyp compare`, first with one seed, then with all. Each goes on where it was stopped, in the folder
+--work: start the second before that is gone. Results: icons.md, icons.json, icons.png.
 """
 
 import json
@@ -46,7 +46,6 @@ class Plan(NamedTuple):
     pretrain: str  # flags of open_clip's script
     compare: str  # flags of `flyp compare`
     seeds: list[str]  # the last: all
-    least: tuple[int, int]  # of a package that was not packed
     epochs: int | None = None  # of pretraining; None: as many as there is time for
 
 
@@ -55,43 +54,39 @@ FULL = Plan(
     f"--batch-size 1024 --warmup 300 --grad-clip-norm 1 --workers {min(CORES, icon_shift.SHARDS)}",
     "--methods flyp,ce,lp,lp-ft,flyp-ce --lr 1e-4,3e-4,1e-3",
     ["0:1", "0:5"],
-    (12, 10),
 )
 FEW = Plan(
     TINY,
     "--batch-size 32 --warmup 1",
     "--methods flyp,lp --lr 1e-3 --lp-c 1 --epochs 1 --batch-size 32 --workers 0",
     ["0:1"],
-    (4, 2),
     epochs=1,
 )
 
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument(
-        "--icons", type=Path, default=Path(".gpu/icons.json.xz"), help="(default: %(default)s)"
-    )
-    flags.add_argument(
-        "--work", type=Path, default=Path("/tmp/flyp-gpu-icons"), help="(default: %(default)s)"
-    )
-    flags.add_argument(
-        "--seconds", type=float, default=500, help="of pretraining's command (default: %(default)s)"
-    )
-    flags.add_argument(
-        "--at-once", type=int, default=10, help="runs on the GPU side by side (default: %(default)s)"
-    )
+    add, default = flags.add_argument, "(default: %(default)s)"
+    add("--icons", type=Path, default=Path(".gpu/icons.json.xz"), help=f"as packed {default}")
+    add("--work", type=Path, default=Path("/tmp/flyp-gpu-icons"), help=f"what goes on is here {default}")
+    add("--seconds", type=float, default=500, help=f"that the first command may take {default}")
+    add("--at-once", type=int, default=10, help=f"trainings that share the GPU {default}")
     args = flags.parse_args()
+    if not args.icons.exists():
+        flags.error(f"{args.icons} is missing; `icon_shift.py pack` writes it (see --help).")
     plan, report = FEW if args.small else FULL, Report(args.out, "icons", args.device, args.seconds)
     args.work.mkdir(parents=True, exist_ok=True)
     state = State(args.work / "state.json")
-    if "pretrained" in state:
-        describe(state, report)
-    else:
+    if "pretrained" not in state:
         pretrain(plan, args, state, report)
-        describe(state, report)
-        if not args.small:
-            return report("\nPretraining is finished; the same command again compares.")
+    report.header("images of", "number")
+    for name, number in state["images"].items():
+        report.row([name, number])
+    report(
+        f"\nDrawn in {state['drawing']:.0f} s by {CORES} processes. Epochs of pretraining: {state['epochs']}."
+    )
+    if report.left() < args.seconds / 2:
+        return report("\nPretraining has taken the time there was; the same command compares.")
     compare(plan, args, state, report)
 
 
@@ -111,35 +106,25 @@ def pretrain(plan: Plan, args: Namespace, state: State, report: Report) -> None:
     """Draw the icons, decide the number of epochs, pretrain."""
     if "images" not in state:
         start = time.monotonic()
-        images = icon_shift.write_data(args.icons, plan.least, args.work, plan.model, CORES)
+        images = icon_shift.write_data(
+            args.icons, list(icon_shift.LEAST.values()), args.work, plan.model, CORES
+        )
         state.add(images=images, drawing=time.monotonic() - start)
-        report(f"\nThe icons are drawn: {state['drawing']:.0f} s in {CORES} processes.")
-    if "epochs" not in state and plan.epochs:
-        state.add(epochs=plan.epochs)
-    elif "epochs" not in state:
-        start, half = time.monotonic(), state["images"]["captions"] // 2
-        samples = ["--train-num-samples", str(half)]
-        icon_shift.pretrain(args.work, 2, args.device, [*plan.pretrain.split(), *samples])
-        ends = [
-            (icon_shift.checkpoint(args.work, 2).with_name(f"epoch_{i}.pt")).stat().st_mtime for i in (1, 2)
-        ]
-        epoch = 2 * (ends[1] - ends[0])
-        start_up = max(0, time.monotonic() - start - epoch)
-        epochs = max(3, int((report.left() - start_up) / epoch))  # 2 has been the trial
-        state.add(epochs=epochs, rate=half / (ends[1] - ends[0]))
-        report(f"\nAn epoch takes {epoch:.0f} s, starting {start_up:.0f} s: {epochs} epochs.")
+    if "epochs" not in state:
+        state.add(epochs=plan.epochs or affordable(plan, args, state, report))
     icon_shift.pretrain(args.work, state["epochs"], args.device, plan.pretrain.split())
     state.add(pretrained=True)
 
 
-def describe(state: State, report: Report) -> None:
-    report.header("images of", "number")
-    for name, number in state["images"].items():
-        report.row([name, number])
-    rate = f" at {state['rate']:.0f} images/s" if "rate" in state else ""
-    report(
-        f"\nDrawn in {state['drawing']:.0f} s by {CORES} processes. {state['epochs']} epochs of pretraining{rate}."
-    )
+def affordable(plan: Plan, args: Namespace, state: State, report: Report) -> int:
+    """The number of epochs for which there is time, by the second half epoch of a trial."""
+    start, half = time.monotonic(), state["images"]["captions"] // 2
+    icon_shift.pretrain(args.work, 2, args.device, [*plan.pretrain.split(), "--train-num-samples", str(half)])
+    last = icon_shift.checkpoint(args.work, 2)
+    seconds = last.stat().st_mtime - last.with_name("epoch_1.pt").stat().st_mtime
+    start_up = max(0.0, time.monotonic() - start - 2 * seconds)
+    report(f"\nPretraining: {half / seconds:.0f} images/s after {start_up:.0f} s.")
+    return max(3, int((report.left() - start_up) / (2 * seconds)))  # 2 has been the trial's number
 
 
 def compare(plan: Plan, args: Namespace, state: State, report: Report) -> None:
