@@ -75,6 +75,7 @@ def main() -> None:
     if not args.icons.exists():
         flags.error(f"{args.icons} is missing; `icon_shift.py pack` writes it (see --help).")
     plan, report = FEW if args.small else FULL, Report(args.out, "icons", args.device, args.seconds)
+    args.work /= "small" if args.small else "full"
     args.work.mkdir(parents=True, exist_ok=True)
     state = State(args.work / "state.json")
     if "pretrained" not in state:
