@@ -57,7 +57,7 @@ class Case:
     def train(self, name: str, *more: object) -> Path:
         """A run on digits from start.pt; its last checkpoint."""
         given = ["--pretrained", self.root / "start.pt", "--train-data", self.root / "data", "--name", name]
-        given += ["--logs", self.root / "logs", "--batch-size", 100, "--lr", "2e-3", "--warmup", 5]
+        given += ["--logs", self.root / "logs", "--batch-size", 100, "--lr", "1e-3", "--warmup", 5]
         small = ["--epochs", 2, "--workers", 0, "--train-num-samples", 300]
         given += small if self.small else ["--epochs", 6, "--workers", 2]
         self.flyp("train", *self.model, *given, *more)

@@ -193,6 +193,7 @@ def export(case: Case, last: Path) -> None:
 # Flags and objectives
 
 SGD = ["--opt", "timm/sgd", "--lr", 1, "--wd", 0, "--warmup", 0, "--epochs", 1, "--train-num-samples", 100]
+SGD += ["--workers", 0]  # several would make a batch of 100 and two of 50 from other images
 FLAGS = ("--full-text", "--grad-checkpointing", "--accum-freq 2 --batch-size 50", "--torchcompile")
 
 
