@@ -220,9 +220,12 @@ def test_only_an_export_is_written_over_by_an_export(tmp_path):
 @pytest.mark.parametrize(
     "error, named",
     [
-        ("torch.empty(2**50)", ["memory", 2**52, "bytes"]),  # the CPU's allocator says so itself
         (
-            "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')",
+            "import torch; torch.empty(2**50)",
+            ["memory", 2**52, "bytes"],
+        ),  # the CPU's allocator says so itself
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')",
             ["GPU", "2.00 GiB"],
         ),
         ("raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublas')", ["GPU"]),
@@ -230,7 +233,7 @@ def test_only_an_export_is_written_over_by_an_export(tmp_path):
     ],
 )
 def test_out_of_memory_is_one_line_that_says_what_needs_less(error, named):
-    program = f"import torch\nfrom flyp_plugin import errors\ndef main():\n    {error}\nerrors.run(main)"
+    program = f"from flyp_plugin import errors\ndef main():\n    {error}\nerrors.run(main)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     (line,) = done.stderr.splitlines()
     flags = ["--batch-size", "--grad-checkpointing", "--accum-freq"]

@@ -57,7 +57,7 @@ class Case:
     def train(self, name: str, *more: object) -> Path:
         """A run on digits from start.pt; its last checkpoint."""
         given = ["--pretrained", self.root / "start.pt", "--train-data", self.root / "data", "--name", name]
-        given += ["--logs", self.root / "logs", "--batch-size", 100, "--lr", "2e-3", "--warmup", 5]
+        given += ["--logs", self.root / "logs", "--batch-size", 100, "--lr", "1e-3", "--warmup", 5]
         small = ["--epochs", 2, "--workers", 0, "--train-num-samples", 300]
         given += small if self.small else ["--epochs", 6, "--workers", 2]
         self.flyp("train", *self.model, *given, *more)
@@ -86,19 +86,19 @@ def run_cases(description: str | None, cases: Cases, small: Sequence[str], exact
     args = flags.parse_args()
     names = args.only or list(small if args.small else cases)
     if args.work:
-        return _do({name: cases[name] for name in names}, args)
+        return do({name: cases[name] for name in names}, args)
     report, verdicts = Report(args.out, "check", args.device), []
     groups = [names] if args.small else [[name] for name in names]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         args.work = Path(folder)
         digits.write(args.work / "data")
-        shutil.move(args.work / f"data/{MODEL}.json", args.work)
+        shutil.copy(args.work / f"data/{MODEL}.json", args.work)
         open_clip.add_model_config(args.work / f"{MODEL}.json")
         torch.manual_seed(0)
         torch.save(open_clip.create_model(MODEL).state_dict(), args.work / "start.pt")
         report.header("case", "what", "figure", "at most", "")
         started = [
-            pool.submit(_start, group, args, report, not exact.isdisjoint(group) and not args.small)
+            pool.submit(start, group, args, report, not exact.isdisjoint(group) and not args.small)
             for group in groups
         ]
         for future in as_completed(started):
@@ -109,7 +109,7 @@ def run_cases(description: str | None, cases: Cases, small: Sequence[str], exact
     sys.exit("FAIL" in verdicts)
 
 
-def _do(cases: Cases, args: Any) -> None:
+def do(cases: Cases, args: Any) -> None:
     """One case after another, in this process."""
     open_clip.add_model_config(args.work / f"{MODEL}.json")
     for name, function in cases.items():
@@ -122,8 +122,8 @@ def _do(cases: Cases, args: Any) -> None:
         case.row("seconds", f"{time.monotonic() - start:.0f}")
 
 
-def _start(names: Sequence[str], args: Any, report: Report, without_tf32: bool) -> list[list[str]]:
-    """`_do` in another process; the rows, also of one that dies or has to be ended."""
+def start(names: Sequence[str], args: Any, report: Report, without_tf32: bool) -> list[list[str]]:
+    """`do` in another process; the rows, also of one that dies or has to be ended."""
     # the second lets cuBLAS be deterministic; the third overrules main(), which allows TF32
     env = {"OMP_NUM_THREADS": "2", **os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     env |= {"NVIDIA_TF32_OVERRIDE": "0"} if without_tf32 else {}
