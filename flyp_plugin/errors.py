@@ -2,6 +2,7 @@
 
     InputError          Error: what is wrong, where, how to fix it     1
     a full disk         Error: the file and the system's reason        1
+    out of memory       Error: of the GPU or not, and what needs less  1
     Ctrl-C              Interrupted.                                   130
     SIGTERM             Terminated.                                    143
     `flyp ... | head`   nothing: nobody reads stdout any more          141
@@ -21,6 +22,8 @@ from typing import Any
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota or a file's size limit is reached
 # C0, C1, line separators and bidirectional controls: a terminal or a log would obey them
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# torch says so of a GPU, with errors of several types; cuBLAS, which allocates memory itself; and torch of a CPU
+OUT_OF_MEMORY = re.compile("(out of memory|CUBLAS_STATUS_ALLOC_FAILED)|DefaultCPUAllocator")
 
 
 class InputError(ValueError):
@@ -89,6 +92,14 @@ def _line_and_status(error: BaseException) -> tuple[str, int | None]:
         return f"Error: {error}", 1
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"Error: cannot write {error.filename or 'a file'} ({error.strerror}); free some space.", 1
+    found = OUT_OF_MEMORY.search(str(error)) if isinstance(error, RuntimeError) else None
+    if found or isinstance(error, MemoryError):
+        size = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        what = f"out of {'GPU ' if found and found[1] else ''}memory{f' ({size[1]} more needed)' if size else ''}"
+        return (
+            f"Error: {what}; use a smaller --batch-size, or in training --grad-checkpointing or --accum-freq.",
+            1,
+        )
     if isinstance(error, BrokenPipeError):
         stdout = select.poll()
         stdout.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported

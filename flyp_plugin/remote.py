@@ -166,7 +166,7 @@ def _ask(path: str, request: Callable[[], Answer]) -> Answer:
     for delay in backoff_delays(TEXT_RETRIES if is_url(path) else 0):
         try:
             return request()
-        except (FileNotFoundError, NotADirectoryError, InputError):
+        except (FileNotFoundError, NotADirectoryError, InputError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - botocore, aiohttp and httpx have errors of their own
             if isinstance(error, HTTPError) and error.code in (403, 404, 410):

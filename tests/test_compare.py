@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def argv(digits):
         "--batch-size",
         100,
     ]
-    words += ["--model-config", f"{root()}/models/{MODEL}.json", "--device", "cpu", "--workers", 0]
+    words += ["--model-config", f"{root()}/models/{MODEL}.json", "--workers", 0]
     return lambda *more: ["compare", *map(str, (*words, *more))]
 
 
@@ -238,6 +239,21 @@ def test_a_run_that_fails_is_told_with_its_folder_and_last_lines(finished, argv,
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("runs/flyp*/**/*")}
 
 
+def test_two_workers_resume_it_to_the_same_table(finished, argv, monkeypatch, tmp_path, caplog):
+    copy = shutil.copytree(finished, tmp_path / "out")
+    runs = [copy / f"runs/flyp_lr{lr}_seed0" for lr in (1e-4, 1e-3)]
+    for run in runs:
+        shutil.rmtree(run)
+    monkeypatch.chdir(tmp_path)
+    add_method_that_fails(monkeypatch)
+    with pytest.raises(InputError, match=naming("1 of 2", "out/compare.md")):
+        flyp(*argv("--methods", "flyp,bad", "--devices", "cpu,cpu"))
+    for name in ("compare.json", "compare.md"):
+        assert (copy / name).read_text() == (finished / name).read_text()
+    (error,) = (record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert says(error.splitlines()[0], "bad", "seed 0", "status 1")
+
+
 def test_a_second_start_runs_nothing_and_gives_the_same_table(finished, argv, monkeypatch, capsys):
     monkeypatch.chdir(finished.parent)
     settings, text = read(finished / "settings.json"), (finished / "compare.md").read_text()
@@ -268,18 +284,18 @@ def test_other_settings_are_refused_where_a_comparison_is(finished, argv, monkey
         pass
 
 
-def test_kill_ends_the_current_run_with_one_line_and_status_143(argv, tmp_path):
-    command = [sys.executable, "-m", "flyp_plugin", *argv()]
+def test_kill_ends_all_workers_with_one_line_and_status_143(argv, tmp_path):
+    command = [sys.executable, "-m", "flyp_plugin", *argv("--devices", "cpu,cpu")]
+    runs = [tmp_path / f"out/runs/flyp_lr{lr}_seed0" for lr in (1e-4, 1e-3)]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        log = tmp_path / "out/runs/flyp_lr0.0001_seed0/console.log"
-        while process.poll() is None and not log.exists():
+        while process.poll() is None and not all((run / "console.log").exists() for run in runs):
             time.sleep(0.05)
         process.terminate()
         said = process.stderr.read().splitlines()
     assert process.returncode == 143 and said[-1] == "Terminated."
     assert says(said[0], "3 trainings", "2 sweeps", "0", "2 values", "seed 0", "1 more")
-    with folder_lock(tmp_path / "out"):  # which the training would hold
-        assert not (log.parent / "finished.json").exists()
+    with folder_lock(tmp_path / "out"):  # which a training would hold
+        assert not any((run / "finished.json").exists() for run in runs)
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +392,8 @@ def test_where_zeroshot_is_chosen_nothing_is_merged(selected, argv, monkeypatch)
         (["--methods", "flyp,lp", "--lp-c", "1"], ["--lr", "2", "--lp-c", "1"]),
         (["--id-test", "val"], ["--id-test", "val", "--eval-data", "odd"]),
         (["--seed", "4"], ["--seed"]),
+        (["--devices", "cpu,cuda:99"], ["--devices", "cpu,cuda:99", "'cuda:99'"]),
+        (["--devices", "cpu,"], ["--devices", "cpu,", "''"]),
         (["--name=mine"], ["--name=mine"]),
         (["--save-frequency", "0"], ["--save-frequency"]),
         (["--select", "best", "--eval-frequency=2"], ["--eval-frequency=2"]),

@@ -215,3 +215,27 @@ def test_only_an_export_is_written_over_by_an_export(tmp_path):
     with atomic_folder(tmp_path, force=True) as part:
         (part / "new").touch()
     assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize(
+    "error, named",
+    [
+        (
+            "import torch; torch.empty(2**50)",
+            ["memory", 2**52, "bytes"],
+        ),  # the CPU's allocator says so itself
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')",
+            ["GPU", "2.00 GiB"],
+        ),
+        ("raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublas')", ["GPU"]),
+        ("raise MemoryError", ["memory"]),
+    ],
+)
+def test_out_of_memory_is_one_line_that_says_what_needs_less(error, named):
+    program = f"from flyp_plugin import errors\ndef main():\n    {error}\nerrors.run(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    flags = ["--batch-size", "--grad-checkpointing", "--accum-freq"]
+    assert done.returncode == 1 and says(line, "Error", "out of", *named, *flags)
+    assert ("GPU" in line) == ("GPU" in named)

@@ -1,7 +1,7 @@
 """`flyp compare`: the paper's comparison of fine-tuning methods on the user's own data.
 
-It runs `flyp train` and `flyp wiseft` for each method and seed, each in a process and a folder of its own (jobs.py), and
-turns their results into tables and a picture (plots.py). What makes the comparison fair is said in its --help, below.
+It runs `flyp train` and `flyp wiseft` for each method and seed, each in a process and a folder of its own (jobs.py: one at
+a time on each of --devices), and turns their results into tables and a picture (plots.py). What makes the comparison fair is said in its --help, below.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 from flyp_plugin.commands import grid, plots
 from flyp_plugin.commands.grid import TRIED, Block, Run, tuned
-from flyp_plugin.commands.jobs import DONE, JobFailed, Jobs, claim_folder, run_jobs
+from flyp_plugin.commands.jobs import DONE, JobFailed, Jobs, claim_folder, find_devices, run_jobs
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import to_argv
 from flyp_plugin.sources import write_atomically
@@ -39,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     parser.set_defaults(passes_on=True)
     parser.epilog = """All other flags go to each training (see train_flyp.py --help and --help-open-clip): --epochs, --batch-size,
---device, --model-config, ... Every method gets the same data, epochs and number of values of its one tuned setting: the
+--workers, --model-config, ... Every method gets the same data, epochs and number of values of its one tuned setting: the
 learning rate or, for lp, C. The first set chooses that value, on the first seed (the other seeds train with it), and for
 each seed the epoch (--select) and alpha; no other set chooses anything. Alpha is chosen by top-1, and so are the value
 and the epoch, unless --select is loss. Each run is a folder in DIR/runs with its own command.txt. Finished runs are
@@ -67,6 +67,11 @@ skipped, so the same command resumes an interrupted comparison."""
     add("--select", choices=["last", "best", "loss"], default="last", help="the epoch at which a run is scored: its last, "
         "or the one with the highest top-1 (best) or the lowest loss (mean cross-entropy) on the first set, where zero-shot "
         "is epoch 0. For best and loss, one run's checkpoints of all epochs must fit on the disk (default: %(default)s)")
+    devices = parser.add_mutually_exclusive_group()
+    devices.add_argument("--devices", metavar="A,B,...", help="run as many trainings at a time, one on each device, such as "
+        "cuda:0,cuda:1; all: each visible GPU. The results are the same. A device may occur several times (default: one "
+        "at a time, on cuda if there is a GPU, else cpu)")
+    devices.add_argument("--device", dest="devices", metavar="A", help="the same, for one")
     add("--out", required=True, metavar="DIR", help="folder for compare.md, compare.json, compare.png and runs/")
     # fmt: on
 
@@ -88,6 +93,7 @@ class Comparison:
         if args.id_test not in (None, *names[1:]):
             what = f"a set of --eval-data after the first ({', '.join(names)})"
             raise InputError(f"--id-test {args.id_test} must be {what}.")
+        self.devices = find_devices(args.devices)
         self.id_sets = [names[0], *filter(None, [args.id_test])]  # the set that chooses, and the ID test set
         self.metric = "loss" if args.select == "loss" else "top1"
         self.chosen_by = f"{names[0]}/{self.metric}"  # the figure that chooses the epoch and the tuned value
@@ -176,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
     comparison = Comparison(args)
     out, counts, first = comparison.out, comparison.counts, comparison.seeds[0]
     tried, others = len(comparison.values[comparison.methods[0]]), len(comparison.seeds) - 1
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out", "devices")}
     # only the first seed chooses: others may be added and left out
     claim_folder(out, {**settings, "seeds": first})
     finished = len(list(out.glob(f"runs/**/{DONE}")))
@@ -185,17 +191,22 @@ def run(args: argparse.Namespace) -> None:
         f"table each method is trained with {tried} values on seed {first}, and with the best on {others} more seeds."
     )
     results: dict[Block, dict[str, Any]] = {block: {} for block in comparison.blocks}
-    failed = 0
-    with run_jobs(out, counts) as jobs:
-        for block, method in product(comparison.blocks, comparison.methods):
+    with run_jobs(out, counts, comparison.devices) as jobs:
+
+        def attempt(which: tuple[Block, str]) -> dict[str, Any] | None:
             try:
-                results[block][method] = _run_method(comparison, block, method, jobs)
+                return _run_method(comparison, *which, jobs)
             except JobFailed as error:
                 _log.error(error)
-                failed += 1
+                return None
+
+        found = jobs.map(attempt, comparison.train_args)
+    for (block, method), result in zip(comparison.train_args, found):
+        if result:
+            results[block][method] = result
     _write(comparison, settings, results)
-    if failed:
-        what = f"{failed} of {len(comparison.train_args)} methods and settings failed (see above)"
+    if failed := found.count(None):
+        what = f"{failed} of {len(found)} methods and settings failed (see above)"
         raise InputError(f"{what} and are missing in {out}/compare.md; the same command tries them again.")
 
 
@@ -203,20 +214,22 @@ def _run_method(comparison: Comparison, block: Block, method: str, jobs: Jobs) -
     """Tune a method, train it on all seeds and sweep alpha; returns its part of compare.json."""
     from flyp_plugin.metrics import best
 
-    first, *others = comparison.seeds
+    first = comparison.seeds[0]
     tuning = {value: Run(block, method, value, first) for value in comparison.values[method]}
-    for run in tuning.values():
-        _train(comparison, run, jobs)
+    jobs.map(lambda run: _train(comparison, run, jobs), tuning.values())
     figures = {value: comparison.figure(run) for value, run in tuning.items()}
     chosen = best(figures, comparison.metric)
     for value, run in tuning.items():
         if value != chosen:
             _keep_checkpoint(comparison.folder(run), None)
-    seeds = {first: _sweep(comparison, tuning[chosen], jobs)}
-    for seed in others:
+
+    def score(seed: int) -> dict[str, Any]:
         run = Run(block, method, chosen, seed)
-        _train(comparison, run, jobs)
-        seeds[seed] = _sweep(comparison, run, jobs)
+        if seed != first:
+            _train(comparison, run, jobs)
+        return _sweep(comparison, run, jobs)
+
+    seeds = dict(zip(comparison.seeds, jobs.map(score, comparison.seeds)))
     found = {"tuned": tuned(method), "value": chosen, "chosen_by": comparison.chosen_by, "by_value": figures}
     return {**found, "zero_shot": comparison.metrics(tuning[chosen], 0), "seeds": seeds}
 
@@ -254,7 +267,7 @@ def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
         return {**found, "chosen_alpha": 0.0, "alphas": dict.fromkeys(_ALPHAS, comparison.metrics(run, 0))}
     args = vars(comparison.train_args[run.block, run.method])
     command = [*_FLYP, "wiseft", str(folder), "--epoch", str(epoch), "--force"]
-    command += to_argv({name: args[name] for name in ("device", "batch_size", "workers")})
+    command += to_argv({name: args[name] for name in ("batch_size", "workers")})
     if comparison.args.id_test:
         command += ["--per-set"]  # a mean OOD would include the ID test set
 

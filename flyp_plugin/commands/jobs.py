@@ -1,14 +1,24 @@
-"""Run a list of commands one after another, each only once however often the program is started again."""
+"""Run many commands, one at a time on each device, and each only once however often the program is started again.
+
+A thread of its own waits for each command that runs. Signals arrive in the main thread, which waits for these threads
+in `Jobs.map` and ends all commands.
+"""
 
 import json
 import logging
+import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from statistics import fmean
+from threading import Lock
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -27,55 +37,146 @@ class JobFailed(InputError):
 class Jobs:
     """Runs commands, each with a folder that keeps its command line, its output and whether it finished.
 
-    `left` is the number of commands of each kind, `bar` counts them, and they inherit the file descriptor `lock` (see
-    `folder_lock`).
+    `left` is the number of commands of each kind, `bar` counts them, `devices` has one entry for each command that may
+    run at a time, and the commands inherit the file descriptor `lock` (see `folder_lock`).
     """
 
-    def __init__(self, left: Mapping[str, int], lock: int, bar: tqdm):
+    def __init__(self, left: Mapping[str, int], devices: Sequence[str], lock: int, bar: tqdm):
         self.left, self.lock, self.bar, self.total = dict(left), lock, bar, sum(left.values())
         self.seconds: dict[str, list[float]] = {kind: [] for kind in left}
+        self.devices, self.free = devices, Queue[str]()
+        for device in devices:
+            self.free.put(device)
+        self.guard = Lock()  # of everything here that changes
+        self.running: set[subprocess.Popen] = set()
+        self.error: BaseException | None = None  # what ended everything
+
+    def map(self, function: Callable[[Any], Any], items: Iterable) -> list:
+        """function(item) for each item, for as many at a time as there are devices; `function` may call map itself.
+
+        After a JobFailed of one item, those that have begun are finished. Any other error, Ctrl-C and SIGTERM end all
+        commands at once.
+        """
+        left, results = deque(enumerate(items)), {}
+
+        def work() -> None:
+            while left:
+                try:
+                    number, item = left.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                try:
+                    results[number] = function(item)
+                except BaseException:
+                    left.clear()
+                    raise
+
+        with ThreadPoolExecutor(len(self.devices)) as pool:
+            try:
+                futures = [pool.submit(work) for _ in self.devices]
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+            except JobFailed:
+                raise
+            except BaseException as error:
+                left.clear()
+                self._stop(error)
+                raise
+        return [results[number] for number in sorted(results)]
 
     def run(
         self, kind: str, title: str, folder: Path, command: Sequence[str], result: Callable[[], str]
     ) -> None:
-        """Run a command unless it has finished before, and log its result. Raises JobFailed if it fails."""
+        """Run a command with --device, unless it has finished before, and log its result. Raises JobFailed if it fails."""
         done = folder / DONE
         new = not done.exists()
         if new:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "command.txt", shlex.join(command) + "\n")
-            _log.info(f"{title}, {kind}:\n  {shlex.join(command)}")
-            start = time.monotonic()
-            self._run(command, folder / "console.log", f"{title}: the {kind}")
-            write_atomically(done, json.dumps({"seconds": round(time.monotonic() - start, 1)}) + "\n")
-        self.left[kind] -= 1
-        self.seconds[kind].append(json.loads(done.read_text())["seconds"])
-        self.bar.update()
-        if new:
-            number, took = self.total - sum(self.left.values()), tqdm.format_interval(self.seconds[kind][-1])
-            left = tqdm.format_interval(seconds_left(self.seconds, self.left))
-            _log.info(f"[{number}/{self.total}] {title}, {kind}: {result()}, in {took}; about {left} left")
+            device = self.free.get()
+            try:
+                self._run(kind, title, folder, command, device)
+            finally:
+                self.free.put(device)
+        with self.guard:
+            self.left[kind] -= 1
+            self.seconds[kind].append(json.loads(done.read_text())["seconds"])
+            self.bar.update()
+            if new:
+                number, seconds = self.total - sum(self.left.values()), self.seconds[kind][-1]
+                seconds_to_go = seconds_left(self.seconds, self.left) / len(self.devices)
+                took, left = map(tqdm.format_interval, (seconds, seconds_to_go))
+                what = f"[{number}/{self.total}] {title}, {kind}"
+                _log.info(f"{what}: {result()}, in {took}; about {left} left")
 
     def skip(self, kind: str) -> None:
         """Count a command that turned out to be unnecessary."""
-        self.left[kind] -= 1
-        self.bar.update()
+        with self.guard:
+            self.left[kind] -= 1
+            self.bar.update()
 
-    def _run(self, command: Sequence[str], log: Path, what: str) -> None:
+    def _run(self, kind: str, title: str, folder: Path, command: Sequence[str], device: str) -> None:
+        environment, device = _one_gpu(device)
+        command = [*command, "--device", device]
+        line = " ".join([*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)])
+        folder.mkdir(parents=True, exist_ok=True)
+        log, environment = folder / "console.log", {**os.environ, **environment}
         with log.open("w") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[self.lock]
-            )
-            try:
-                status = process.wait()
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            with self.guard:
+                if self.error:
+                    raise self.error
+                write_atomically(folder / "command.txt", line + "\n")
+                _log.info(f"{title}, {kind}:\n  {line}")
+                start = time.monotonic()
+                process = subprocess.Popen(command, **streams, pass_fds=[self.lock], env=environment)
+                self.running.add(process)
+            status = process.wait()
+        with self.guard:
+            self.running.remove(process)
+            if self.error:
+                raise self.error
         if status:
             last = "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-10:])
-            problem = f"{what} in {log.parent} failed with status {status}"
+            problem = f"{title}: the {kind} in {folder} failed with status {status}"
             raise JobFailed(f"{problem}; the end of its {log.name}:\n{last}")
+        write_atomically(folder / DONE, json.dumps({"seconds": round(time.monotonic() - start, 1)}) + "\n")
+
+    def _stop(self, error: BaseException) -> None:
+        """End the commands that run; the threads that wait for them, or for a device, raise `error`."""
+        with self.guard:
+            self.error = self.error or error
+            for process in self.running:
+                process.terminate()
+
+
+def find_devices(text: str | None) -> list[str]:
+    """A,B,... (all: each visible GPU; None: the default) as a list. Raises InputError for one that this machine lacks."""
+    import torch
+
+    from flyp_plugin.checkpoints import default_device
+
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = gpus if text == "all" else [default_device()] if text is None else text.split(",")
+    for device in devices or ["cuda"]:
+        try:
+            if device not in gpus and not (device == "cuda" and gpus):  # a GPU's memory is left alone
+                torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):
+            found = f"torch finds {', '.join(gpus) or 'no GPU'}"
+            raise InputError(f"--devices {text}: this machine has no {device!r} ({found}).") from None
+    return devices
+
+
+def _one_gpu(device: str) -> tuple[dict[str, str], str]:
+    """Environment variables and --device of a process that sees this GPU alone.
+
+    open_clip does not make the GPU of `--device cuda:1` the current one, so that pinned memory, and whatever else takes
+    "the" GPU, would go to cuda:0.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not number:
+        return {}, device
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(number)] if visible else number}, kind
 
 
 def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]) -> float:
@@ -85,7 +186,7 @@ def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]
 
 
 @contextmanager
-def run_jobs(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
+def run_jobs(folder: Path, left: Mapping[str, int], devices: Sequence[str]) -> Iterator[Jobs]:
     """Jobs with a progress bar, in a locked folder. Raises InputError if another process has the lock."""
     from flyp_plugin.run_folder import folder_lock
 
@@ -94,7 +195,7 @@ def run_jobs(folder: Path, left: Mapping[str, int]) -> Iterator[Jobs]:
         logging_redirect_tqdm(),
         tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
     ):
-        yield Jobs(left, lock, bar)
+        yield Jobs(left, devices, lock, bar)
 
 
 def claim_folder(folder: Path, settings: Mapping[str, object], flag: str = "--out") -> None:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from icons import STYLE, icons, render
 
-PIXELS = 40
 LOOKS = ["outline", "filled", "pixel", "emoji", "colour"]
 FILLED = {"fill", "filled", "solid"}  # words at the end of names, or in the names of sets
 OUTLINE = {"outline", "outlined", "line", "linear", "light", "thin", "regular"}
@@ -42,7 +41,7 @@ def families(collections: Collections) -> list[tuple[str, ...]]:
             links["material"].append(name)
     family = {name: {name} for name in collections}
     for names in links.values():
-        joined = set().union(*(family[name] for name in names))
+        joined = set().union(*(family[name] for name in names if name in family))
         family.update(dict.fromkeys(joined, joined))
     return sorted({tuple(sorted(joined)) for joined in family.values()})
 
@@ -97,10 +96,10 @@ def _usual(name: str, about: dict[str, Any], styles: list[set[str]]) -> str:
     return "outline" if filled > outline else "filled"  # names say what is not usual there
 
 
-def png(svg: str) -> bytes | None:
+def png(svg: str, pixels: int) -> bytes | None:
     """None for what cannot be drawn, or shows nothing on white."""
     try:
-        image = render(svg, PIXELS)
+        image = render(svg, pixels)
     except ValueError:
         return None
     out = BytesIO()

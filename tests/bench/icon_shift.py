@@ -6,6 +6,10 @@
     python tests/bench/icon_shift.py compare main             # an hour with --seeds 0:3, on the same cores
     python tests/bench/icon_shift.py compare                  # and the further questions (QUESTIONS)
 
+On another machine, and with another model (tests/gpu/icons.py does that): `pack` writes what of package/ is needed as one
+file, which `data --icons` takes as well; `data --model-config` draws the icons at that model's image size; further flags
+of `pretrain` go to open_clip's script, those of `compare` to `flyp compare`.
+
 Each goes on where it was interrupted and skips what is finished; `compare main --seeds 0:1` can be given more seeds later.
 The families of sets (icon_looks.py) are split in half. The drawings of one half, one of each name and style in a set, with
 their names as captions pretrain a small CLIP, by open_clip's own script. On the other half, names that many sets draw
@@ -17,28 +21,33 @@ that split pretraining sees no pixel set, and emoji of one family.
 
 import argparse
 import json
+import lzma
 import random
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from functools import partial
 from hashlib import md5
 from itertools import product
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 import torch
 import webdataset
-from icon_looks import LOOKS, PIXELS, Drawing, drawings, families, png
+from icon_looks import LOOKS, Drawing, drawings, families, png
 
 from flyp_plugin import shards
+from flyp_plugin.checkpoints import atomic_write
 from flyp_plugin.commands.plots import figure, percent
 
 SEED, SHARDS = 67, 32
 CAPTIONS = ["{name}", "{base}", "{base} icon", "a picture of {base}"]
 TEMPLATES = ["{c}", "{c} icon", "a picture of {c}"]
-LEAST = {"outline": 12, "filled": 10}  # sets of the unseen families that draw a class so
+LEAST = {"outline": 12, "filled": 10}  # sets of the unseen families that draw a class so, by default
 TRAIN_MOST, FILLED_MOST = 16, 7  # images of a class; so `main` is 16 shots
 METHODS = ["--methods", "flyp,ce,lp,lp-ft"]
 QUESTIONS = {  # what `flyp compare` is given for each; other rates where methods chose the ends of TUNED
@@ -66,34 +75,80 @@ PLAIN_MAIN = (
 )
 NO_FLASH = "torch.backends.cuda.enable_flash_sdp(False)"  # of CPUs, too: a step takes 1.15 s in place of 2.0
 PRETRAIN = """--model icon-clip --dataset-type webdataset --batch-size 512 --lr 1e-3 --warmup 100 --wd 0.1
-    --precision amp_bf16 --device cpu --workers 1 --log-every-n-steps 10"""
+    --precision amp_bf16 --workers 1 --log-every-n-steps 10"""
 TUNED = "--lr 3e-4,1e-3,3e-3 --lp-c 1,10,100"
-FINETUNE = "--model icon-clip --epochs 10 --batch-size 128 --precision amp_bf16 --device cpu --workers 1"
+FINETUNE = "--model icon-clip --epochs 10 --batch-size 128 --precision amp_bf16 --workers 1"
 MODEL = {
     "embed_dim": 192,
-    "vision_cfg": {"image_size": PIXELS, "layers": 6, "width": 192, "patch_size": 8, "head_width": 48},
+    "vision_cfg": {"image_size": 40, "layers": 6, "width": 192, "patch_size": 8, "head_width": 48},
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
 
 
-def write_data(package: str, cache: Path) -> None:
-    """The captions of the seen families; then the labelled sets of the others. Each only if it is not there."""
-    collections = json.loads(Path(package, "collections.json").read_text())
+def select(package: Path, least: Sequence[int]) -> tuple[list[Drawing], list[Drawing]]:
+    """Of the seen families a drawing of each name and style in each set; of the others those of the classes."""
+    collections = json.loads((package / "collections.json").read_text())
     groups = families(collections)
     random.Random(SEED).shuffle(groups)
     unseen = {name for group in groups[: len(groups) // 2] for name in group}
-    found = list(drawings(package, collections))
+    found = list(drawings(str(package), collections))
     random.Random(SEED).shuffle(found)
-    with Pool(2) as pool:
-        seen = write_captions([drawing for drawing in found if drawing.set not in unseen], cache, pool)
-        write_sets([drawing for drawing in found if drawing.set in unseen], seen, cache, pool)
+    captioned = {
+        (drawing.set, drawing.base, drawing.style): drawing for drawing in found if drawing.set not in unseen
+    }
+    found = [drawing for drawing in found if drawing.set in unseen]
+    in_sets: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for drawing in found:
+        in_sets[drawing.base][drawing.look].add(drawing.set)
+    classes = {
+        base
+        for base, kinds in in_sets.items()
+        if all(len(kinds[kind]) >= number for kind, number in zip(LEAST, least)) and len(base) > 1
+    }
+    labelled = [drawing for drawing in found if drawing.base in classes and drawing.look in LOOKS]
+    return list(captioned.values()), labelled
 
 
-def write_captions(found: list[Drawing], cache: Path, pool) -> set[bytes]:
-    """A drawing of each name and style in each set, captioned, as shards for open_clip; and digests of the images."""
-    chosen = list({(drawing.set, drawing.base, drawing.style): drawing for drawing in found}.values())
-    images = list(pool.imap(png, [drawing.svg for drawing in chosen], 256))
-    pairs = [(drawing, image) for drawing, image in zip(chosen, images) if image]
+def pack(package: Path, least: Sequence[int], path: Path) -> None:
+    """What select finds, in one file: 30 MB of the 104 MB that npm downloads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part, lzma.open(part, "wt") as file:
+        json.dump(select(package, least), file)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def unpack(path: Path) -> tuple[list[Drawing], ...]:
+    with lzma.open(path, "rt") as file:
+        return tuple([Drawing(*row) for row in part] for part in json.load(file))
+
+
+def write_data(
+    icons: Path, least: Sequence[int], cache: Path, model: dict[str, Any], processes: int
+) -> dict[str, int]:
+    """The captions of the seen families; then the labelled sets of the others. Each only if it is not there.
+
+    Returns the number of classes, and of images in each.
+    """
+    captioned, labelled = unpack(icons) if icons.is_file() else select(icons, least)
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / "icon-clip.json").write_text(json.dumps(model, indent=1))
+    draw = partial(png, pixels=model["vision_cfg"]["image_size"])
+    with Pool(processes) as pool:
+        drawn, labelled_drawn = (
+            pool.imap(draw, [drawing.svg for drawing in part], 256) for part in (captioned, labelled)
+        )
+        seen = write_captions(captioned, drawn, cache)
+        return {"captions": about(cache)["images"], **write_sets(labelled, labelled_drawn, seen, cache)}
+
+
+def about(cache: Path) -> dict[str, Any]:
+    """What the captioned icons are."""
+    return json.loads((cache / "captions/about.json").read_text())
+
+
+def write_captions(chosen: list[Drawing], drawn: Iterable[bytes | None], cache: Path) -> set[bytes]:
+    """The icons with captions, as shards for open_clip; and digests of the images."""
+    pairs = [(drawing, image) for drawing, image in zip(chosen, drawn) if image]
     captions, part = cache / "captions", cache / "captions.part"
     if not captions.exists():
         part.mkdir(parents=True)
@@ -111,20 +166,14 @@ def write_captions(found: list[Drawing], cache: Path, pool) -> set[bytes]:
     return {md5(image).digest() for _, image in pairs}
 
 
-def write_sets(found: list[Drawing], seen: set[bytes], cache: Path, pool) -> None:
+def write_sets(
+    wanted: list[Drawing], drawn: Iterable[bytes | None], seen: set[bytes], cache: Path
+) -> dict[str, int]:
     """Of each class: outlines as train, val and test; filled ones; all others. No image is there twice, or in `seen`."""
-    in_sets: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for drawing in found:
-        in_sets[drawing.base][drawing.look].add(drawing.set)
-    classes = sorted(
-        base
-        for base, kinds in in_sets.items()
-        if all(len(kinds[kind]) >= least for kind, least in LEAST.items()) and len(base) > 1
-    )
-    wanted = [drawing for drawing in found if drawing.base in set(classes) and drawing.look in LOOKS]
-    digests, taken = set(seen), set()
+    classes = sorted({drawing.base for drawing in wanted})
+    digests, taken, numbers = set(seen), set(), {"classes": len(classes)}
     parts: dict[tuple[str, str], list[bytes]] = defaultdict(list)
-    for drawing, image in zip(wanted, pool.imap(png, [drawing.svg for drawing in wanted], 256)):
+    for drawing, image in zip(wanted, drawn):
         once = (drawing.set, drawing.base, drawing.look)  # of the looks that are plenty: one of a set
         if not image or md5(image).digest() in digests or (drawing.look in LEAST and once in taken):
             continue
@@ -150,21 +199,22 @@ def write_sets(found: list[Drawing], seen: set[bytes], cache: Path, pool) -> Non
             split = folder.relative_to(photos)
             if not (cache / split).exists():
                 shards.write(str(folder), str(cache / split), **texts)
-            print(f"{split}: {sum(1 for _ in folder.glob('*/*.png'))} images", flush=True)
+            numbers[str(split)] = sum(1 for _ in folder.glob("*/*.png"))
+            print(f"{split}: {numbers[str(split)]} images", flush=True)
     if not (cache / "few/val").exists():
         shards.subset(f"{cache}/id/val", f"{cache}/few/val", shots=4)  # to choose by, with 4 shots
-    print(f"{len(classes)} classes; {json.loads((cache / 'captions/about.json').read_text())}")
+    print(f"{len(classes)} classes; {about(cache)}")
+    return numbers
 
 
-def pretrain(cache: Path, epochs: int) -> None:
+def pretrain(cache: Path, epochs: int, device: str, more: list[str]) -> None:
     """By open_clip's own script, unchanged; it goes on from the newest epoch."""
-    (cache / "icon-clip.json").write_text(json.dumps(MODEL, indent=1))
-    about = json.loads((cache / "captions/about.json").read_text())
-    main = f"import torch; {NO_FLASH}; {PLAIN_MAIN}"
+    main = f"import torch; {NO_FLASH}; {PLAIN_MAIN}" if device == "cpu" else PLAIN_MAIN
     command = [sys.executable, "-c", main, str(cache / "icon-clip.json"), *shlex.split(PRETRAIN)]
-    command += ["--train-num-samples", str(about["images"])]
+    command += ["--train-num-samples", str(about(cache)["images"])]
     command += ["--train-data", f"{cache}/captions/{{0..{SHARDS - 1}}}.tar", "--epochs", str(epochs)]
     command += ["--logs", f"{cache}/logs", "--name", f"pretrain{epochs}", "--resume", "latest"]
+    command += ["--device", device, *more]  # of a flag the last counts
     if not checkpoint(cache, epochs).exists():
         subprocess.run(command, check=True)
 
@@ -194,6 +244,7 @@ def compare(question: str, cache: Path, out: Path, args: argparse.Namespace, mor
     for name, source in sets.items():
         command += ["--eval-data", f"{name}={cache}/{source}"]
     command += ["--id-test", "id", "--seeds", args.seeds]
+    command += ["--devices" if "," in args.device else "--device", args.device]
     command += [
         *shlex.split(TUNED),
         *shlex.split(FINETUNE),
@@ -232,9 +283,18 @@ def main() -> None:
     style = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(**style)
     steps = parser.add_subparsers(dest="step", required=True)
+    one_file = steps.add_parser("pack", help="write what of the package is used as one file")
+    one_file.add_argument("path", type=Path, metavar="FILE", help="such as icons.json.xz")
     data = steps.add_parser("data", help="draw the icons, write captioned and labelled shards")
-    data.add_argument("--icons", required=True, metavar="FOLDER", help="the unpacked npm package")
-    one = steps.add_parser("pretrain", help="a CLIP on the captions, by open_clip's own script")
+    data.add_argument("--model-config", type=Path, metavar="FILE", help="(default: a ViT at 40 pixels)")
+    data.add_argument("--processes", type=int, default=2, metavar="N", help="(default: %(default)s)")
+    for step in (one_file, data):
+        text = "the unpacked npm package, or for data what pack has made of it"
+        step.add_argument("--icons", type=Path, required=True, metavar="PATH", help=text)
+        text = "sets that draw a class as outline and filled (default: %(default)s)"
+        step.add_argument("--least", type=int, nargs=2, default=list(LEAST.values()), metavar="N", help=text)
+    text = "a CLIP on the captions, by open_clip's own script; further flags go to it"
+    one = steps.add_parser("pretrain", help=text, allow_abbrev=False)
     many = steps.add_parser("compare", help="flyp compare; further flags go to it", allow_abbrev=False)
     text = f"of {', '.join(QUESTIONS)}; all, if none is named"
     many.add_argument("questions", nargs="*", default=list(QUESTIONS), help=text)
@@ -249,14 +309,18 @@ def main() -> None:
         step.add_argument(
             "--pretrain-epochs", type=int, default=8, metavar="N", help="(default: %(default)s)"
         )
+        step.add_argument("--device", default="cpu", help="of compare also several: A,B,... (default: cpu)")
     args, more = parser.parse_known_args()
-    cache = args.out.expanduser()
-    if more and args.step != "compare":
+    if more and args.step in ("pack", "data"):
         parser.error(f"unknown: {shlex.join(more)}")
+    if args.step == "pack":
+        return pack(args.icons, args.least, args.path)
+    cache = args.out.expanduser()
     if args.step == "data":
-        write_data(args.icons, cache)
+        model = json.loads(args.model_config.read_text()) if args.model_config else MODEL
+        write_data(args.icons, args.least, cache, model, args.processes)
     elif args.step == "pretrain":
-        pretrain(cache, args.pretrain_epochs)
+        pretrain(cache, args.pretrain_epochs, args.device, more)
     else:
         results = args.results or cache / f"compare{args.pretrain_epochs}"
         for question in args.questions:

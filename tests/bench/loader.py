@@ -27,15 +27,15 @@ from PIL import Image
 
 from flyp_plugin import ClassPromptDataset, ClassPrompts
 
-SHARDS, BATCH = 10, 100
+SHARDS, BATCH, NOISE = 10, 100, 8
 
 
-def write(folder: Path, images: int, pixels: int, noise: float) -> None:
+def write(folder: Path, images: int, pixels: int, noise: float, shards: int = SHARDS) -> None:
     """JPEGs of smooth random shapes and noise, which decides how many bytes they have."""
     rng = np.random.default_rng(0)
-    for shard in range(SHARDS):
+    for shard in range(shards):
         with wds.TarWriter(str(folder / f"{shard}.tar")) as tar:
-            for i in range(images // SHARDS):
+            for i in range(images // shards):
                 size = (pixels + int(rng.integers(-50, 50)), pixels * 3 // 4)
                 rough = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
                 image = np.asarray(
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, nargs="+", default=[500, 1024, 2048])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--noise", type=float, default=8, help="of the pixels, 0..255: 8 makes 1.7 to 2.2 bits a pixel"
+        "--noise", type=float, default=NOISE, help="of the pixels, 0..255: 8 makes 1.7 to 2.2 bits a pixel"
     )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import open_clip
 import torch
@@ -38,7 +39,7 @@ def main() -> None:
     rows = []
     for model in args.model:
         size = args.batch_size or DEFAULTS.get(model, 32)
-        steps = _Steps(model, args)
+        steps = Steps(model, args.device, args.precision, args.adamw)
         for spec in args.prompts:
             rows.append(_row(model, size, spec, steps, args))
             print(rows[-1], flush=True)
@@ -74,51 +75,62 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class _Steps:
-    """The three steps, on one model: what one leaves in caches and allocator, the next one finds too."""
+class Steps:
+    """The steps on one model: what one leaves in caches and allocator, the next one finds too.
 
-    def __init__(self, name: str, args: argparse.Namespace):
+    A batch is (images, tokens, labels), as `Batches.draw` makes it.
+    """
+
+    def __init__(self, name: str, device: str, precision: str = "fp32", adamw: str | None = None):
         torch.manual_seed(0)
-        self.args = args
-        self.model = open_clip.create_model(name, device=args.device, output_dict=True).train()
+        self.device, self.precision = device, precision
+        with torch.device(device):  # random weights are made there, which for ViT-L takes a minute elsewhere
+            self.model = open_clip.create_model(name, device=device, output_dict=True).train()
         self.loss = open_clip.ClipLoss()
-        self.optimizer = _adamw(self.model, args.adamw)
-        self.head = nn.Linear(self.model.visual.output_dim, 1000).to(args.device)
+        self.head = nn.Linear(self.model.visual.output_dim, 1000).to(device)
         self.image_only = nn.ModuleList([self.model.visual, self.head])
-        self.image_optimizer = _adamw(self.image_only, args.adamw)
+        self.optimizers = [_adamw(module, adamw) for module in (self.model, self.image_only)]
         self.image_size = self.model.visual.image_size[0]
 
     def contrastive(self, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
-        self.optimizer.zero_grad()
+        """open_clip's."""
+        optimizer = self.optimizers[0]
+        optimizer.zero_grad()
         with self._autocast():
             loss = self.loss(**self.model(images, tokens))
         loss.backward()
-        self.optimizer.step()
+        optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, 4.6052)
 
-    def ours(self, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
+    def short(self, *batch: Tensor, **options: Any) -> None:
+        """The same with short text; the options are text.shorten's."""
         before = type(self.model)
-        options = {"unique": not self.args.no_unique, "multiple_of": self.args.multiple_of}
-        text.shorten(self.model, **({"length": self.args.length} if self.args.length else options))
+        text.shorten(self.model, **options)
         try:
-            self.contrastive(images, tokens, labels)
+            self.contrastive(*batch)
         finally:
             self.model.__class__ = before
 
-    def cross_entropy(self, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
-        self.image_optimizer.zero_grad()
+    def image(self, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
+        """Cross-entropy on images alone."""
+        optimizer = self.optimizers[1]
+        optimizer.zero_grad()
         with self._autocast():
             loss = F.cross_entropy(self.head(self.model.visual(images)), labels)
         loss.backward()
-        self.image_optimizer.step()
+        optimizer.step()
+
+    def forget(self) -> None:
+        """Give back the memory of gradients and of AdamW's state."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+            optimizer.state.clear()
+        self.model.zero_grad()
 
     def _autocast(self):
-        return (
-            torch.autocast(self.args.device, torch.bfloat16)
-            if self.args.precision == "amp_bf16"
-            else nullcontext()
-        )
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16) if self.precision == "amp_bf16" else nullcontext()
 
 
 def _adamw(model: nn.Module, kind: str) -> torch.optim.Optimizer:
@@ -131,10 +143,11 @@ def _adamw(model: nn.Module, kind: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.999), eps=1e-8, **({kind: True} if kind else {}))
 
 
-def _row(name: str, size: int, spec: str, steps: _Steps, args: argparse.Namespace) -> str:
-    classes, templates = (int(n) for n in spec.split("x"))
-    batches = _Batches(name, classes, templates, size, steps.image_size, args.device)
-    variants = dict(zip(VARIANTS, (steps.contrastive, steps.ours, steps.cross_entropy)))
+def _row(name: str, size: int, spec: str, steps: Steps, args: argparse.Namespace) -> str:
+    batches = Batches(name, spec, size, steps.image_size, args.device)
+    options = {"unique": not args.no_unique, "multiple_of": args.multiple_of}
+    ours = partial(steps.short, **({"length": args.length} if args.length else options))
+    variants = dict(zip(VARIANTS, (steps.contrastive, ours, steps.image)))
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     shapes = []
     for round_ in range(-1, args.rounds):  # the first is a warm-up: allocator, AdamW's state
@@ -146,33 +159,46 @@ def _row(name: str, size: int, spec: str, steps: _Steps, args: argparse.Namespac
                 times[variant].append(elapsed)
         shapes.append((len(torch.unique(batch[1], dim=0)), int(batch[1].argmax(-1).max()) + 1))
     if args.profile:
-        _profile(partial(steps.ours, *batch))
+        _profile(partial(ours, *batch))
     unique, longest = (statistics.median(values) for values in zip(*shapes))
     full, ours, image_only = (times[variant] for variant in VARIANTS)
     cells = [f"{statistics.median(column) * 1000:.0f} ms" for column in (full, ours, image_only)]
     cells += [f"{_ratio(*pair):.2f}x" for pair in ((full, ours), (full, image_only), (ours, image_only))]
-    what = f"{name} | {size} | {classes} classes x {templates} | {unique:.0f}, {longest:.0f}"
+    what = f"{name} | {size} | {batches.prompts} | {unique:.0f}, {longest:.0f}"
     return f"| {what} | {' | '.join(cells)} |"
 
 
-class _Batches:
-    def __init__(self, model: str, classes: int, templates: int, size: int, image_size: int, device: str):
-        self.tokenizer = open_clip.get_tokenizer(model)
+class Batches:
+    """Batches of one size: the same random pixels, and new random prompts, `spec` being classes x templates."""
+
+    def __init__(self, model: str, spec: str, size: int, image_size: int, device: str):
+        classes, templates = map(int, spec.split("x"))
+        self.prompts = f"{classes} classes x {templates}"
+        self.tokenizer, self.device = open_clip.get_tokenizer(model), device
         self.names = open_clip.IMAGENET_CLASSNAMES[:classes]
-        self.templates = (
+        self.templates: list[Callable[[str], str]] = (
             [lambda c: f"a photo of a {c}."]
             if templates == 1
             else open_clip.OPENAI_IMAGENET_TEMPLATES[:templates]
         )
-        self.shape, self.device = (size, 3, image_size, image_size), device
         self.random = torch.Generator().manual_seed(0)
+        self.images = torch.randn((size, 3, image_size, image_size), device=device)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        labels = torch.randint(len(self.names), self.shape[:1], generator=self.random)
-        chosen = torch.randint(len(self.templates), self.shape[:1], generator=self.random)
+        size = (len(self.images),)
+        labels = torch.randint(len(self.names), size, generator=self.random)
+        chosen = torch.randint(len(self.templates), size, generator=self.random)
         prompts = [self.templates[t](self.names[c]) for t, c in zip(chosen.tolist(), labels.tolist())]
-        images = torch.randn(self.shape, generator=self.random)
-        return images.to(self.device), self.tokenizer(prompts).to(self.device), labels.to(self.device)
+        return self.images, self.tokenizer(prompts).to(self.device), labels.to(self.device)
+
+    def longest(self) -> int:
+        """Positions of the longest prompt there is, with its EOT: that of the longest name in the longest template."""
+
+        def length(prompts: list[str]) -> Tensor:
+            return self.tokenizer(prompts).argmax(dim=-1) + 1
+
+        template = self.templates[int(length([t(self.names[0]) for t in self.templates]).argmax())]
+        return int(length([template(name) for name in self.names]).max())
 
 
 def seconds(step: Callable[[], object], device: str, clock: str = "wall") -> float:

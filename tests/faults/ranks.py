@@ -376,7 +376,7 @@ def step_of(argv: Sequence[str], out: Path, number: int, ranks: int) -> dict[str
     """The global loss, the gradient and the weights after the step of the run `number` among those of `steps`."""
     local = [json.loads((out / f"{rank}.json").read_text())[number] for rank in range(ranks)]
     logs, name = (argv[argv.index(flag) + 1] for flag in ("--logs", "--name"))
-    saved = torch.load(f"{logs}/{name}/checkpoints/epoch_1.pt", weights_only=True)
+    saved = torch.load(f"{logs}/{name}/checkpoints/epoch_1.pt", weights_only=True, map_location="cpu")
     moments = {i: state["exp_avg"] / (1 - 0.9) for i, state in saved["optimizer"]["state"].items()}
     weights = {key.removeprefix("module."): value for key, value in saved["state_dict"].items()}
     return {
@@ -417,17 +417,19 @@ def differences(
     ranks: Sequence[int],
     objectives: Sequence[str],
     more: Mapping[int, Sequence[Sequence[str]]] = {},
+    flags: Sequence[str] = (),
 ) -> Iterator[tuple[str, int, dict[str, float]]]:
     """(objective, ranks, how far they are from one process), all objectives by one start of the processes.
 
-    `more` are flags of other runs that so many ranks are to do while they are there.
+    `more` are flags of other runs that so many ranks are to do while they are there, `flags` more flags of all the others.
     """
     data = root / "even"
     if not data.exists():
         write(data, EVEN)
     start = torch.load(data / "digits-vit.pt", weights_only=True)
     plans = {
-        n: [one_step(data, root / "steps", objective, n) for objective in objectives] for n in {1, *ranks}
+        n: [[*one_step(data, root / "steps", objective, n), *flags] for objective in objectives]
+        for n in {1, *ranks}
     }
     steps(plans[1], root / "losses-1")
     for n in sorted(set(ranks) - {1}):
