@@ -244,10 +244,11 @@ class _Seams:
         return self.args
 
     def init_distributed_device(self, proceed: Callable, arguments: dict) -> torch.device:
+        self.check_called("parse_args")
         return torch.device(self.args.device)
 
     def create_model_and_transforms(self, proceed: Callable, arguments: dict) -> tuple:
-        self.check_called("parse_args")
+        self.check_called("init_distributed_device")
         name, pretrained = arguments["model_name"], arguments.get("pretrained") or ""
         if self.model is None:
             if self.args.rank and not self.args.log_local:

@@ -7,7 +7,11 @@ from pathlib import Path
 REPO = Path(__file__).parents[1]
 PAGES = {
     name: (REPO / name).read_text()
-    for name in ("README.md", "CHANGELOG.md", "tests/bench/README.md", "tests/faults/README.md")
+    for name in (
+        "README.md",
+        "CHANGELOG.md",
+        *(f"tests/{each}/README.md" for each in ("bench", "faults", "gpu")),
+    )
 }
 README, BENCH = PAGES["README.md"], PAGES["tests/bench/README.md"]
 

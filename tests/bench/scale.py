@@ -7,6 +7,10 @@ its own. The time runs from ClassPromptDataset(...), tokenising included, to the
 open_clip comes before it. Memory is the proportional share (PSS) of the process and its workers together, when
 the first batch is there and at the hundredth; `before` is the process before it makes the dataset.
 
+    python tests/bench/scale.py --samples 1000 --classes 10 --padding 4000000
+
+The same with images of 4 MB, which the shuffle buffer holds as they are.
+
     python tests/bench/scale.py --score --samples 1000 --classes 1000 21000 --prompts 8
 
 A sweep over 3 alphas on two sets that have the same class descriptions, --prompts of each class, with towers of one layer
@@ -28,7 +32,7 @@ from pathlib import Path
 PER_SHARD, BATCH, MORE = 1_000, 100, 99
 
 
-def write(folder: Path, samples: int) -> None:
+def write(folder: Path, samples: int, padding: int) -> None:
     import numpy as np
     from PIL import Image
 
@@ -36,7 +40,7 @@ def write(folder: Path, samples: int) -> None:
     for _ in range(100):
         stream = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(stream, "PNG")
-        images.append(stream.getvalue())
+        images.append(stream.getvalue() + bytes(padding))  # decoders ignore what follows the end
     folder.mkdir()
     shards = -(-samples // PER_SHARD)
     for shard in range(shards):
@@ -121,6 +125,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 1_000, 21_000])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--padding", type=int, default=0, help="bytes added to each image")
     parser.add_argument(
         "--prompts", type=int, default=0, help="descriptions of each class, about; 0: a template"
     )
@@ -141,7 +146,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for samples in args.samples:
             folder = Path(temporary, str(samples))
-            write(folder, samples)
+            write(folder, samples, args.padding)
             for classes in args.classes if samples == args.samples[-1] else args.classes[:1]:
                 command = [sys.executable, __file__, "--measure", str(folder), str(classes)]
                 command += ["--workers", str(args.workers), "--prompts", str(args.prompts)]
