@@ -5,8 +5,8 @@
 Files of random bytes in 1,000 class folders (neither writer decodes images; needs N inodes and 4 KB each in --folder).
 Each row is a command of its own: "listing" runs from its start to the class order's line, and includes about 1 s of
 imports; "writing" from there to the end. Memory is the peak of the proportional share (PSS) of the process and its workers.
-The other writer is what img2dataset does with images that it does not resize: a pool of processes, of which each writes
-whole shards with webdataset. Its own is bound to URLs that it downloads.
+The other writer is in the manner of img2dataset: a pool of processes, of which each writes whole shards with webdataset.
+img2dataset itself downloads URLs, and adds a JSON member and a line of parquet for each image.
 """
 
 import argparse
