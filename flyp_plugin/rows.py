@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from tqdm import tqdm
+
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.names import normalize_name
 from flyp_plugin.remote import read_text
@@ -52,7 +54,7 @@ def read_folder(source: str) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     skipped = [str(entry) for entry in entries if not entry.is_dir()]
     classes: dict[str, str] = {}  # folder names
-    for folder in folders:
+    for folder in tqdm(folders, desc="listing", unit="class", disable=None, delay=3):
         name = normalize_name(folder.name)
         if re.search("[\ud800-\udfff]", name):  # how Python decodes other bytes
             raise InputError(f"the folder name {os.fsencode(folder)!r} is not UTF-8; rename the folder.")
@@ -122,7 +124,7 @@ def read_table(
     missing = []
     others = [column for column in header if column == split_col or column not in needed]
     values: dict[str, Counter[str]] = {column: Counter() for column in others}
-    for line, fields in lines:
+    for line, fields in tqdm(lines, desc="listing", unit="line", disable=None, delay=3):
         row, place = dict(zip(header, fields)), f"{path}, line {line}"
         for column, counter in values.items():
             if column == split_col or len(counter) <= MAX_SPLITS:

@@ -98,17 +98,18 @@ def write(
     if hold_out:
         rows.sort()  # so that a CSV's order does not matter
     splits = divide_rows(rows, shares, seed, workers) if hold_out else [folder.name] * len(rows)
-    mixed = list(zip(rows, splits))
-    random.Random(seed).shuffle(mixed)
-    by_split = {folder: [row for row, split in mixed if split == name] for name, folder in folders.items()}
+    for column in (rows, splits):
+        random.Random(seed).shuffle(column)  # both in the same way
+    by_split = {folders[name]: [row for row, split in zip(rows, splits) if split == name] for name in folders}
     sizes = {folder: _shard_sizes(len(rows), shard_size) for folder, rows in by_split.items()}
-    lists = {CLASSNAMES: prompts.classnames, TEMPLATES: prompts.templates}
-    with _create_splits(sizes, lists) as parts:
-        jobs = []
-        for part, (folder, rows) in zip(parts, by_split.items()):
-            samples = enumerate((row, indices[row.label]) for row in rows)
-            jobs += [(part / name, list(islice(samples, size))) for name, size in sizes[folder].items()]
-        map_parallel(_write_shard, jobs, workers, "writing")
+    with _create_splits(sizes, {CLASSNAMES: prompts.classnames, TEMPLATES: prompts.templates}) as parts:
+        jobs = (
+            (part / name, list(islice(samples, size)))
+            for part, (folder, rows) in zip(parts, by_split.items())
+            for samples in [enumerate((row, indices[row.label]) for row in rows)]
+            for name, size in sizes[folder].items()
+        )
+        map_parallel(_write_shard, jobs, workers, "writing", count=sum(map(len, sizes.values())))
     _report_written(by_split, sizes, prompts.classnames)
     _log.info(f"Next: flyp shards check {os.path.relpath(folder.parent)}")
 
@@ -285,14 +286,13 @@ def _create_splits(sizes: Mapping[Path, dict[str, int]], lists: dict[str, list[s
 
 def _write_shard(job: tuple[Path, list[tuple[int, tuple[Row, int]]]]) -> None:
     def read_images() -> Iterator[dict[str, Any]]:
-        for number, (row, label) in samples:
+        for number, (row, label) in job[1]:
             image = {str(image_extension(row.image)): Path(row.image).read_bytes()}
             members = {"cls": str(label).encode(), "path": row.shown.encode(errors="surrogateescape")}
             members |= {"group": row.group.encode()} if row.group is not None else {}
             yield {"__key__": f"s{number:07d}", **image, **members}  # keys as in CLIP_benchmark
 
-    shard, samples = job
-    _write_tar(shard, read_images())
+    _write_tar(job[0], read_images())
 
 
 def _write_tar(shard: Path, samples: Iterable[dict[str, Any]]) -> None:

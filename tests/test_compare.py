@@ -28,7 +28,7 @@ from flyp_plugin.commands.grid import (
     parse_values,
     with_defaults,
 )
-from flyp_plugin.commands.jobs import seconds_left
+from flyp_plugin.commands.jobs import one_gpu, seconds_left
 from flyp_plugin.commands.wiseft import parse_alphas
 from flyp_plugin.errors import InputError
 from flyp_plugin.metrics import best
@@ -503,6 +503,14 @@ def test_the_best_value_is_chosen_and_ties_go_to_the_smallest():
 def test_seconds_left_assumes_a_kind_not_run_yet_is_like_others():
     assert seconds_left({"training": [10, 20], "sweep": []}, {"training": 2, "sweep": 1}) == 45
     assert seconds_left({"training": [10, 20], "sweep": [1]}, {"training": 0, "sweep": 3}) == 3
+
+
+def test_a_command_sees_its_gpu_alone(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert one_gpu("cuda:1") == ({"CUDA_VISIBLE_DEVICES": "1"}, "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-8a2b")
+    assert one_gpu("cuda:1") == ({"CUDA_VISIBLE_DEVICES": "GPU-8a2b"}, "cuda")
+    assert all(one_gpu(device) == ({}, device) for device in ("cpu", "cuda", "mps"))
 
 
 def test_figure_is_scipys_interval():

@@ -175,6 +175,19 @@ def test_fit_head_is_scikit_learns_logistic_regression(c):
     assert_close(weight, torch.from_numpy(theirs.coef_), 1e-3)  # both stop short of the minimum
 
 
+@pytest.mark.parametrize("c", [1, 1000])
+def test_fit_head_in_float32_is_float64s_within_an_image(c):
+    random = torch.Generator().manual_seed(0)
+    centres, common = torch.randn(100, 64, generator=random), 2 * torch.randn(64, generator=random)
+    labels = torch.randint(100, (4000,), generator=random)
+    features = normalize(centres[labels] + 2 * torch.randn(4000, 64, generator=random) + common)
+    train, test = features[:2000], features[2000:]
+    exact, fast = (fit_head(train, labels[:2000], 100, c, dtype) for dtype in (None, torch.float32))
+    right, as_right = (((test @ weight.T).argmax(1) == labels[2000:]).sum() for weight in (exact, fast))
+    assert abs(right - as_right) <= 1 and right > 500
+    assert exact.dtype == fast.dtype == torch.float32 and not torch.equal(exact, fast)
+
+
 def test_a_batch_of_one_class_has_a_loss_under_mask():
     images, texts, scale, _ = pairs()
     loss = PairLoss("mask")(images, texts, scale, torch.zeros(12, dtype=torch.int64))

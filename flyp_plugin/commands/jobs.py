@@ -114,7 +114,7 @@ class Jobs:
             self.bar.update()
 
     def _run(self, kind: str, title: str, folder: Path, command: Sequence[str], device: str) -> None:
-        environment, device = _one_gpu(device)
+        environment, device = one_gpu(device)
         command = [*command, "--device", device]
         line = " ".join([*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)])
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def find_devices(text: str | None) -> list[str]:
     return devices
 
 
-def _one_gpu(device: str) -> tuple[dict[str, str], str]:
+def one_gpu(device: str) -> tuple[dict[str, str], str]:
     """Environment variables and --device of a process that sees this GPU alone.
 
     open_clip does not make the GPU of `--device cuda:1` the current one, so that pinned memory, and whatever else takes
@@ -176,7 +176,7 @@ def _one_gpu(device: str) -> tuple[dict[str, str], str]:
     if kind != "cuda" or not number:
         return {}, device
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(number)] if visible else number}, kind
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(number)].strip() if visible else number}, kind
 
 
 def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]) -> float:
