@@ -11,10 +11,11 @@ few places where it enters open_clip's script. Read these eight modules in this 
     heads.py      prompts -> zero-shot head -> ImageClassifier
     wiseft.py     interpolate and average weights; score all alphas on each decoded image once
     openclip.py   the seams: what is replaced in open_clip's script while its main() runs. No other module knows it
-    train.py      FLYP's flags and defaults, the data of a run, and the run as openclip.py sees it (checks: checks.py)
+    train.py      FLYP's flags and defaults, and the run as openclip.py sees it (its checks: checks.py, data: run_data.py)
 
-Helpers stand beside them: names.py and tokens.py, tars.py and images.py, workers.py, short_tower.py and patches.py hold the
-mechanics of prompts, samples, data, text and openclip; checks.py what a run is checked for; errors.py how a mistake is reported.
+Helpers stand beside them: names.py and tokens.py, tars.py, labels.py and images.py, workers.py, short_tower.py and
+patches.py hold the mechanics of prompts, samples, data, text and openclip; checks.py what a run is checked for; ranks.py
+what one rank finds out for all; errors.py how a mistake is reported.
 
 The way of a training sample: `sources.py` finds the tars and the text files beside them, and `remote.py` opens them
 wherever they are; `samples.py` reads a member pair, takes its label, draws its prompt and decodes its image; `data.py`

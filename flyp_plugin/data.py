@@ -10,8 +10,8 @@ The rule of an epoch
 - Each of R ranks makes ceil(ceil(N / R) / batch_size) batches, of equal sizes, because a gradient step waits for every
   rank. A rank whose shards hold more than its N / R samples leaves the rest out; one whose shards hold fewer starts
   them again (`repeat` 1, 2, ...) with new crops and prompts. So write shards of one size, a multiple of R in number.
-- With class weights (--balance), an epoch is still N samples, but an image comes as often as its class's weight says, on
-  average, and may be left out: a pass over the shards yields about N, and the next one or a cut makes it exactly N.
+- With class weights (--balance), an epoch is still N samples, but an image comes as often as its class's weight says,
+  on average: a pass over the shards yields about N, and the next one or a cut makes it exactly N.
 - Unreadable images and tars are skipped, counted and reported, and end the run once they exceed `max_lost`. A wrong
   label ends it at once, because the class list does not belong to the shards.
 
@@ -58,9 +58,9 @@ class ClassPromptDataset(IterableDataset):
         preprocess: PIL image -> float (3, H, W), as from open_clip.create_model_and_transforms.
         tokenizer: as from open_clip.get_tokenizer.
         batch_size: images per batch and rank.
-        prompts: those of the classes; None takes what the text files beside the shards say.
+        prompts: those of the classes; None: by the text files beside the shards.
         num_samples: N, over all ranks: more than there are repeats the set, fewer cuts it. None counts.
-        sizes: samples of the shards, where known; None looks (sources.shard_sizes).
+        sizes: {shard: its samples}, where known; None: sources.shard_sizes.
         num_workers: worker processes, at most one per shard; 0 reads in this one.
         rank, world_size: None asks torch.distributed.
         shard_weights: sample shards with replacement, with these weights (open_clip's --dataset-resampled).
@@ -116,8 +116,7 @@ class ClassPromptDataset(IterableDataset):
             raise InputError("the list of shards is empty; give at least one tar.")
         self.prompts = prompts or resolve_prompts(self.shards)
         if rank is None or world_size is None:
-            distributed = dist.is_available() and dist.is_initialized()
-            rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+            rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if batch_size < 1:
             raise InputError(f"the batch size must be >= 1, got {batch_size}.")
         if shard_weights is None:
@@ -131,8 +130,8 @@ class ClassPromptDataset(IterableDataset):
             raise _nothing_readable(self.shards, Skipped())
         self._samples = math.ceil(num_samples / world_size)  # of this rank
         self.num_samples, self.num_batches = self._samples * world_size, math.ceil(self._samples / batch_size)
-        self.sizes = dict.fromkeys(self.shards, num_samples // len(self.shards))  # or about as many
-        self.sizes |= shard_sizes(self.shards, image_key) if sizes is None else sizes
+        about = dict.fromkeys(self.shards, num_samples // len(self.shards))
+        self.sizes = about | (shard_sizes(self.shards, image_key) if sizes is None else dict(sizes))
         whole = num_samples >= sum(self.sizes[shard] for shard in self.shards)
         self._sees_all = whole and world_size == 1 and shard_weights is None and class_weights is None
         self.preprocess, self.batch_size, self.num_workers = preprocess, batch_size, num_workers
