@@ -29,6 +29,8 @@ from torch import Tensor
 from flyp_plugin import ClassPrompts, ImageClassifier, build_zeroshot_head
 from flyp_plugin.checkpoints import read_state_dict
 from flyp_plugin.heads import autocast
+from flyp_plugin.metrics import Tally
+from flyp_plugin.prompts import fill
 from flyp_plugin.text import difference_and_limit, shorten
 from tests.faults import fsdp, ranks
 from tests.gpu.cases import MODEL, Case, run_cases
@@ -48,7 +50,7 @@ def short_text(case: Case) -> None:
         ClassPrompts(open_clip.IMAGENET_CLASSNAMES[:classes], given),
         open_clip.get_tokenizer(name),
     )
-    texts = [template(c) for c in prompts.classnames for template in prompts.template_functions()]
+    texts = [text for label in range(classes) for text in prompts.texts(label)]
     tokens = tokenizer(texts + texts[: len(texts) // 4]).to(case.device)  # some rows are equal
 
     def make(weights: Any, precision: str = "fp32") -> Any:
@@ -98,7 +100,7 @@ def quantities(
                     model.eval(),
                     tokenizer,
                     prompts.classnames,
-                    prompts.template_functions(),
+                    [partial(fill, template) for template in prompts.templates],
                     device=images.device,
                 )
             )
@@ -112,6 +114,21 @@ def quantities(
         "logits": logits,
     }
     return {what: tensor.detach() for what, tensor in found.items()}
+
+
+def waits(case: Case) -> None:
+    """How often counting a batch waits for the GPU; 0 on a CPU."""
+    tally, labels = Tally(1000), torch.randint(1000, (256,), pin_memory=case.cuda)
+    logits = torch.randn(256, 1000, device=case.device)
+    tally.update(logits, labels)
+    if case.cuda:
+        torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tally.update(logits, labels, ["north"] * 256)
+    case.check(
+        "waits for the GPU when a batch is counted", sum("synchron" in str(w.message) for w in caught), 1
+    )
 
 
 # End to end
@@ -303,6 +320,7 @@ CASES: dict[str, Callable[[Case], None]] = {
     **{f"flags-{label}": partial(flags, label=label) for label in ("amp_bf16", "fp32")},
     "two-ranks": two_ranks,
     "short-text": short_text,
+    "waits": waits,
     "nccl": nccl,
     "objectives": objectives,
     **{f"run-{label}": partial(run, label=label) for label in PRECISIONS},
@@ -314,7 +332,7 @@ CASES: dict[str, Callable[[Case], None]] = {
     "fsdp": sharded,
 }
 EXACT = {"two-ranks", "fsdp"} | {name for name in CASES if "fp32" in name}
-SMALL = ("short-text", "flags-fp32", "run-fp32", "objectives", "nccl", "memory", "fsdp")
+SMALL = ("short-text", "waits", "flags-fp32", "run-fp32", "objectives", "nccl", "memory", "fsdp")
 
 
 if __name__ == "__main__":
