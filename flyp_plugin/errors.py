@@ -94,12 +94,12 @@ def _line_and_status(error: BaseException) -> tuple[str, int | None]:
         return f"Error: cannot write {error.filename or 'a file'} ({error.strerror}); free some space.", 1
     found = OUT_OF_MEMORY.search(str(error)) if isinstance(error, RuntimeError) else None
     if found or isinstance(error, MemoryError):
-        size = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        size = re.search(r"ried to allocate ([\d.]+ \wi?B)", str(error))
         what = f"out of {'GPU ' if found and found[1] else ''}memory{f' ({size[1]} more needed)' if size else ''}"
-        return (
-            f"Error: {what}; use a smaller --batch-size, or in training --grad-checkpointing or --accum-freq.",
-            1,
+        less = (
+            "a smaller --batch-size or fewer --workers, or in training --grad-checkpointing or --accum-freq"
         )
+        return f"Error: {what}; use {less}.", 1
     if isinstance(error, BrokenPipeError):
         stdout = select.poll()
         stdout.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported

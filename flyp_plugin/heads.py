@@ -37,7 +37,6 @@ def build_zeroshot_head(
     tokenizer: Callable,
     prompts: ClassPrompts,
     *,
-    num_classes_per_batch: int | None = 0,
     use_tqdm: bool = False,
     across_ranks: bool = False,
 ) -> Tensor:
@@ -49,7 +48,6 @@ def build_zeroshot_head(
         model: an open_clip CLIP model; runs in eval mode and is then restored.
         tokenizer: open_clip.get_tokenizer's for that model.
         prompts: those of C classes.
-        num_classes_per_batch: as in open_clip, None is all; 0: 10, on a GPU as many as have CHUNK_ELSEWHERE prompts.
         across_ranks: the ranks, which must all call this, build a part each and exchange them.
 
     Returns:
@@ -62,11 +60,10 @@ def build_zeroshot_head(
 
     batches = []
     # open_clip takes one list of templates for all classes, so a batch is of classes with as many prompts
-    for count, group in groupby(range(len(tokens.counts)), tokens.counts.__getitem__):
+    order = sorted(range(len(tokens.counts)), key=tokens.counts.__getitem__)
+    for count, group in groupby(order, tokens.counts.__getitem__):
         labels, numbers = list(group), [partial(_pair, number) for number in range(count)]
-        size = num_classes_per_batch or len(labels)
-        if num_classes_per_batch == 0:
-            size = 10 if device.type == "cpu" else max(10, CHUNK_ELSEWHERE // count)
+        size = 10 if device.type == "cpu" else max(10, CHUNK_ELSEWHERE // count)  # 10 is open_clip's
         batches += [(labels[start : start + size], numbers) for start in range(0, len(labels), size)]
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if across_ranks else (0, 1)
     build = partial(
@@ -80,7 +77,8 @@ def build_zeroshot_head(
         parts: list[Any] = [None] * ranks
         dist.all_gather_object(parts, [some.cpu() for some in columns])
         columns = [parts[number % ranks][number // ranks].to(device) for number in range(len(batches))]
-    return torch.cat(columns, dim=1)
+    head = torch.cat(columns, dim=1)
+    return head if order == sorted(order) else head[:, torch.tensor(order, device=device).argsort()]
 
 
 def _pair(number: int, label: int) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def count_labels(
 def _read_labels(shards: Sequence[str], label_key: str, image_key: str, names: Sequence[str]) -> Iterator:
     from flyp_plugin.samples import label_samples, read_samples
 
-    images = set(image_key.split(";"))
+    images = set(image_key.split(";")) - {label_key}
     bar = tqdm(shards, desc="reading labels", unit="shard", disable=None)
     read = read_samples(bar, log_skipped, wanted=lambda shard, member: split_name(member)[1] not in images)
     keys, indices = (image_key, label_key), index_names(names)

@@ -24,11 +24,10 @@ import inspect
 import io
 import logging
 import random
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, nullcontext, redirect_stderr
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -40,7 +39,7 @@ import numpy as np
 import open_clip
 import torch
 
-from flyp_plugin import checks, patches, run_folder
+from flyp_plugin import checks, patches, ranks, run_folder
 from flyp_plugin.checkpoints import read_state_dict, use_reader
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError
@@ -140,12 +139,9 @@ def world() -> tuple[int, int]:
 
 
 def connect(args: Namespace) -> None:
-    """Let the ranks meet, as main() would do later; sets rank, world_size, local_rank, distributed and device in `args`."""
-    if (
-        world()[1] > 1
-    ):  # a rank that waits for the others in C++ runs no Python handler, and torchrun waits for it
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _find("distributed", "init_distributed_device")(args)
+    """Let the ranks meet, as main() would do later; sets rank, world_size, local_rank, distributed, device in `args`."""
+    with ranks.ended_by_sigterm() if world()[1] > 1 else nullcontext():
+        _find("distributed", "init_distributed_device")(args)
 
 
 def run(flyp: TrainingRun) -> int:
@@ -158,6 +154,8 @@ def run(flyp: TrainingRun) -> int:
     main, args = _find("main", "main"), flyp.args
     rank = args.rank
     with run_folder.explain_errors(args, rank), ExitStack() as stack:
+        if args.distributed:
+            stack.enter_context(ranks.ended_by_sigterm())
         if rank:
             stack.enter_context(catch_warnings())
             simplefilter("ignore")  # rank 0 shows them
@@ -251,8 +249,9 @@ class _Seams:
         self.check_called("init_distributed_device")
         name, pretrained = arguments["model_name"], arguments.get("pretrained") or ""
         if self.model is None:
-            if self.args.rank and not self.args.log_local:
-                logging.getLogger().setLevel(logging.WARNING)  # the rest is what rank 0 logs
+            if self.args.rank and not self.args.log_local and not self.args.debug:
+                for handler in logging.root.handlers:
+                    handler.setLevel(logging.WARNING)  # the rest is what rank 0 logs
             self.resume_newest()
             if self.args.rank == 0 and not self.named:  # by now main() has made up a name
                 self.claim_folder()

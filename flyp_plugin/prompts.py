@@ -85,8 +85,11 @@ class ClassPrompts:
         if descriptions is not None:
             check_descriptions(descriptions, self.classnames, places[2])
         self.descriptions = None if descriptions is None else dict(descriptions)
-        self._tokenized: tuple[Callable, PromptTokens] | None = None
+        self._tokenized: tuple[list, PromptTokens] | None = None
         self._own = {normalize_name(name): texts for name, texts in (descriptions or {}).items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tokenized": None}  # tokenizers are large, or cannot be pickled
 
     @classmethod
     def from_files(
@@ -167,10 +170,11 @@ class ClassPrompts:
 
         Warns of truncated prompts and of classes with equal tokens.
         """
-        if self._tokenized and self._tokenized[0] is tokenizer:
+        key = [tokenizer, *self.classnames, *self.templates]
+        if self._tokenized and self._tokenized[0] == key:
             return self._tokenized[1]
         tokens = PromptTokens(self, tokenizer)
-        self._tokenized = tokenizer, tokens
+        self._tokenized = key, tokens
         if tokens.cut:
             _log.warning(
                 f"{len(tokens.cut)} of {len(self)} prompts are longer than the model's {tokens.context_length} tokens "

@@ -1,15 +1,19 @@
 """What one rank finds out for all: a run's data is looked at once, not by each of 64 processes.
 
 The others wait on the store through which torch's ranks have met, not in a collective, which NCCL ends after ten
-minutes: reading a large set for --shots may take longer. A mistake in the data is reported by the rank that found it.
+minutes: reading a large set for --shots may take longer. The one that reads shows that it is alive.
 """
 
 import json
-import socket
+import platform
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -17,8 +21,9 @@ import torch.distributed as dist
 from flyp_plugin.errors import InputError
 
 Found = TypeVar("Found")
-_PATIENCE = timedelta(days=2)
-_GRACE = 10  # seconds
+BEAT = 30  # seconds between two signs of life
+PATIENCE = timedelta(minutes=10)  # without one
+GRACE = 10  # seconds that a rank outlives another one, so that a launcher does not kill that before it says why it ends
 _calls = count()  # all ranks make the same calls in the same order
 
 
@@ -28,17 +33,19 @@ def once(function: Callable[[], Found]) -> Found:
         return function()
     results: list[Any] = [None]
 
-    def call() -> None:
+    def call() -> None:  # its result may be larger than the store likes
         results[0] = function()
 
-    _once(call, dist.get_rank() == 0)  # None: the results may be larger than the store likes
+    _once(call, dist.get_rank() == 0)
     dist.broadcast_object_list(results, 0)
     return results[0]
 
 
 def once_a_node(function: Callable[[], Found], local_rank: int) -> Found:
     """function() of the first rank of each machine, on every rank of it: of what is on its disk. JSON of some bytes."""
-    return _once(function, local_rank == 0, socket.gethostname()) if dist.is_initialized() else function()
+    boot = Path("/proc/sys/kernel/random/boot_id")  # machines may share a name
+    node = platform.node() + (boot.read_text() if boot.exists() else "")
+    return _once(function, local_rank == 0, node) if dist.is_initialized() else function()
 
 
 def _once(function: Callable[[], Any], here: bool, node: str = "") -> Any:
@@ -46,14 +53,55 @@ def _once(function: Callable[[], Any], here: bool, node: str = "") -> Any:
     if here:
         content: dict[str, Any] = {}
         try:
-            content["result"] = function()
+            with _signs_of_life(store, key):
+                content["result"] = function()
         finally:  # with an error, without a result
             store.set(key, json.dumps(content))
         return content["result"]
-    store.wait([key], _PATIENCE)
+    with ended_by_sigterm():
+        _wait(store, key)
     content = json.loads(store.get(key))
     if "result" not in content:
-        time.sleep(_GRACE)  # a launcher that sees this rank end may kill the one that says why
+        time.sleep(GRACE)
         said = f"rank {dist.get_rank()} waited for another one, which has found a mistake (or failed)"
         raise InputError(f"{said}; look for that rank's own error, fix it, and run the same command again.")
     return content["result"]
+
+
+@contextmanager
+def _signs_of_life(store: dist.Store, key: str) -> Iterator[None]:
+    ended = Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            store.add(f"{key}/beats", 1)
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _wait(store: dist.Store, key: str) -> None:
+    """Wait for a key; raises torch's error if the rank that sets it is gone, or has shown no sign of life."""
+    beats = -1
+    while True:
+        try:
+            return store.wait([key], PATIENCE)
+        except RuntimeError:
+            before, beats = beats, store.add(f"{key}/beats", 0)
+            if beats == before:
+                raise
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the process at once: while it waits in C++ no Python handler runs, and torchrun would wait for it."""
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)

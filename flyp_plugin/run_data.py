@@ -6,7 +6,7 @@ on one rank, for all (ranks.py).
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -29,7 +29,7 @@ class RunData:
     prompts: ClassPrompts
     given: Mapping[str, Any]  # the classes that flags give: classnames, templates, descriptions
     eval_sets: list[EvalSet]
-    sizes: Mapping[str, int] = field(default_factory=dict)  # samples of the shards, where known
+    sizes: Mapping[str, int] | None = None  # samples of the shards, where known; None: nobody has looked
     num_samples: int = 0  # an epoch
     pairs: Sequence[tuple[str, str]] = ()  # (key, prompt) of a few samples
     class_counts: Sequence[int] | None = None  # images of each class, for --balance
@@ -67,7 +67,8 @@ def count_data(data: RunData, args: Namespace) -> RunData:
     InputError if there are none, or a label is wrong.
     """
     known = args.train_num_samples
-    sizes = shard_sizes(data.shards, args.image_key, count=not known)
+    with remember_texts():
+        sizes = shard_sizes(data.shards, args.image_key, count=not known)
     number = known or sum(sizes[shard] for shard in data.shards)
     first = data.shards if number else data.shards[:3]  # peek says why there are none
     passes = int(args.template_order == "table")

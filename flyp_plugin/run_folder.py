@@ -165,7 +165,7 @@ def remove_unstarted(folder: Path) -> None:
 
 @contextmanager
 def explain_errors(args: Namespace, rank: int) -> Iterator[None]:
-    """InputError for a full disk, a folder that cannot be written, or a lost rank within the block."""
+    """InputError for a lost rank within the block, and, where the run's folder is written, for what forbids that."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -178,8 +178,8 @@ def explain_errors(args: Namespace, rank: int) -> Iterator[None]:
 def _explain(error: Exception, args: Namespace, rank: int) -> InputError | None:
     again = f"continue with --name {args.name} --resume latest" if args.name else "run the same command again"
     if isinstance(error, OSError):
-        if error.errno in NO_ROOM or str(error.filename).startswith(str(Path(args.logs))):
-            folder = Path(args.logs, args.name or "")
+        folder = Path(args.logs, args.name or "")
+        if error.errno in NO_ROOM or Path(str(error.filename)).is_relative_to(folder):
             return InputError(
                 f"{folder} cannot be written to ({error.strerror}); make room and {again}, or choose another --logs."
             )

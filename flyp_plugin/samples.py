@@ -70,7 +70,7 @@ def read_samples(
                 _log.warning(f"{reason}; trying again in {delay:.0f} s.")
                 time.sleep(delay)
                 continue
-            if held and not (errors and wanted):  # what is not read may be cut off
+            if held:
                 yield {**held, "__broken__": bool(errors)}
             if errors:
                 skip(reason, max(0, sizes.get(shard, 1) - num_read))
@@ -99,9 +99,14 @@ def _read_members(
         ):
             for member in tar:
                 if member.isreg() and is_member(member.name):
-                    read = wanted is None or wanted(shard, member.name)
-                    data = tar.extractfile(member).read() if read else b""  # type: ignore[union-attr]
-                    yield {"fname": member.name, "data": data, "__url__": shard}
+                    data: Any = tar.extractfile(member)
+                    if wanted is None or wanted(shard, member.name):
+                        content = data.read()
+                    else:
+                        content = b""
+                        data.seek(max(0, member.size - 1))
+                        data.read(1)  # raises if the tar is cut short there
+                    yield {"fname": member.name, "data": content, "__url__": shard}
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             complete = True
     except Exception as error:  # noqa: BLE001 - tarfile and decompressors raise nearly anything on broken bytes

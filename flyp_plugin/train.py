@@ -148,9 +148,11 @@ class FlypRun:
                 return self.few_shot.name
 
             folder = ranks.once_a_node(write, args.local_rank)
+            if not Path(folder).is_dir():  # another machine's, or another container's
+                folder = write()
             data = run_data.use_few_shot(data, folder)
         counted = ranks.once(partial(run_data.count_data, data, args))
-        return replace(counted, shards=data.shards, sizes={} if args.shots else counted.sizes)
+        return replace(counted, shards=data.shards, sizes=None if args.shots else counted.sizes)
 
     def on_model(self, model: Any) -> None:
         """Check the model that open_clip built, shorten its text tower and install the objective."""
@@ -207,7 +209,7 @@ class FlypRun:
             args.batch_size,
             prompts=self.data.prompts,
             num_samples=self.data.num_samples,
-            sizes=self.data.sizes or None,
+            sizes=self.data.sizes,
             num_workers=args.workers,
             shard_weights=self.data.weights,
             class_weights=self.data.class_counts and balance_weights(self.data.class_counts, args.balance),
@@ -265,7 +267,8 @@ class FlypRun:
         """Fit the head of a linear probe before the first epoch. Returns whether open_clip's loop should train."""
         if self.objective.fit and epoch == 0:
             args, head = self.args, getattr(model, HEAD)
-            images = EvalSet("features", self.data.shards, self.data.prompts, args.train_data)
+            data = self.data
+            images = EvalSet("features", data.shards, data.prompts, args.train_data, data.sizes)
             loader = loader_from_args(images, preprocess, args, args.max_lost)  # without augmentation
             with self._whole(model):
                 features, labels = image_features(model, with_progress(loader, "features"), args.precision)

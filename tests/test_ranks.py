@@ -1,7 +1,15 @@
 """What a start reads, asks for and logs: once, whatever the number of ranks and shards."""
 
-import pytest
+import multiprocessing
+import os
+import signal
+from datetime import timedelta
+from threading import Event
 
+import pytest
+from torch import distributed as dist
+
+from flyp_plugin import ranks as ranks_module
 from tests.bench import start
 from tests.faults import ranks
 from tests.faults.remote import good, serving
@@ -31,3 +39,35 @@ def test_a_mistake_in_the_data_is_said_by_the_rank_that_reads(tmp_path, how):
     death = ranks.Death("wrong", 2, 0, how, ranks.REPO / "train_flyp.py", *flags, own="Error: .*'nothing'.*")
     death(tmp_path / "said")
     assert death.wrong == []
+
+
+def waiting(rank, port, stopped, found):
+    """Rank 0 takes longer than the others' patience; if it is `stopped`, without a sign of life."""
+    ranks_module.BEAT, ranks_module.PATIENCE = 1, timedelta(seconds=3)
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 1)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+
+    def slow():
+        if stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        Event().wait(8)
+        return "it"
+
+    try:
+        found.put((rank, ranks_module.once(slow)))
+    except RuntimeError as error:
+        found.put((rank, type(error).__name__))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_rank_waits_while_the_one_that_reads_shows_life(stopped):
+    context = multiprocessing.get_context("spawn")
+    found, port = context.Queue(), ranks._free_port()
+    both = [context.Process(target=waiting, args=(rank, port, stopped, found)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    said = dict(found.get(timeout=120) for _ in range(1 if stopped else 2))
+    for process in both:
+        process.kill()
+        process.join()
+    assert said == ({1: "DistStoreError"} if stopped else {0: "it", 1: "it"})

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
@@ -72,16 +72,17 @@ class Jobs:
                     raise
 
         with ThreadPoolExecutor(len(self.devices)) as pool:
+            futures = [pool.submit(work) for _ in self.devices]
             try:
-                futures = [pool.submit(work) for _ in self.devices]
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-            except JobFailed:
-                raise
+                for future in as_completed(futures):
+                    if not isinstance(future.exception(), JobFailed):
+                        future.result()
             except BaseException as error:
                 left.clear()
                 self._stop(error)
                 raise
+        for future in futures:
+            future.result()  # raises a JobFailed
         return [results[number] for number in sorted(results)]
 
     def run(
@@ -155,14 +156,16 @@ def find_devices(text: str | None) -> list[str]:
     from flyp_plugin.checkpoints import default_device
 
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    devices = gpus if text == "all" else [default_device()] if text is None else text.split(",")
+    devices = (
+        gpus if text == "all" else [default_device()] if text is None else [*map(str.strip, text.split(","))]
+    )
     for device in devices or ["cuda"]:
         try:
             if device not in gpus and not (device == "cuda" and gpus):  # a GPU's memory is left alone
                 torch.empty(0, device=device)
         except (RuntimeError, AssertionError):
             found = f"torch finds {', '.join(gpus) or 'no GPU'}"
-            raise InputError(f"--devices {text}: this machine has no {device!r} ({found}).") from None
+            raise InputError(f"this machine has no device {device!r} ({found}).") from None
     return devices
 
 
