@@ -69,8 +69,7 @@ class ClassPromptDataset(IterableDataset):
         label_key: member that holds the class index or name, or `json:FIELD`.
         template_order: "random" draws a prompt of the class anew each time; with "table", an image meets all of them
             before it meets one again (exactly so where each epoch is one pass over the samples; see samples.draw_prompts).
-        retries: how often a remote shard that breaks off is read again.
-        max_lost: largest share of an epoch's samples, on each rank, that may be unreadable.
+        retries, max_lost: how often a remote shard that breaks off is read again; the share of samples that may be lost.
         jpeg_draft: decode large JPEGs at a fraction of their size, at least this many pixels; 0 decodes in full.
         with_labels: append each image's class index to its tokens, which are then (B, L + 1).
         as_dict: yield dicts, as for open_clip 4; the class indices are then "labels", int64 (B,).
@@ -295,7 +294,8 @@ class LabelledDataset(IterableDataset):
 
     Yields:
         {"images": float (B, 3, H, W), "labels": int64 (B,), "keys", "paths": lists of B, "groups": list of B with
-        `group_key`}. A path is that of the user's own file, '' where it is not known, see samples.label_samples. Each of several ranks yields its part; together they are the set.
+        `group_key`}. A path is that of the user's own file, '' where it is not known (samples.label_samples). Of several
+        ranks, each yields a part of the set.
 
     Args:
         shards: tar URLs, see sources.expand_source.

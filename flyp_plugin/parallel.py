@@ -48,7 +48,5 @@ def map_parallel(
 
 
 def _start_worker() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the workers too, but is handled by the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but the parent handles it
     gc.freeze()  # a collection would write to all that was there at the fork, and so copy it

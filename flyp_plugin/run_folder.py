@@ -178,8 +178,8 @@ def explain_errors(args: Namespace, rank: int) -> Iterator[None]:
 def _explain(error: Exception, args: Namespace, rank: int) -> InputError | None:
     again = f"continue with --name {args.name} --resume latest" if args.name else "run the same command again"
     if isinstance(error, OSError):
-        folder = Path(args.logs, args.name or "")
-        if error.errno in NO_ROOM or Path(str(error.filename)).is_relative_to(folder):
+        folder, path = Path(args.logs, args.name or ""), Path(str(error.filename))
+        if error.errno in NO_ROOM or path.is_relative_to(folder) or folder.is_relative_to(path):
             return InputError(
                 f"{folder} cannot be written to ({error.strerror}); make room and {again}, or choose another --logs."
             )

@@ -245,12 +245,12 @@ class FlypRun:
             _log.warning(line)
 
     def _describe_balance(self) -> Iterator[str]:
-        if self.data.class_counts:
-            weights = balance_weights(self.data.class_counts, self.args.balance)
-            known = [label for label, number in enumerate(self.data.class_counts) if number]
-            few, many = (f(known, key=self.data.class_counts.__getitem__) for f in (min, max))
+        if counts := self.data.class_counts:
+            weights, names = balance_weights(counts, self.args.balance), self.data.prompts.classnames
+            known = [label for label, number in enumerate(counts) if number]
+            few, many = (f(known, key=counts.__getitem__) for f in (min, max))
             each = (
-                f"{weights[label]:.3g} times an epoch of {self.data.prompts.classnames[label]!r} ({self.data.class_counts[label]} images)"
+                f"{weights[label]:.3g} times an epoch of {names[label]!r} ({counts[label]} images)"
                 for label in (few, many)
             )
             yield f"Balance {self.args.balance:g}: an image is drawn, on average, {' and '.join(each)}."

@@ -220,10 +220,7 @@ def test_only_an_export_is_written_over_by_an_export(tmp_path):
 @pytest.mark.parametrize(
     "error, named",
     [
-        (
-            "import torch; torch.empty(2**50)",
-            ["memory", 2**52, "bytes"],
-        ),  # the CPU's allocator says so itself
+        ("import torch; torch.empty(2**50)", ["memory"]),  # the CPU's allocator says so itself
         (
             "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')",
             ["GPU", "2.00 GiB"],

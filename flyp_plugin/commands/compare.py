@@ -1,7 +1,8 @@
 """`flyp compare`: the paper's comparison of fine-tuning methods on the user's own data.
 
-It runs `flyp train` and `flyp wiseft` for each method and seed, each in a process and a folder of its own (jobs.py: one at
-a time on each of --devices), and turns their results into tables and a picture (plots.py). What makes the comparison fair is said in its --help, below.
+It runs `flyp train` and `flyp wiseft` for each method and seed, each in a process and a folder of its own, one at a time
+on each of --devices (jobs.py), and turns their results into tables and a picture (plots.py). What makes the comparison
+fair is said in its --help, below.
 """
 
 import argparse
