@@ -165,7 +165,8 @@ def find_devices(text: str | None) -> list[str]:
                 torch.empty(0, device=device)
         except (RuntimeError, AssertionError):
             found = f"torch finds {', '.join(gpus) or 'no GPU'}"
-            raise InputError(f"this machine has no device {device!r} ({found}).") from None
+            said = f"this machine has no device {device!r} ({found}); check --device or --devices {text}."
+            raise InputError(said) from None
     return devices
 
 

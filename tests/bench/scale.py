@@ -32,7 +32,7 @@ from pathlib import Path
 PER_SHARD, BATCH, MORE = 1_000, 100, 99
 
 
-def write(folder: Path, samples: int, padding: int) -> None:
+def write(folder: Path, samples: int, padding: int = 0) -> None:
     import numpy as np
     from PIL import Image
 
