@@ -110,6 +110,15 @@ def parser() -> argparse.ArgumentParser:
         "the batch's classes to flyp (default: %(default)s)")
     add("--lp-c", type=_number(float, 0, above=True), metavar="C", help="inverse strength of the L2 regularisation in lp "
         "and lp-ft, as scikit-learn's C (default: 31.6)")
+    add("--logit-scale", type=_number(float, 0, above=True), metavar="S", help="start from this logit_scale.exp(), the "
+        "inverse temperature, in place of the pretrained model's (open_clip logs it as Logit Scale)")
+    add = parser.add_argument_group("anchor", "Keep what pretraining knew: for flyp and ce, when accuracy or calibration "
+        "on other data matters more than the last points in distribution.").add_argument
+    add("--anchor", type=_number(float, 0), default=0.0, metavar="W", help="add W x the squared distance between the "
+        "features of the model and those of a teacher for the same images and prompts; try 1 to 10 (default: off)")
+    add("--anchor-teacher", choices=("pretrained", "trajectory"), default="pretrained", help="pretrained: the model that "
+        "training starts from; trajectory: an average of the weights since then, a model of its own that "
+        "`flyp eval --teacher` and `flyp wiseft --teacher` read (default: %(default)s)")
     add = parser.add_argument_group("few shots").add_argument
     add("--shots", type=_number(int, 1), metavar="K", help="train on K images of each class, chosen like those of "
         "`flyp shards subset`; local shards only")
