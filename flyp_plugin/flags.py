@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         "the batch's classes to flyp (default: %(default)s)")
     add("--lp-c", type=_number(float, 0, above=True), metavar="C", help="inverse strength of the L2 regularisation in lp "
         "and lp-ft, as scikit-learn's C (default: 31.6)")
-    add("--logit-scale", type=_number(float, 0, above=True), metavar="S", help="start from this logit_scale.exp(), the "
+    add("--logit-scale", type=_number(float, 0, 100, above=True), metavar="S", help="start from this logit_scale.exp(), the "
         "inverse temperature, in place of the pretrained model's (open_clip logs it as Logit Scale)")
     add = parser.add_argument_group("anchor", "Keep what pretraining knew: for flyp and ce, when accuracy or calibration "
         "on other data matters more than the last points in distribution.").add_argument

@@ -7,12 +7,14 @@ A learned head (ClassHead) is a module beside a CLIP model's towers, `model.clas
 import json
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flyp_plugin import sharding
 from flyp_plugin.errors import InputError
 from flyp_plugin.names import to_unique_keys
 from flyp_plugin.precision import full_float32
@@ -86,6 +88,14 @@ def exact_logits(features: Tensor, weight: Tensor) -> Tensor:
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     with full_float32():
         return a @ b
+
+
+def set_logit_scale(model: Any, scale: float) -> None:
+    """Make logit_scale.exp() `scale`, also in the weights of a learned head. The model may be sharded."""
+    head = getattr(model, HEAD, None)
+    if head is not None:
+        sharding.assign(head.weight, head.weight.detach() * (scale / model.logit_scale.detach().exp()))
+    sharding.assign(model.logit_scale, torch.full_like(model.logit_scale.detach(), scale).log())
 
 
 def find_class_rows(known: Sequence[str], wanted: Sequence[str], where: str = "the set") -> list[int]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flyp_plugin.anchor import Teacher
 from flyp_plugin.flags import to_argv
 from flyp_plugin.learned import HEAD, exact_logits
 from flyp_plugin.tokens import PromptTokens
@@ -97,6 +98,25 @@ class PairLoss(open_clip.ClipLoss):
         )
 
 
+class AnchoredLoss(nn.Module):
+    """Another loss plus `weight` times the mean distance from a teacher (anchor.py).
+
+    Args:
+        loss: takes all outputs of the model but `anchor`, and returns a dict with output_dict=True.
+        weight: W of --anchor.
+    """
+
+    def __init__(self, loss: nn.Module, weight: float):
+        super().__init__()
+        self.loss, self.weight = loss, weight
+
+    def forward(self, anchor: Tensor, output_dict: bool = False, **outputs: Tensor) -> Any:
+        """Squared distances `anchor` (B,) and the outputs for the other loss -> the sum, or a dict of all terms."""
+        terms = self.loss(**outputs, output_dict=True)
+        terms["anchor_loss"] = self.weight * anchor.mean()
+        return terms if output_dict else sum(terms.values())
+
+
 def batch_head(text_features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The head of the K classes in a batch: (K, D), their normalised mean text features; and each pair's row in it (B,)."""
     classes, index = labels.unique(return_inverse=True)
@@ -116,7 +136,8 @@ def _pair_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor,
 def _head_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
     out = forward(images)
     logits = model.class_head(out["image_features"])
-    return {"class_logits": logits, "labels": labels, "logit_scale": out["logit_scale"]}
+    kept = {name: out[name] for name in ("logit_scale", "anchor") if name in out}
+    return {**kept, "class_logits": logits, "labels": labels}
 
 
 def _text_outputs(model: Any, forward: Callable, images: Tensor, tokens: Tensor, labels: Tensor) -> Outputs:
@@ -150,8 +171,18 @@ class Objective:
     class_tokens: bool = False  # the model has the tokens of all class prompts, `class_tokens`
     fit: bool = False  # the head is fitted to features of the frozen image tower before the first epoch
     loop: bool = True  # open_clip's loop trains; else the fit is all
+    anchored: bool = False  # --anchor can be added
 
-    def install(self, model: Any) -> None:
+    def create_loss(self, args: Namespace) -> nn.Module:
+        """The loss, with all terms that the flags ask for."""
+        loss = self.loss(args)
+        if not args.anchor:
+            return loss
+        # without a gradient through the gathered features, ClipLoss has that of one rank's share of the batch
+        whole = args.world_size == 1 or args.local_loss or args.gather_with_grad
+        return AnchoredLoss(loss, args.anchor / (1 if whole else args.world_size))
+
+    def install(self, model: Any, teacher: Teacher | None = None) -> None:
         """Make `model`, whose forward returns a dict, take labels (B,) and return `outputs`, in training mode only.
 
         open_clip 4 passes all parts of a batch by name; before, it passes two by position, and the labels are the last
@@ -160,6 +191,10 @@ class Objective:
         """
         original = model.forward
 
+        def features(image: Tensor, text: Tensor | None = None) -> Outputs:
+            out = original(image, text)
+            return {**out, "anchor": teacher.distances(image, text, out)} if teacher else out
+
         def forward(
             image: Tensor | None = None, text: Tensor | None = None, labels: Tensor | None = None
         ) -> Any:
@@ -167,7 +202,7 @@ class Objective:
                 return original(image, text)
             if labels is None:
                 text, labels = text[:, :-1], text[:, -1]  # type: ignore[index]
-            return self.outputs(model, original, image, text, labels)
+            return self.outputs(model, features, image, text, labels)
 
         model.forward = forward
         for name, parameter in model.named_parameters():
@@ -177,8 +212,8 @@ class Objective:
 
 _IMAGE_SIDE = rf"visual\.|{HEAD}\."
 OBJECTIVES = {
-    "flyp": Objective(_pair_outputs, _make_pair_loss),
-    "ce": Objective(_head_outputs, trains=_IMAGE_SIDE, learned_head=True),
+    "flyp": Objective(_pair_outputs, _make_pair_loss, anchored=True),
+    "ce": Objective(_head_outputs, trains=_IMAGE_SIDE, learned_head=True, anchored=True),
     "lp": Objective(_head_outputs, trains=rf"{HEAD}\.", learned_head=True, fit=True, loop=False),
     "lp-ft": Objective(_head_outputs, trains=_IMAGE_SIDE, learned_head=True, fit=True),
     "flyp-ce": Objective(_text_outputs, trains="(?!logit_bias)", class_tokens=True),
@@ -188,6 +223,7 @@ OBJECTIVES = {
 def changed_flags(args: Namespace) -> list[str]:
     """The flags given that make training differ from plain FLYP, as a user writes them."""
     defaults = {"objective": "flyp", "collisions": "keep", "ce_weight": 0.0}
+    defaults |= {"anchor": 0.0, "anchor_teacher": "pretrained"}
     changed = {name: getattr(args, name) for name in defaults if getattr(args, name) != defaults[name]}
     return [" ".join(to_argv({name: value})) for name, value in changed.items()]
 
@@ -196,8 +232,18 @@ def find_mistakes(args: Namespace) -> Iterator[str]:
     """Mistakes in the objective's flags that would change or spoil the training silently."""
     objective, changes = OBJECTIVES[args.objective], changed_flags(args)
     name = f"--objective {args.objective}"
-    if args.objective != "flyp" and len(changes) > 1:
-        yield f"{changes[1]} changes FLYP's loss, which {name} does not use; leave one of them out."
+    of_flyp = [flag for flag in changes if flag.startswith(("--collisions", "--ce-weight"))]
+    if args.objective != "flyp" and of_flyp:
+        yield f"{of_flyp[0]} changes FLYP's loss, which {name} does not use; leave one of them out."
+    if args.anchor and not objective.anchored:
+        those = " and ".join(key for key, other in OBJECTIVES.items() if other.anchored)
+        yield f"--anchor is for --objective {those}; leave it out with {name}."
+    if args.anchor_teacher != "pretrained" and not args.anchor:
+        yield f"--anchor-teacher {args.anchor_teacher} has no effect without --anchor; add that, or leave it out."
+    if args.anchor_teacher == "trajectory" and getattr(args, "fsdp", False):
+        yield "--anchor-teacher trajectory cannot follow weights that --fsdp divides; use pretrained, or leave --fsdp out."
+    if args.logit_scale and objective.fit:
+        yield f"--logit-scale has no effect with {name}, whose head is fitted; leave it out."
     if args.lp_c is not None and not objective.fit:
         yield f"--lp-c is for the linear probe of lp and lp-ft; leave it out with {name}."
     for other in ("siglip", "distill_model", "horovod", "torchscript"):

@@ -27,7 +27,7 @@ import random
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stderr
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -54,7 +54,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "init_distributed_device": ("main", "args"),
     "create_model_and_transforms": ("main", "model_name pretrained force_quick_gelu"),
     "get_data": ("main", "args preprocess_fns epoch tokenizer"),
-    "train_one_epoch": ("main", "model epoch data args tb_writer", "state data args tb_writer"),
+    "train_one_epoch": ("main", "model epoch optimizer data args tb_writer", "state data args tb_writer"),
     "evaluate": ("main", "data epoch args tb_writer tokenizer"),
     "zero_shot_eval": ("train", "data epoch args"),
 }
@@ -87,6 +87,9 @@ class TrainingRun(Protocol):
 
     def before_epoch(self, model: torch.nn.Module, preprocess: Callable, epoch: int) -> bool:
         """Before each epoch; False: open_clip's loop does not train in it."""
+
+    def epoch_context(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager:
+        """In which open_clip's loop trains for an epoch."""
 
     def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
         """After each epoch that was trained, before its evaluation and checkpoint."""
@@ -330,7 +333,8 @@ class _Seams:
         self.started = True
         if not self.flyp.before_epoch(self.model, self.preprocess_val, epoch):
             return None
-        result = proceed()
+        with self.flyp.epoch_context(state.optimizer if state else arguments["optimizer"]):
+            result = proceed()
         self.check_called("set_epoch")
         self.flyp.after_epoch(self.model, epoch + 1)
         return result

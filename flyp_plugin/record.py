@@ -212,6 +212,22 @@ def epochs(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(number), path) for path, number in numbers.items() if number.isdecimal()))
 
 
+def teacher_path(checkpoints: Path, epoch: int | str) -> Path:
+    """Where the teacher of the trajectory (anchor.py) after an epoch is, in a run's checkpoints/."""
+    return checkpoints / f"epoch_{epoch}.teacher.safetensors"
+
+
+def teacher_of(checkpoint: Path) -> Path:
+    """The teacher of the trajectory beside a checkpoint; InputError if there is none."""
+    path = teacher_path(checkpoint.parent, _read_epoch(checkpoint))
+    if not path.is_file():
+        raise InputError(
+            f"{checkpoint} has no teacher beside it ({path.name}), as training with --anchor-teacher trajectory writes it; "
+            "check the path, or restore that file."
+        )
+    return path
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of a run after the most epochs, by the number in the file, from which it is resumed, or None.
 

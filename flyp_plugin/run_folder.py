@@ -95,6 +95,17 @@ def refuse_other_run(resumed: Record, args: Namespace, spec: ModelSpec) -> None:
         )
 
 
+def refuse_other_start(resumed: Record, args: Namespace) -> None:
+    """InputError if --pretrained is not what the resumed run started from, which is the teacher of --anchor."""
+    before, now = resumed.get("pretrained", {}), record.describe_weights(args.pretrained)
+    key = "sha256" if before.get("sha256") else "given"
+    if before.get(key) != now[key]:
+        raise InputError(
+            f"the teacher of --anchor is what {resumed.folder} started from, {resumed.pretrained}, and --pretrained is "
+            f"{args.pretrained or 'not given'}; give that again."
+        )
+
+
 def refuse_other_optimizer(resumed: Record, args: Namespace) -> None:
     """InputError if the optimizer's state was saved in another form: with or without --fsdp, before or by open_clip 4."""
     if args.resume == "latest" and not any(Path(args.logs, args.name).glob("checkpoints/epoch_*")):

@@ -21,6 +21,7 @@ class Options(NamedTuple):
     multiple_of: int = 1
     length: int = 0  # 0: that of the longest text in the batch
     chunk: int = 0  # 0: all rows at once
+    in_eval: bool = False  # `length` holds in eval mode too
 
 
 class _Trimmed:
@@ -46,7 +47,9 @@ def _short_class(base: Any, name: str) -> type:
     def short(self: Any, text: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (options := self.short_options) is None:
             return full(self, text, *args, **kwargs)
-        if not self.training:  # the fixed length is the training prompts': evaluation may have longer texts
+        if not (
+            self.training or options.in_eval
+        ):  # the fixed length is the training prompts': evaluation may have longer texts
             options = options._replace(length=0)
         parts, index = _split_rows(text, get_pooling(self), options)
         features = [full(_Trimmed(self, part.shape[1]), part, *args, **kwargs) for part in parts]

@@ -51,19 +51,22 @@ def target_from_args(args: argparse.Namespace, given: str) -> Target:
     """The weights that `given` and --epoch stand for; the record fills in the flags that are not given."""
     known, weights = record.find(given), given
     if known and os.path.isdir(given):
-        weights = str(choose_weights(known, args.epoch))
-    elif args.epoch:
-        raise InputError(f"--epoch chooses a checkpoint of a run, but {given} is not a run; leave it out.")
+        teacher = getattr(args, "teacher", False)
+        weights = str(choose_weights(known, args.epoch or ("last" if teacher else None), teacher))
+    elif args.epoch or getattr(args, "teacher", False):
+        flag = "--epoch chooses" if args.epoch else "--teacher chooses"
+        raise InputError(f"{flag} a checkpoint of a run, but {given} is not a run's folder; leave it out.")
     return Target(weights, spec_from_args(args, weights, known), known)
 
 
-def choose_weights(run: Record, epoch: str | None) -> Path:
+def choose_weights(run: Record, epoch: str | None, teacher: bool = False) -> Path:
     """The weights that a folder with a record stands for: of a run, of merged weights, or an export for open_clip.
 
     Args:
         run: as `record.find` returns it.
         epoch: 'last', 'best' or 'loss' (the highest top-1 or the lowest loss on the first evaluation set; of equal ones
             the earliest), or a number; None: the merged weights if there are any, else the last epoch.
+        teacher: the trajectory's teacher beside that checkpoint (anchor.py).
 
     Raises:
         InputError: that checkpoint was deleted, there is none, or the first set was not scored.
@@ -82,6 +85,8 @@ def choose_weights(run: Record, epoch: str | None) -> Path:
             f"{folder} has no {what}; pass --epoch best, loss, last or one of its own ({those})."
         )
     record.refuse_sharded(path)
+    if teacher:
+        path = record.teacher_of(path)
     _log.info(f"Using the weights {path}.")
     return path
 

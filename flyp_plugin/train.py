@@ -15,7 +15,7 @@ import sys
 import tempfile
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -25,13 +25,14 @@ from typing import Any
 import torch
 
 from flyp_plugin import checks, objectives, openclip, ranks, record, run_data, run_folder, sharding, targets
+from flyp_plugin.anchor import Teacher
 from flyp_plugin.checkpoints import default_device
 from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, with_progress
 from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, parser, to_argv
 from flyp_plugin.heads import image_features, zeroshot_as_learned
-from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head
+from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head, set_logit_scale
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.record import Record
@@ -113,6 +114,8 @@ class FlypRun:
             openclip.connect(args)  # from here on, one rank reads for all
             ranks.once(partial(_check_start, args))
             self.resumed = run_folder.resumed_record(args)
+            if self.resumed and args.anchor and args.anchor_teacher == "pretrained":
+                run_folder.refuse_other_start(self.resumed, args)
             self.spec = checks.resolve_model(args, self.resumed)
             self.data = self._read_data()
         self.evaluates = bool(self.data.eval_sets)
@@ -129,6 +132,7 @@ class FlypRun:
             self.defaults.pop("warmup", None)
         self.settings = record.training_settings(vars(args), samples=self.data.num_samples, ranks=world_size)
         self.monitor: Monitor | None = None
+        self.teacher: Teacher | None = None
 
     def _read_data(self) -> run_data.RunData:
         args = self.args
@@ -162,16 +166,21 @@ class FlypRun:
         size = getattr(model.visual, "image_size", 0)  # int or (height, width)
         self.image_size = size if isinstance(size, int) else max(size)
         tokenizer = self.spec.tokenizer
+        if self.objective.learned_head:
+            setattr(model, HEAD, zeroshot_as_learned(model, tokenizer, self.data.prompts, args.precision))
+        if args.anchor:
+            steps = self.steps * args.epochs if args.anchor_teacher == "trajectory" else 0
+            self.teacher = Teacher(model, steps)
         self.short_text = not args.full_text and shorten(
             model, tokenizer([self.data.prompts(0, 0), self.data.prompts(-1, -1)])
         )
+        if self.short_text and self.teacher:
+            self.teacher.shorten()
         self.model = model
-        if self.objective.learned_head:
-            setattr(model, HEAD, zeroshot_as_learned(model, tokenizer, self.data.prompts, args.precision))
         if self.objective.class_tokens:
             model.class_tokens = self.data.prompts.tokenize(tokenizer)
         if self.changes:
-            self.objective.install(model)
+            self.objective.install(model, self.teacher)
 
     def record(self, epoch: int) -> Record:
         """The content of flyp.json (record.py) for a run that starts after `epoch`."""
@@ -220,6 +229,8 @@ class FlypRun:
         )
         if self.short_text and (args.torchcompile or args.device.startswith("cuda")):
             shorten(self.model, length=dataset.text_length)  # one shape, and no wait for the GPU
+            if self.teacher:
+                self.teacher.shorten(dataset.text_length)
         if args.rank == 0:
             self._describe(dataset.num_workers)
         return dataset
@@ -261,10 +272,14 @@ class FlypRun:
 
     def create_loss(self) -> torch.nn.Module:
         """The loss, if `changes` is not empty."""
-        return self.objective.loss(self.args)
+        return self.objective.create_loss(self.args)
 
     def before_epoch(self, model: Any, preprocess: Callable, epoch: int) -> bool:
-        """Fit the head of a linear probe before the first epoch. Returns whether open_clip's loop should train."""
+        """Set or fit what training starts from; returns whether open_clip's loop should train."""
+        if self.args.logit_scale and epoch == 0:
+            set_logit_scale(model, self.args.logit_scale)
+        if self.teacher:
+            self.teacher.start(model, epoch, self.args.resume)
         if self.objective.fit and epoch == 0:
             args, head = self.args, getattr(model, HEAD)
             data = self.data
@@ -277,8 +292,12 @@ class FlypRun:
             _log.info(f"Fitted the head to the features of all images, with C = {c:g}.")
         return self.objective.loop
 
+    def epoch_context(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager:
+        """In which open_clip's loop trains for an epoch: a teacher of the trajectory follows the optimizer's steps."""
+        return self.teacher.follow(self.model, optimizer) if self.teacher else nullcontext()
+
     def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
-        """InputError if training has diverged: nothing that follows could be used."""
+        """InputError if training has diverged: nothing that follows could be used. Else save the trajectory's teacher."""
         with self._whole(model):
             bad = next(
                 (name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None
@@ -289,6 +308,8 @@ class FlypRun:
                 f"training has diverged: epoch {epoch} left non-finite weights (NaN or inf) in {bad}; start a new run with "
                 f"{wider}a --lr below {self.args.lr:g} or --grad-clip-norm 1."
             )
+        if self.teacher and getattr(self.args, "save_logs", False):  # on rank 0
+            self.teacher.save(epoch, self.args)
 
     def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
         """Metrics of the evaluation sets, for open_clip to log; empty if this epoch is not evaluated."""

@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy, normalize
 
@@ -17,6 +18,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.heads import val_preprocess
 from flyp_plugin.learned import LP_C, find_class_rows, fit_head, load_head
 from flyp_plugin.objectives import PairLoss
+from flyp_plugin.record import teacher_path
 from flyp_plugin.sources import expand_source
 from flyp_plugin.train import train
 from tests.close import (
@@ -305,6 +307,8 @@ def test_each_way_of_compiling_gives_the_same_losses(launch, start, flags, strat
 TWO_RANKS = {
     "soft": ["--collisions", "soft", "--ce-weight", 0.5],
     "lp-ft": ["--objective", "lp-ft"],
+    # in the first step the model is its own teacher
+    "anchor": ["--anchor", 3, "--anchor-teacher", "trajectory", "--epochs", 3, "--save-frequency", 3],
 }
 EIGHTY = [*SGD, "--shots", 8, "--train-num-samples", 80, "--epochs", 1]
 
@@ -323,7 +327,8 @@ def on_two_ranks(digits, start, tmp_path_factory):
 @pytest.mark.parametrize("name", list(TWO_RANKS))
 def test_two_ranks_equal_one_process(launch, start, on_two_ranks, name):
     flags = ["--pretrained", start, *EIGHTY, "--batch-size", 80, *TWO_RANKS[name]]
-    one, two = weights(launch(*flags, name=f"one-{name}"), 1), weights(on_two_ranks / name, 1)
+    folder, epoch = launch(*flags, name=f"one-{name}"), 3 if name == "anchor" else 1
+    one, two = weights(folder, epoch), weights(on_two_ranks / name, epoch)
     two = {key.removeprefix("module."): tensor for key, tensor in two.items()}
     before = loaded(start).state_dict()
     assert_moved_alike(two, one, before)
@@ -332,7 +337,10 @@ def test_two_ranks_equal_one_process(launch, start, on_two_ranks, name):
         # by at least d^2 / (2 c n), which holds the fit to sqrt(2e-13 c n) = 2e-5 an entry, whatever the kernels
         assert_close(two["class_head.weight"], one["class_head.weight"], 1e-4)
     moved = [key for key in before if not torch.equal(before[key], one[key])]
-    assert "visual.proj" in moved and ("text_projection" in moved) == (name == "soft")
+    assert "visual.proj" in moved and ("text_projection" in moved) == (name != "lp-ft")
+    if name == "anchor":
+        teachers = [load_file(teacher_path(run / "checkpoints", 3)) for run in (on_two_ranks / name, folder)]
+        assert_moved_alike(*teachers, before)
 
 
 def test_a_resumed_ce_run_equals_an_uninterrupted_one(launch, start, tuned, digits):

@@ -42,6 +42,12 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--device", help="default: cuda if there is a GPU, else cpu")
 
 
+def add_teacher_flag(parser: ArgumentParser) -> None:
+    """--teacher."""
+    parser.add_argument("--teacher", action="store_true", help="take the run's other model, its average along the "
+        "trajectory, of --anchor-teacher trajectory")
+
+
 def add_classes_flags(parser: ArgumentParser) -> None:
     """Class names and prompts."""
     add = parser.add_argument_group("classes").add_argument

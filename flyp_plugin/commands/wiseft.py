@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flyp_plugin.commands.flags import add_classes_flags, add_data_flags, add_model_flags
+from flyp_plugin.commands.flags import add_classes_flags, add_data_flags, add_model_flags, add_teacher_flag
 from flyp_plugin.commands.plots import draw_frontier, mean_ood
 from flyp_plugin.errors import InputError
 
@@ -45,10 +45,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     finetuned = parser.add_mutually_exclusive_group()
     finetuned.add_argument("--finetuned", metavar="PATH", help="a checkpoint, instead of RUN")
     finetuned.add_argument("--average", nargs="+", metavar="PATH", help="the mean of several runs or checkpoints, instead of RUN")
+    add_teacher_flag(parser)
     alphas = parser.add_mutually_exclusive_group()
     alphas.add_argument("--alphas", default="0:1:0.1", metavar="A:B:STEP", help="or A,B,... (default: %(default)s)")
     alphas.add_argument("--alpha", type=float, help="only this one; needs no --eval-data")
-    add("--out", metavar="DIR", help="folder for the merged weights, wiseft.json and frontier.png (default: RUN/wiseft)")
+    add("--out", metavar="DIR", help="folder for the merged weights, wiseft.json and frontier.png (default: RUN/wiseft, or RUN/wiseft_teacher)")
     add("--save-all", action="store_true", help="write the weights of every alpha")
     add("--per-set", action="store_true", help="draw one curve per set in frontier.png instead of their mean")
     add("--json", action="store_true", help="print JSON, not the table")
@@ -107,8 +108,13 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
     if not given or (args.run_folder and (args.average or args.finetuned)):
         raise InputError("pass one of RUN, --finetuned PATH and --average PATH PATH ... (see --help).")
     found, epoch = [record.find(path) for path in given], args.epoch or "last"
+    for path, known in zip(given, found) if args.teacher else ():
+        if not (known and os.path.isdir(path)):
+            raise InputError(
+                f"--teacher chooses a checkpoint of a run, but {path} is not a run's folder; leave it out."
+            )
     finetuned = [
-        str(choose_weights(known, epoch)) if known and os.path.isdir(path) else path
+        str(choose_weights(known, epoch, args.teacher)) if known and os.path.isdir(path) else path
         for path, known in zip(given, found)
     ]
     records = [known for known in found if known]
@@ -144,7 +150,7 @@ def _output_folder(args: argparse.Namespace, known: "Record | None") -> Path:
         return Path(args.out)
     if args.average or known is None or not (known.folder and (known.folder / "checkpoints").is_dir()):
         raise InputError("--out is required here; pass a folder for the merged weights.")
-    return known.folder / "wiseft"
+    return known.folder / ("wiseft_teacher" if args.teacher else "wiseft")
 
 
 def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) -> None:
@@ -233,7 +239,7 @@ def _report(
     others = sorted(path.name for path in out.glob("wise_ft_alpha=*.pt") if path.name not in names)
     if others:
         _log.warning(f"{out}/ still holds weights of an earlier merge: {', '.join(others)}.")
-    folder = out if args.out else out.parent  # the run
+    folder = out if args.out or args.teacher else out.parent  # the run
     data = "" if merged_record.prompts else " --data DIR"
     _log.info(f"Next: flyp export {shlex.quote(str(folder))}{data} --format timm --out classifier")
 
