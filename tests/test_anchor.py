@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from flyp_plugin import ClassPromptDataset, ImageClassifier, openclip
 from flyp_plugin.anchor import TEACHERS, trajectory_weights
 from flyp_plugin.commands import call as flyp
+from flyp_plugin.errors import InputError
 from flyp_plugin.record import teacher_path
 from tests.close import FORWARD, assert_moved_alike
 from tests.naming import naming
@@ -134,17 +135,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(launch, start, run, digits): 
         (folder / "checkpoints" / file).unlink()
     state = load_file(path)
     path.unlink()
-    with naming("epoch_2.pt", path.name, "--anchor-teacher trajectory", "restore"):
+    with pytest.raises(
+        InputError, match=naming("epoch_2.pt", path.name, "--anchor-teacher trajectory", "restore")
+    ):
         launch(*flags, "--resume", "latest", name="stopped")
     save_file({**state, "visual.proj": torch.zeros(2, 2)}, path)
-    with naming(str(path), "another architecture", "visual.proj", "(2, 2)"):
+    with pytest.raises(InputError, match=naming(str(path), "another architecture", "visual.proj", "(2, 2)")):
         launch(*flags, "--resume", "latest", name="stopped")
 
 
 def test_the_pretrained_teacher_is_given_again_on_resume(launch, start, run):  # noqa: F811
     folder = launch("--anchor", 1, "--pretrained", start, name="kept")
     for flags in ([], ["--pretrained", run / "checkpoints/epoch_1.pt"]):
-        with naming("teacher of --anchor", str(folder), str(start), "give that again"):
+        with pytest.raises(
+            InputError, match=naming("teacher of --anchor", str(folder), str(start), "give that again")
+        ):
             launch("--anchor", 1, "--epochs", 2, "--resume", "latest", *flags, name="kept")
     launch("--anchor", 1, "--epochs", 2, "--resume", "latest", "--pretrained", start, name="kept")
 
@@ -190,9 +195,9 @@ def test_eval_and_wiseft_take_the_teacher_for_a_model(run, start, digits, capsys
 def test_a_teacher_that_is_not_there_is_one_sentence(run, launch, start, tmp_path):  # noqa: F811
     plain = launch("--pretrained", start, name="plain")
     for command in ("eval", "wiseft"):
-        with naming(str(plain), "no teacher", "--anchor-teacher trajectory"):
+        with pytest.raises(InputError, match=naming(str(plain), "no teacher", "--anchor-teacher trajectory")):
             flyp([command, str(plain), "--teacher"])
-        with naming("--teacher", "epoch_3.pt", "not a run's folder"):
+        with pytest.raises(InputError, match=naming("--teacher", "epoch_3.pt", "not a run's folder")):
             flyp([command, str(run / "checkpoints/epoch_3.pt"), "--teacher"])
 
 
@@ -230,5 +235,5 @@ def test_training_starts_from_another_temperature(launch, start, digits):  # noq
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(launch, start, flags, named):  # noqa: F811
-    with naming(*named):
+    with pytest.raises(InputError, match=naming(*named)):
         launch(*flags, "--pretrained", start, name="refused")
