@@ -32,6 +32,7 @@ CASES = {
     "flyp, soft + ce-weight": ["--collisions", "soft", "--ce-weight", "0.5"],
     "flyp, accumulated": ["--accum-freq", "2", "--batch-size", "20"],
     "flyp, mask, accumulated": ["--collisions", "mask", "--accum-freq", "2", "--batch-size", "20"],
+    "anchor": ["--anchor", "2"],
     "ce": ["--objective", "ce"],
     "lp": ["--objective", "lp"],
     "lp-ft": ["--objective", "lp-ft"],
