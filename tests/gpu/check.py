@@ -31,6 +31,7 @@ from flyp_plugin.checkpoints import read_state_dict
 from flyp_plugin.heads import autocast
 from flyp_plugin.metrics import Tally
 from flyp_plugin.prompts import fill
+from flyp_plugin.record import teacher_of
 from flyp_plugin.text import difference_and_limit, shorten
 from tests.faults import fsdp, ranks
 from tests.gpu.cases import MODEL, Case, run_cases
@@ -233,6 +234,12 @@ def flags(case: Case, label: str) -> None:
 def objectives(case: Case) -> None:
     for objective in ("lp",) if case.small else ("lp", "ce", "lp-ft", "flyp-ce"):
         score(case, case.train(objective, "--objective", objective, *case.scored), f"{objective}, ")
+    followed = ["--anchor", 3.5, "--anchor-teacher", "trajectory", "--precision", "amp_bf16"]
+    last = case.train("anchor", *followed, *case.scored)
+    score(case, last, "anchor, ")
+    average, start = (read_state_dict(path) for path in (teacher_of(last), case.root / "start.pt"))
+    share = difference(average, start) / difference(read_state_dict(last), start)
+    case.check("anchor: way of the teacher / of the model", share, 1.5)
 
 
 # Two ranks on one device

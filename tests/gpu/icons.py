@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 FULL = Plan(
     VIT_S,
     f"--batch-size 1024 --warmup 300 --grad-clip-norm 1 --workers {min(CORES, icon_shift.SHARDS)}",
-    "--methods flyp,ce,lp,lp-ft,flyp-ce --lr 1e-4,3e-4,1e-3",
+    "--methods flyp,ce,lp,lp-ft,flyp-anchor,flyp-trajectory --lr 1e-4,3e-4,1e-3 --model-stock",
     ["0:1", "0:5"],
 )
 FEW = Plan(
