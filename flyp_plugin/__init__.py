@@ -9,7 +9,7 @@ few places where it enters open_clip's script. Read these eight modules in this 
     data.py       samples -> batches, over workers, ranks and epochs: ClassPromptDataset (training), LabelledDataset
     text.py       why the text tower needs only the positions up to EOT, and how it is made to run on these alone
     heads.py      prompts -> zero-shot head -> ImageClassifier
-    wiseft.py     interpolate and average weights; score all alphas on each decoded image once
+    wiseft.py     interpolate, average and Model Stock of weights; score all alphas on each decoded image once
     openclip.py   the seams: what is replaced in open_clip's script while its main() runs. No other module knows it
     train.py      FLYP's flags and defaults, and the run as openclip.py sees it (its checks: checks.py, data: run_data.py)
 
@@ -29,7 +29,8 @@ and after a run.
 
 Where to add:
     a metric            metrics.py, a function of a Tally with the decorator @metric
-    an objective        objectives.py, an entry of OBJECTIVES (learned.py has linear heads); flags.py for its flags
+    an objective        objectives.py, an entry of OBJECTIVES (learned.py has linear heads, anchor.py the teachers of
+                        --anchor); flags.py for its flags; commands/grid.py for `flyp compare`
     a prompt source     prompts.py
     a kind of storage   remote.py
     a data source       sources.py (where shards are), rows.py (what `flyp shards write` reads), splits.py (--hold-out)

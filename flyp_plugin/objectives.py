@@ -1,8 +1,9 @@
-"""FLYP's loss and the paper's other objectives, trained by open_clip's unchanged loop.
+"""FLYP's loss, the paper's other objectives and the anchor, trained by open_clip's unchanged loop.
 
 In that loop the model's forward() gives a dict, and the loss is called with the dict's entries. An Objective says what a
 model returns in training (`outputs`) and which loss takes it. To add one, write these two functions, add an entry to
-OBJECTIVES at the end of this file, and its name to --objective in flags.py. Learned heads are in learned.py.
+OBJECTIVES at the end of this file, and its name to --objective in flags.py. Learned heads are in learned.py, the teachers
+of --anchor in anchor.py.
 """
 
 import re
