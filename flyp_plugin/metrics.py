@@ -21,6 +21,7 @@ Key = TypeVar("Key", int, float)
 Metrics = dict[str, Any]  # numbers, and the name of the worst group
 _log = logging.getLogger(__name__)
 _METRICS: list[Callable[["Tally"], Metrics]] = []
+_BINS = 15  # of the calibration error, as Guo et al. count it (arXiv 1706.04599)
 
 
 class Tally:
@@ -30,12 +31,15 @@ class Tally:
         counts: int64 (3, C), the images of each class, those predicted as it, and those both.
         in_top5: images whose class is among the five most likely.
         loss: the sum of the images' cross-entropies, in nats.
+        overconfidence: float64 (15,), the images' top probabilities less the correct ones among them, summed over the
+            images whose top probability is in (0, 1/15], (1/15, 2/15], ..., (14/15, 1].
         group_images, group_correct: images and correct images of each group; '' is the group of images without one.
     """
 
     def __init__(self, num_classes: int):
         self.num_classes, self.in_top5, self.loss = num_classes, 0, 0.0
         self.counts = torch.zeros(3, num_classes, dtype=torch.int64)
+        self.overconfidence = torch.zeros(_BINS, dtype=torch.float64)
         self.group_images, self.group_correct = Counter[str](), Counter[str]()
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, groups: Iterable[str] | None = None) -> None:
@@ -54,10 +58,11 @@ class Tally:
             logits.argmax(dim=1),  # exact in float32 up to 16 million classes
             (logits.topk(top, dim=1).indices == own[:, None]).any(dim=1),
             cross_entropy(logits, own, reduction="none"),
+            logits.softmax(dim=1).amax(dim=1),
             logits.isnan().any(dim=1),
         ]
         # one copy, and so one wait for the device
-        prediction, in_top5, loss, bad = torch.stack([column.float() for column in columns]).cpu()
+        prediction, in_top5, loss, confidence, bad = torch.stack([column.float() for column in columns]).cpu()
         if bad.any():
             raise InputError("NaN logits: training diverged, or the weights overflow; try --precision fp32.")
         labels, prediction = labels.cpu(), prediction.long()
@@ -66,6 +71,10 @@ class Tally:
         self.counts += torch.stack([torch.bincount(i, minlength=self.num_classes) for i in indices])
         self.in_top5 += int(in_top5.sum())
         self.loss += loss.double().sum().item()
+        bins = torch.bucketize(
+            confidence, torch.arange(1, _BINS) / _BINS
+        )  # an edge belongs to the bin below it
+        self.overconfidence += torch.bincount(bins, confidence.double() - correct.double(), _BINS)
         groups = list(groups or ())
         self.group_images.update(groups)
         self.group_correct.update(compress(groups, correct.tolist()))
@@ -75,6 +84,7 @@ class Tally:
         self.counts += other.counts
         self.in_top5 += other.in_top5
         self.loss += other.loss
+        self.overconfidence += other.overconfidence
         self.group_images.update(other.group_images)
         self.group_correct.update(other.group_correct)
 
@@ -110,6 +120,13 @@ def _class_means(tally: Tally) -> Metrics:
     labelled, predicted, correct = tally.counts[:, tally.counts[0] > 0].double()
     f1 = 2 * correct / (labelled + predicted)
     return {"mean_per_class_recall": (correct / labelled).mean().item(), "macro_f1": f1.mean().item()}
+
+
+@metric
+def _calibration(tally: Tally) -> Metrics:
+    """The expected calibration error (Guo et al., arXiv 1706.04599): the mean over images of |accuracy - mean top
+    probability| of their bin, in 15 bins of equal width. 0: of the images given 80 %, 80 % are correct."""
+    return {"ece": tally.overconfidence.abs().sum().item() / int(tally.counts[0].sum())}
 
 
 @metric
@@ -169,9 +186,9 @@ def evaluate(classifier: Callable[[torch.Tensor], torch.Tensor], loader: Iterabl
 
     Returns:
         n; top1; top5 if C > 5; loss (mean cross-entropy of the logits, natural log); mean_per_class_recall and macro_f1
-        over the classes in the ground truth; worst_group_top1 and worst_group (its name) if there are groups. All in
-        [0, 1] except n, loss and the name. Equal to scikit-learn's with labels=np.unique(y), to WILDS' for groups, and
-        to torch's cross_entropy.
+        over the classes in the ground truth; ece (calibration error of the logits' softmax, 15 bins); worst_group_top1
+        and worst_group (its name) if there are groups. All in [0, 1] except n, loss and the name. Equal to
+        scikit-learn's with labels=np.unique(y), to WILDS' for groups, and to torch's cross_entropy.
 
     Raises:
         InputError: a label outside 0..C-1, a NaN logit, or no images.

@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import sys
+from itertools import pairwise
 
 import numpy as np
 import open_clip
@@ -65,7 +66,49 @@ def test_top5_only_where_there_are_more_than_five_classes():
         "loss",
         "mean_per_class_recall",
         "macro_f1",
+        "ece",
     }
+
+
+def calibration_error(probabilities, labels):
+    """Guo et al. 2017, section 2, in numpy: 15 bins (lo, hi] of the top probability."""
+    top, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    edges = np.arange(16, dtype=top.dtype) / 15
+    error = 0.0
+    for low, high in pairwise(edges):
+        inside = (top > low) & (top <= high)
+        if inside.any():
+            error += inside.mean() * abs(correct[inside].mean() - top[inside].mean(dtype=float))
+    return error
+
+
+@pytest.mark.parametrize("classes", [2, 9, 300])
+def test_ece_is_the_calibration_error_of_fifteen_bins(classes):
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(classes, size=2000)
+    spread = rng.choice([0.1, 1, 3, 30], (2000, 1))  # images of every confidence
+    logits = ((rng.normal(size=(2000, classes)) + 2 * np.eye(classes)[labels]) * spread).astype("float32")
+    probabilities = torch.tensor(logits).softmax(1).numpy()
+    assert len(set((15 * probabilities.max(1)).astype(int))) >= 8 and (probabilities == 1).any()
+    ours = tallied(torch.tensor(logits), torch.tensor(labels)).metrics()["ece"]
+    assert ours == pytest.approx(calibration_error(probabilities, labels), abs=1e-12) and ours > 0.01
+
+
+@pytest.mark.parametrize("classes", [3, 5, 15])
+def test_ece_of_a_probability_on_an_edge_is_in_the_bin_below(classes):
+    logits = torch.zeros(4, classes)  # 1/3, 1/5, 1/15: the fifth, third and first of the edges
+    tally = tallied(logits, torch.tensor([0, 1, 1, 1]))
+    assert tally.overconfidence.nonzero().tolist() == [[15 // classes - 1]]
+    assert tally.metrics()["ece"] == pytest.approx(abs(1 / 4 - 1 / classes), abs=1e-7)
+    inside = torch.tensor([[1.0, 0], [1.5, 0]])  # 0.73 and 0.82: no others in their bins
+    expected = ((1 - inside[0].softmax(0)[0]) + inside[1].softmax(0)[0]) / 2
+    assert tallied(inside, torch.tensor([0, 1])).metrics()["ece"] == pytest.approx(expected.item(), abs=1e-7)
+
+
+def test_ece_of_certain_answers_is_the_share_of_wrong_ones():
+    certain = 1000 * torch.eye(4)
+    assert tallied(certain, torch.tensor([0, 1, 2, 3])).metrics()["ece"] == 0
+    assert tallied(certain.half(), torch.tensor([0, 1, 2, 0])).metrics()["ece"] == 0.25
 
 
 def test_groups_as_wilds_defines_them():
@@ -99,7 +142,8 @@ def test_merged_tallies_equal_one_pass():
     assert merged.metrics() == {
         **alone,
         "loss": pytest.approx(alone["loss"], rel=1e-12),
-    }  # a sum in another order
+        "ece": pytest.approx(alone["ece"], rel=1e-12),
+    }  # sums in another order
 
 
 def test_a_label_that_is_no_class_and_a_set_without_images():

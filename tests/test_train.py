@@ -334,6 +334,7 @@ def test_evaluation_sets_are_scored_at_the_start_and_each_epoch(launch, digits, 
         "val/top5",
         "val/macro_f1",
         "val/mean_per_class_recall",
+        "val/ece",
         "val/n",
         "seen/top1",
     } <= rows[0].keys()

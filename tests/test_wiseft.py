@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 import sys
 
@@ -227,7 +228,14 @@ def test_writes_the_chosen_alpha_record_picture_and_table(tmp_path, capsys, capl
     assert sorted(os.listdir(tmp_path)) == sorted([merged, "flyp.json", "wiseft.json", "frontier.png"])
     assert PIL.Image.open(tmp_path / "frontier.png").size == (900, 675)
     table = capsys.readouterr().out.strip().split("\n")
-    assert table[0].split() == ["alpha", "val", "top1", "ood", "top1", "mean", "OOD"] and len(table) == 4
+    assert len(table) == 4 and re.split(" {2,}", table[0]) == [
+        "alpha", "val top1", "ood top1", "mean OOD top1", "val ece", "mean OOD ece"
+    ]  # fmt: skip
+    last = record["alphas"]["1.00"]
+    order = [("val", "top1"), ("ood", "top1"), ("ood", "top1"), ("val", "ece"), ("ood", "ece")]
+    assert table[-1].replace("*", "").split()[1:] == [
+        f"{100 * last[name][metric]:.2f}" for name, metric in order
+    ]
     assert [line.split()[0] for line in table if "*" in line] == [f"{record['chosen_alpha']:.2f}"]
     assert (
         len(record["inputs"]["pretrained"]["sha256"]) == 64

@@ -22,9 +22,9 @@ class Curve(NamedTuple):
     star: tuple[float, float]
 
 
-def mean_ood(by_set: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Mean top-1 over all sets but the first (the ID set); None if there is only one."""
-    _, *others = (metrics["top1"] for metrics in by_set.values())
+def mean_ood(by_set: Mapping[str, Mapping[str, Any]], metric: str = "top1") -> float | None:
+    """The mean of a metric over all sets but the first (the ID set); None if there is only one."""
+    _, *others = (metrics[metric] for metrics in by_set.values())
     return fmean(others) if others else None
 
 

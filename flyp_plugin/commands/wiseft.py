@@ -278,11 +278,16 @@ def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | Non
 
 
 def _table_rows(results: Results, chosen: float) -> dict[str, dict[str, float]]:
+    """Top-1 of each set and the mean over the OOD sets; the calibration error of the ID set, and that mean."""
     rows = {}
     for alpha, by_set in results.items():
         row = {f"{name} top1": metrics["top1"] for name, metrics in by_set.items()}
-        ood = mean_ood(by_set)
-        row |= {} if ood is None else {"mean OOD": ood}
+        row["mean OOD top1"] = mean_ood(by_set)
+        id_set = next(iter(by_set))
+        row |= {f"{id_set} ece": by_set[id_set]["ece"], "mean OOD ece": mean_ood(by_set, "ece")}
+        row = {
+            column: value for column, value in row.items() if value is not None
+        }  # of a single set, no mean
         rows[f"{alpha:.2f}{' *' if alpha == chosen else ''}"] = row
     return rows
 
