@@ -103,7 +103,7 @@ def add_method_that_fails(patch):
             return original(self, run)
         return [*original(self, dataclasses.replace(run, method="flyp")), "--opt", "timm/no-such-optimizer"]
 
-    patch.setattr(grid, "METHODS", ("flyp", "bad"))
+    patch.setattr(grid, "METHODS", {"flyp": {}, "bad": {}})
     patch.setattr(compare.Comparison, "flags", flags)
 
 
@@ -174,6 +174,8 @@ def test_every_figure_is_that_of_the_runs(finished):
             assert cell["mean"] == pytest.approx(np.mean(values))
             half = stats.t.ppf(0.975, 1) * np.std(values, ddof=1) / np.sqrt(2)
             assert cell["half_width_95"] == pytest.approx(half, rel=1e-4, abs=1e-12)
+            errors = [np.mean([by_set[s]["ece"] for s in sets]) for by_set in chosen]
+            assert block["ece"][name][column]["by_seed"] == pytest.approx(errors, abs=1e-12)
     for seed in (0, 1):  # the sweep scores as the training did, but for ties: its batches have another size
         for name in ("val", "test", "odd", "few"):
             image = 1.001 / results[seed][0][f"{name}/n"]
@@ -201,9 +203,11 @@ def test_table_and_picture(finished):
         "setting",
     ]
     assert table[0] == [*heads, "mean alpha"]
-    assert [row[0] for row in table[2:]] == ["zero-shot", "flyp", "flyp + WiSE-FT"]
-    cell = block["rows"]["flyp"]["mean OOD"]
-    assert table[3][5] == f"{100 * cell['mean']:.1f} ± {100 * cell['half_width_95']:.1f}"
+    assert len(table) == 10 and table[5] == table[0] and says(text, "ECE", "15 bins", "lower")
+    for lines, rows in ((table[2:5], block["rows"]), (table[7:], block["ece"])):
+        assert [row[0] for row in lines] == ["zero-shot", "flyp", "flyp + WiSE-FT"] == list(rows)
+        cell = rows["flyp"]["mean OOD"]
+        assert lines[1][5] == f"{100 * cell['mean']:.1f} ± {100 * cell['half_width_95']:.1f}"
     assert says(text, "seeds 0, 1", "±") and says(text, "epoch (1)", "`val`")
     assert says(text.rstrip().splitlines()[-1], "bad")
     assert PIL.Image.open(finished / "compare.png").size == (900, 675)
@@ -395,6 +399,21 @@ def test_where_zeroshot_is_chosen_nothing_is_merged(selected, argv, monkeypatch)
         (["--devices", "cpu,cuda:99"], ["--devices", "cpu,cuda:99", "'cuda:99'"]),
         (["--devices", "cpu,"], ["--devices", "cpu,", "''"]),
         (["--name=mine"], ["--name=mine"]),
+        (["--anchor=1"], ["--anchor=1"]),
+        (["--anchor-teacher", "trajectory"], ["--anchor-teacher"]),
+        (["--tune", "logit-scale=7", "--logit-scale", "9"], ["--logit-scale"]),
+        (["--tune", "wd=1,2"], ["--tune", "wd=1,2", "anchor", "logit-scale"]),
+        (["--tune", "logit-scale=7,"], ["--tune logit-scale", "7,"]),
+        (["--tune", "logit-scale=7,500"], ["--logit-scale", "500"]),
+        (["--tune", "logit-scale=7", "--tune", "logit-scale=9"], ["--tune", "logit-scale=9"]),
+        (["--methods", "flyp-anchor", "--tune", "anchor=3.5"], ["--tune", "anchor=3.5", "3.5"]),
+        (["--methods", "flyp-anchor", "--tune", "anchor=0"], ["--tune", "anchor=0"]),
+        (["--methods", "flyp,lp-ft", "--tune", "anchor=1"], ["--tune", "anchor", "flyp,lp-ft"]),
+        (
+            ["--methods", "ce-anchor,ce", "--tune", "anchor=1", "--tune", "logit-scale=7,9"],
+            ["--tune", "1", "2"],
+        ),
+        (["--model-stock", "--seeds", "3"], ["--model-stock", "--seeds", "3"]),
         (["--save-frequency", "0"], ["--save-frequency"]),
         (["--select", "best", "--eval-frequency=2"], ["--eval-frequency=2"]),
         (["--train-data", "nowhere"], ["nowhere"]),
@@ -430,6 +449,55 @@ def test_help_opens_with_an_example_and_needs_no_torch():
 
 
 # Pure functions
+
+
+def test_every_method_gets_equally_many_tries_with_tune():
+    tune = grid.parse_tune(list(grid.METHODS), ["anchor=1,10", "logit-scale=7,50"])
+    expected = dict.fromkeys(grid.METHODS, "anchor")
+    expected |= {
+        "flyp": "logit-scale",
+        "ce": "logit-scale",
+        "flyp-ce": "logit-scale",
+        "lp": None,
+        "lp-ft": None,
+    }
+    for method, flag in expected.items():
+        own = grid.tuned(method)
+        settings = grid.further(((own, 1.0),), [0.1, 1.0, 10.0], method, tune)
+        values = tune[flag] if flag else []
+        assert len(set(settings)) == 2 and grid.second(method, tune) == flag
+        assert all(setting[0][0] == own for setting in settings)
+        assert [setting for setting in settings if flag] == [((own, 1.0), (flag, value)) for value in values]
+    reverse = dict(reversed(tune.items()))
+    assert grid.second("flyp-anchor", reverse) == "logit-scale"  # the first in the order given
+    assert grid.further((("lr", 1.0),), [1.0], "flyp", {}) == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count", "expected"),
+    [
+        (1e-3, 2, [5.48e-4, 1.73e-3]),  # the geometric means with 3e-4 and 3e-3
+        (3e-3, 2, [1.73e-3, 5.2e-3]),  # as if 9e-3 came next
+        (3e-4, 2, [1.64e-4, 5.48e-4]),
+        (1e-3, 1, [1.73e-3]),
+        (3e-4, 1, [1.64e-4]),
+        (1e-3, 3, [5.48e-4, 1.44e-3, 2.08e-3]),
+    ],
+)
+def test_more_values_lie_around_the_best_one(chosen, count, expected):
+    assert grid.refine([1e-3, 3e-4, 3e-3], chosen, count) == expected
+
+
+def test_more_values_of_a_single_or_a_narrow_list_are_new():
+    assert grid.refine([10.0], 10.0, 2) == [3.16, 31.6]
+    assert len({1.0, 1.001, *grid.refine([1.0, 1.001], 1.0, 2)}) == 4
+
+
+def test_ties_go_to_the_smaller_value_and_to_the_default():
+    low, high, more = (("lr", 1.0),), (("lr", 2.0),), (("lr", 2.0), ("anchor", 1.0))
+    assert grid.choose({high: 0.9, low: 0.9}, "top1") == low
+    assert grid.choose({more: 0.9, low: 0.8, high: 0.9}, "top1") == high
+    assert grid.choose({more: 0.9, low: 0.8, high: 0.9}, "loss") == low
 
 
 def test_every_method_is_tuned_over_equally_many_values():
@@ -476,14 +544,25 @@ def test_parse_seeds_and_blocks():
 
 
 def test_the_plan_counts_runs_and_each_run_has_its_own_flags(argv, monkeypatch, tmp_path):
-    monkeypatch.setattr(compare.Comparison, "_checked", lambda self, run: self.flags(run))
+    monkeypatch.setattr(compare.Comparison, "_checked", lambda self, *pair: None)
     args, rest = commands._parser("compare").parse_known_args(
         argv("--methods", "flyp,ce", "--shots", "4,16", "--templates", "{c}", "--eval-frequency", "1")
     )
     args.train_flags = rest
     comparison = compare.Comparison(args)
     assert comparison.counts == {"training": 2 * 2 * (2 + 1), "sweep": 2 * 2 * 2}
-    run = compare.Run(comparison.blocks[1], "ce", 1e-3, 1)
+    words = ["--methods", "flyp,ce-trajectory,lp", "--tune", "anchor=1,2,3", "--tune", "logit-scale=7,8,9"]
+    tuned_args, rest = commands._parser("compare").parse_known_args(
+        argv(*words, "--model-stock", "--lp-c", "1,2")
+    )
+    tuned_args.train_flags = rest
+    tuned = compare.Comparison(tuned_args)  # the teachers have sweeps of their own; lp is not merged
+    assert tuned.counts == {"training": 3 * (2 + 3 + 1), "sweep": (3 + 1) * 2, "merge": 2}
+    one = grid.Run(tuned.blocks[0], "ce-trajectory", (("lr", 1e-3), ("anchor", 2.0)), 1)
+    assert one.name == "ce-trajectory_lr0.001_anchor2.0_seed1"
+    flags = " ".join(tuned.flags(one))
+    assert "--objective ce --anchor 2.0 --anchor-teacher trajectory --lr 0.001" in flags
+    run = grid.Run(comparison.blocks[1], "ce", (("lr", 1e-3),), 1)
     assert comparison.folder(run) == Path("out/runs/shots16_templates0_ce_lr0.001_seed1")
     flags = " ".join(comparison.flags(run))
     for words in ("--shots 16 --shots-seed 1", "--templates {c}", "--objective ce --lr 0.001 --seed 1"):
@@ -522,6 +601,10 @@ def test_figure_is_scipys_interval():
     assert plots.figure([0.5])["half_width_95"] is None
 
 
+def scored(id_, ood):
+    return {"id": {"top1": id_, "n": 10, "ece": id_ / 10}, "ood": {"top1": ood, "n": 20, "ece": ood / 10}}
+
+
 def method(value, *seeds):
     """Literal sweeps: for each seed the chosen alpha, and top-1 on id and ood at alpha 0, 0.5 and 1."""
     return {
@@ -529,13 +612,12 @@ def method(value, *seeds):
         "value": value,
         "chosen_by": "id/top1",
         "by_value": {1e-5: 0.1, 3e-5: 0.2, 1e-4: 0.3},
-        "zero_shot": {"id": {"top1": 0.5, "n": 10}, "ood": {"top1": 0.4, "n": 20}},
+        "zero_shot": scored(0.5, 0.4),
         "seeds": {
             seed: {
                 "epoch": 3 - seed,
                 "chosen_alpha": chosen,
-                "alphas": {a: {"id": {"top1": i, "n": 10}, "ood": {"top1": o, "n": 20}} for a, i, o in zip(
-                    ("0.00", "0.50", "1.00"), id_, ood)},
+                "alphas": {a: scored(i, o) for a, i, o in zip(("0.00", "0.50", "1.00"), id_, ood)},
             }
             for seed, (chosen, id_, ood) in enumerate(seeds)
         },
@@ -551,9 +633,10 @@ METHODS = {
 def record(methods, select="last", **blocks):
     table = plots.rows(methods, ["id"])
     less = plots.differences(table, list(methods))
-    block = {"title": "", "methods": methods, "rows": table, "differences": less, **blocks}
-    settings = {"model": "M", "pretrained": "P", "train_data": "D", "select": select}
-    return {"settings": settings, "epochs": 3, "methods": ["flyp", "ce"], "seeds": [0, 1],
+    ece = plots.rows(methods, ["id"], "ece")
+    block = {"title": "", "methods": methods, "rows": table, "ece": ece, "differences": less, **blocks}
+    settings = {"model": "M", "pretrained": "P", "train_data": "D", "select": select, "tune": ["anchor=1,10"]}
+    return {"settings": settings, "epochs": 3, "methods": ["flyp", "ce"], "seeds": [0, 1], "tries": (3, 0),
             "id_sets": ["id"], "blocks": [block]}  # fmt: skip
 
 

@@ -1,34 +1,28 @@
 """`flyp compare`: the paper's comparison of fine-tuning methods on the user's own data.
 
-It runs `flyp train` and `flyp wiseft` for each method and seed, each in a process and a folder of its own, one at a time
-on each of --devices (jobs.py), and turns their results into tables and a picture (plots.py). What makes the comparison
-fair is said in its --help, below.
+It runs `flyp train` and `flyp wiseft` for each method and seed (grid.py), each in a process and a folder of its own, one at
+a time on each of --devices (jobs.py), and turns their results into tables and a picture (plots.py). What makes the
+comparison fair is said in its --help, below.
 """
 
 import argparse
 import json
 import logging
-import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from flyp_plugin.commands import grid, plots
-from flyp_plugin.commands.grid import TRIED, Block, Run, tuned
-from flyp_plugin.commands.jobs import DONE, JobFailed, Jobs, claim_folder, find_devices, run_jobs
+from flyp_plugin.commands.comparison import Comparison
+from flyp_plugin.commands.grid import TRIED, Block, Run, Setting
+from flyp_plugin.commands.jobs import DONE, JobFailed, Jobs, claim_folder, run_jobs
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import to_argv
 from flyp_plugin.sources import write_atomically
 
-# flags of `flyp train` that this command sets for each run, always and with --select best or loss
-_RESERVED = (
-    "seed|shots-seed|objective|name|logs|resume|demo|help-open-clip|save-frequency|delete-previous-checkpoint"
-)
-_RESERVED_IF_SELECTED = f"{_RESERVED}|eval-frequency"
 _ALPHAS = [f"{tenth / 10:.2f}" for tenth in range(11)]  # those of `flyp wiseft` by default
 _FLYP = (sys.executable, "-m", "flyp_plugin")
 _log = logging.getLogger(__name__)
@@ -40,11 +34,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     parser.set_defaults(passes_on=True)
     parser.epilog = """All other flags go to each training (see train_flyp.py --help and --help-open-clip): --epochs, --batch-size,
---workers, --model-config, ... Every method gets the same data, epochs and number of values of its one tuned setting: the
-learning rate or, for lp, C. The first set chooses that value, on the first seed (the other seeds train with it), and for
-each seed the epoch (--select) and alpha; no other set chooses anything. Alpha is chosen by top-1, and so are the value
-and the epoch, unless --select is loss. Each run is a folder in DIR/runs with its own command.txt. Finished runs are
-skipped, so the same command resumes an interrupted comparison."""
+--workers, --model-config, ... Every method gets the same data, epochs and number of tries. First it is trained with each
+value of its own setting: the learning rate or, for lp, C. With --tune it then tries as many further settings as --tune has
+values: these at its best own value or, if it has no such setting, more values of its own around the best one. The first set
+chooses among all tries, on the first seed (the other seeds train with the best), and for each seed the epoch (--select)
+and alpha; no other set chooses anything. Alpha is chosen by top-1, and so are the setting and the epoch, unless --select
+is loss.
+
+Methods: an objective of flyp train (flyp, ce, lp, lp-ft, flyp-ce), or flyp or ce with --anchor 3.5: to the pretrained model
+(flyp-anchor, ce-anchor) or to an average along the trajectory (flyp-trajectory, ce-trajectory). That average is a model of
+its own, which has rows "METHOD, teacher" (at the epoch chosen for METHOD). compare.md also has the calibration error (ECE).
+
+Each run is a folder in DIR/runs with its own command.txt. Finished runs are skipped, so the same command resumes an
+interrupted comparison; --model-stock and seeds may be added to one."""
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="open_clip's name of the architecture")
     add("--pretrained", required=True, metavar="TAG|PATH", help="what each fine-tuning starts from")
@@ -58,6 +60,10 @@ skipped, so the same command resumes an interrupted comparison."""
         "these, as many as there are of --lp-c)")
     add("--lp-c", metavar="A,B,...", help="for lp, as many values of its inverse regularisation strength "
         f"(default: {TRIED['lp-c']}, or the middle ones of these, as many as there are of --lr)")
+    add("--tune", action="append", default=[], metavar="SETTING=A,B,...", help="values to try of one more setting, by the "
+        "methods that have it: anchor (the weight; *-anchor and *-trajectory) or logit-scale (the inverse temperature that "
+        "training starts from; all but lp and lp-ft). Repeatable with equally many values: a method tunes the first that "
+        "it has")
     add("--seeds", default="0:3", metavar="A:B|A,B,...", help="A:B excludes B (default: %(default)s)")
     add("--shots", metavar="K,L,...", help="images per class, drawn by the seed; one table for each")
     add("--templates", action="append", metavar="FILE", help="templates to train with (a file, openai, simple, fmow, ..., "
@@ -68,6 +74,8 @@ skipped, so the same command resumes an interrupted comparison."""
     add("--select", choices=["last", "best", "loss"], default="last", help="the epoch at which a run is scored: its last, "
         "or the one with the highest top-1 (best) or the lowest loss (mean cross-entropy) on the first set, where zero-shot "
         "is epoch 0. For best and loss, one run's checkpoints of all epochs must fit on the disk (default: %(default)s)")
+    add("--model-stock", action="store_true", help="also merge the seeds of each method but lp by Model Stock (flyp wiseft "
+        "--model-stock): a row of one model")
     devices = parser.add_mutually_exclusive_group()
     devices.add_argument("--devices", metavar="A,B,...", help="run as many trainings at a time, one on each device, such as "
         "cuda:0,cuda:1; all: each visible GPU. The results are the same. A device may occur several times (default: one "
@@ -75,103 +83,6 @@ skipped, so the same command resumes an interrupted comparison."""
     devices.add_argument("--device", dest="devices", metavar="A", help="the same, for one")
     add("--out", required=True, metavar="DIR", help="folder for compare.md, compare.json, compare.png and runs/")
     # fmt: on
-
-
-class Comparison:
-    """What the flags ask for, checked before anything runs: InputError for whatever `flyp train` would refuse.
-
-    Args:
-        args: the flags of `flyp compare`; args.train_flags are those for `flyp train`.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.out = args, Path(args.out)
-        self.methods, self.seeds = grid.parse_methods(args.methods), grid.parse_seeds(args.seeds)
-        args.lr, args.lp_c = grid.with_defaults({"lr": args.lr, "lp-c": args.lp_c}).values()
-        self.values = grid.parse_values(self.methods, {"lr": args.lr, "lp-c": args.lp_c})
-        self.blocks = grid.parse_blocks(args.shots, args.templates, args.prompts)
-        names = [spec.partition("=")[0] for spec in args.eval_data]
-        if args.id_test not in (None, *names[1:]):
-            what = f"a set of --eval-data after the first ({', '.join(names)})"
-            raise InputError(f"--id-test {args.id_test} must be {what}.")
-        self.devices = find_devices(args.devices)
-        self.id_sets = [names[0], *filter(None, [args.id_test])]  # the set that chooses, and the ID test set
-        self.metric = "loss" if args.select == "loss" else "top1"
-        self.chosen_by = f"{names[0]}/{self.metric}"  # the figure that chooses the epoch and the tuned value
-        reserved = _RESERVED if args.select == "last" else _RESERVED_IF_SELECTED
-        for word in args.train_flags:
-            if re.fullmatch(f"--({reserved})(=.*)?", word):
-                raise InputError(f"{word} is set by `flyp compare` for each run; leave it out (see --help).")
-        if not (find_spec("matplotlib") and find_spec("scipy")):
-            raise InputError("matplotlib and scipy are missing: pip install 'flyp-plugin[train,compare]'.")
-        self.train_args = {
-            (block, method): self._checked(Run(block, method, self.values[method][0], self.seeds[0]))
-            for block, method in product(self.blocks, self.methods)
-        }
-
-    def _checked(self, run: Run) -> argparse.Namespace:
-        """The run's flags as `flyp train` parses and checks them."""
-        from flyp_plugin.train import FlypRun
-
-        all_images = replace(run.block, shots=None)  # drawing shots would read all the data
-        return FlypRun(self.flags(replace(run, block=all_images))).args
-
-    def flags(self, run: Run) -> list[str]:
-        """The flags of a training, except where it goes. The user's come last, so that they win."""
-        args, block = self.args, run.block
-        flags = {name: getattr(args, name) for name in ("model", "pretrained", "train_data")}
-        flags |= {name: getattr(block, name) for name in ("templates", "prompts", "shots")}
-        flags |= {"shots_seed": block.shots and run.seed}
-        flags |= {"objective": run.method if run.method != "flyp" else None, tuned(run.method): run.value}
-        # 0: only before training and after the last epoch
-        flags |= {"seed": run.seed, "eval_frequency": 0 if args.select == "last" else 1}
-        sets = [word for spec in args.eval_data for word in ("--eval-data", spec)]
-        return [*to_argv(flags), *sets, *args.train_flags]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of trainings and of sweeps."""
-        tables, values, seeds = len(self.train_args), len(self.values[self.methods[0]]), len(self.seeds)
-        return {"training": tables * (values + seeds - 1), "sweep": tables * seeds}
-
-    def folder(self, run: Run) -> Path:
-        return self.out / "runs" / run.name
-
-    def epochs(self, run: Run) -> int:
-        return self.train_args[run.block, run.method].epochs
-
-    def rows(self, run: Run) -> dict[int, dict[str, Any]]:
-        """The lines of results.jsonl by epoch; 0 is zero-shot. A resumed run may have one twice: the later counts."""
-        lines = self.read(run, "checkpoints/results.jsonl").splitlines()
-        return {row["epoch"]: row for row in map(json.loads, lines)}
-
-    def metrics(self, run: Run, epoch: int) -> dict[str, dict[str, Any]]:
-        """The metrics of a run on each set."""
-        by_set: dict[str, dict[str, Any]] = {}
-        for key, value in self.rows(run)[epoch].items():
-            name, slash, metric = key.partition("/")
-            if slash:
-                by_set.setdefault(name, {})[metric] = value
-        return by_set
-
-    def choose_epoch(self, run: Run) -> int:
-        """The epoch at which a finished run is scored, by --select; 0 if zero-shot is as good as any other."""
-        from flyp_plugin.metrics import best
-
-        if self.args.select == "last":
-            return self.epochs(run)
-        return best({epoch: row[self.chosen_by] for epoch, row in self.rows(run).items()}, self.metric)
-
-    def figure(self, run: Run) -> float:
-        """The figure by which the epoch was chosen, at that epoch; it also chooses the tuned value."""
-        return self.rows(run)[self.choose_epoch(run)][self.chosen_by]
-
-    def read(self, run: Run, name: str) -> str:
-        """A text file of a finished run. Raises InputError if it was deleted."""
-        folder = self.folder(run)
-        if not (folder / name).exists():
-            raise InputError(f"{folder / name} of a finished run is missing; delete {folder} to rerun it.")
-        return (folder / name).read_text()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -182,14 +93,17 @@ def run(args: argparse.Namespace) -> None:
     """
     comparison = Comparison(args)
     out, counts, first = comparison.out, comparison.counts, comparison.seeds[0]
-    tried, others = len(comparison.values[comparison.methods[0]]), len(comparison.seeds) - 1
+    (tried, more), others = comparison.tries, len(comparison.seeds) - 1
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "out", "devices")}
-    # only the first seed chooses: others may be added and left out
-    claim_folder(out, {**settings, "seeds": first})
+    # only the first seed chooses: others may be added and left out, and so may what is merged
+    claimed = {name: value for name, value in settings.items() if name != "model_stock"}
+    claim_folder(out, {**claimed, "seeds": first})
     finished = len(list(out.glob(f"runs/**/{DONE}")))
+    merges = f", {counts['merge']} merges by Model Stock" if args.model_stock else ""
     _log.info(
-        f"Plan: {counts['training']} trainings and {counts['sweep']} sweeps over alpha, {finished} of them finished. In each "
-        f"table each method is trained with {tried} values on seed {first}, and with the best on {others} more seeds."
+        f"Plan: {counts['training']} trainings, {counts['sweep']} sweeps over alpha{merges}; {finished} of them finished. In "
+        f"each table each method is trained with {tried} values{f', then {more} further settings,' if more else ''} on seed "
+        f"{first}, and with the best on {others} more seeds."
     )
     results: dict[Block, dict[str, Any]] = {block: {} for block in comparison.blocks}
     with run_jobs(out, counts, comparison.devices) as jobs:
@@ -212,27 +126,42 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_method(comparison: Comparison, block: Block, method: str, jobs: Jobs) -> dict[str, Any]:
-    """Tune a method, train it on all seeds and sweep alpha; returns its part of compare.json."""
-    from flyp_plugin.metrics import best
+    """Tune a method, train it on all seeds, sweep alpha and merge; returns its part of compare.json."""
+    first, own = comparison.seeds[0], grid.tuned(method)
+    figures: dict[Setting, float] = {}
 
-    first = comparison.seeds[0]
-    tuning = {value: Run(block, method, value, first) for value in comparison.values[method]}
-    jobs.map(lambda run: _train(comparison, run, jobs), tuning.values())
-    figures = {value: comparison.figure(run) for value, run in tuning.items()}
-    chosen = best(figures, comparison.metric)
-    for value, run in tuning.items():
-        if value != chosen:
-            _keep_checkpoint(comparison.folder(run), None)
+    def attempt(settings: Iterable[Setting]) -> Setting:
+        """Train with some settings; returns the best of all so far, which alone keeps its checkpoint."""
+        runs = {setting: Run(block, method, setting, first) for setting in settings}
+        jobs.map(lambda run: _train(comparison, run, jobs), runs.values())
+        figures.update({setting: comparison.figure(run) for setting, run in runs.items()})
+        chosen = grid.choose(figures, comparison.metric)
+        for setting in figures:
+            if setting != chosen:
+                _keep_checkpoint(comparison.folder(Run(block, method, setting, first)), None)
+        return chosen
 
-    def score(seed: int) -> dict[str, Any]:
-        run = Run(block, method, chosen, seed)
-        if seed != first:
+    values = comparison.values[method]
+    best_own = attempt(((own, value),) for value in values)
+    chosen = attempt(grid.further(best_own, values, method, comparison.tune))
+    runs = [Run(block, method, chosen, seed) for seed in comparison.seeds]
+
+    def score(run: Run) -> dict[str, Any]:
+        if run.seed != first:
             _train(comparison, run, jobs)
         return _sweep(comparison, run, jobs)
 
-    seeds = dict(zip(comparison.seeds, jobs.map(score, comparison.seeds)))
-    found = {"tuned": tuned(method), "value": chosen, "chosen_by": comparison.chosen_by, "by_value": figures}
-    return {**found, "zero_shot": comparison.metrics(tuning[chosen], 0), "seeds": seeds}
+    seeds = dict(zip(comparison.seeds, jobs.map(score, runs)))
+    by_value = {setting[0][1]: figure for setting, figure in figures.items() if len(setting) == 1}
+    found = {"tuned": own, "value": chosen[0][1], "chosen_by": comparison.chosen_by, "by_value": by_value}
+    if flag := grid.second(method, comparison.tune):
+        default = grid.METHODS[method].get(flag)  # None: the pretrained model's
+        by_value = {dict(setting)[flag]: figure for setting, figure in figures.items() if len(setting) > 1}
+        by_value |= {default: figures[best_own]} if default else {}
+        found["then"] = {"tuned": flag, "value": dict(chosen).get(flag, default), "by_value": by_value}
+    if comparison.merges(method):
+        found["model_stock"] = _merge(comparison, runs, jobs)
+    return {**found, "zero_shot": comparison.metrics(runs[0], 0), "seeds": seeds}
 
 
 def _train(comparison: Comparison, run: Run, jobs: Jobs) -> None:
@@ -251,32 +180,72 @@ def _train(comparison: Comparison, run: Run, jobs: Jobs) -> None:
 
 
 def _keep_checkpoint(folder: Path, epoch: int | None) -> None:
-    """Delete the checkpoints of a finished run but for one or none; its log and figures stay."""
-    from flyp_plugin.record import epochs
+    """Delete the checkpoints of a finished run, and their teachers, but for one or none; its log and figures stay."""
+    from flyp_plugin.record import epochs, teacher_path
 
-    for number, path in epochs(folder).items():
-        if number != epoch:
-            path.unlink()
+    checkpoints = folder / "checkpoints"
+    teachers = set(checkpoints.glob(teacher_path(checkpoints, "*").name))
+    others = [path for number, path in epochs(folder).items() if number != epoch]
+    for path in [*others, *(teachers - {teacher_path(checkpoints, str(epoch))})]:
+        path.unlink()
 
 
 def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
-    """Sweep alpha at the epoch chosen; returns a seed's part of compare.json."""
+    """Sweep alpha at the epoch chosen, also for the teacher if there is one; returns a seed's part of compare.json."""
     folder, epoch = comparison.folder(run), comparison.choose_epoch(run)
-    found = {"folder": str(folder), "epoch": epoch}
-    if epoch == 0:  # nothing to merge: at every alpha the weights are those that training started from
-        jobs.skip("sweep")
-        return {**found, "chosen_alpha": 0.0, "alphas": dict.fromkeys(_ALPHAS, comparison.metrics(run, 0))}
+
+    def sweep(teacher: bool) -> dict[str, Any]:
+        if epoch == 0:  # nothing to merge: at every alpha the weights are those that training started from
+            jobs.skip("sweep")
+            return {"chosen_alpha": 0.0, "alphas": dict.fromkeys(_ALPHAS, comparison.metrics(run, 0))}
+        # --per-set: a mean OOD would include the ID test set
+        words = [str(folder), "--epoch", str(epoch), *(["--per-set"] if comparison.args.id_test else [])]
+        title, out = (", teacher", "wiseft_teacher") if teacher else ("", "wiseft")
+        words += ["--teacher"] if teacher else []
+        found = _wiseft(comparison, run, "sweep", words, run.title + title, folder / out, jobs)
+        return {key: found[key] for key in ("chosen_alpha", "alphas")}
+
+    found = {"folder": str(folder), "epoch": epoch, **sweep(teacher=False)}
+    return {**found, "teacher": sweep(teacher=True)} if grid.has_teacher(run.method) else found
+
+
+def _merge(comparison: Comparison, runs: Sequence[Run], jobs: Jobs) -> dict[str, Any]:
+    """Merge the seeds of a method by Model Stock, but for those scored at epoch 0; returns its part of compare.json."""
+    epochs = {run: epoch for run in runs if (epoch := comparison.choose_epoch(run))}
+    found = {"seeds": [run.seed for run in epochs]}
+    if len(epochs) < 2:
+        jobs.skip("merge")
+        return found
+    paths = [f"{comparison.folder(run)}/checkpoints/epoch_{epoch}.pt" for run, epoch in epochs.items()]
+    run = replace(runs[0], seed=None)
+    folder = comparison.folder(run)
+    words = ["--model-stock", *paths, "--out", str(folder)]
+    stock = _wiseft(comparison, run, "merge", words, run.title, folder, jobs)
+    return {**found, "folder": str(folder), "sets": stock["sets"]}
+
+
+def _wiseft(
+    comparison: Comparison, run: Run, kind: str, words: Sequence[str], title: str, out: Path, jobs: Jobs
+) -> dict[str, Any]:
+    """Run `flyp wiseft` with `words` on the data of a run, unless it has with the same; returns its wiseft.json."""
     args = vars(comparison.train_args[run.block, run.method])
-    command = [*_FLYP, "wiseft", str(folder), "--epoch", str(epoch), "--force"]
-    command += to_argv({name: args[name] for name in ("batch_size", "workers")})
-    if comparison.args.id_test:
-        command += ["--per-set"]  # a mean OOD would include the ID test set
+    flags = to_argv({name: args[name] for name in ("batch_size", "workers")})
+    command = [*_FLYP, "wiseft", *words, "--force", *flags]
+    done, before = out / DONE, out / "command.txt"
+    if done.exists() and before.exists() and shlex.join(words) not in before.read_text():  # of other seeds
+        done.unlink()
 
     def record() -> dict[str, Any]:
-        return json.loads(comparison.read(run, "wiseft/wiseft.json"))
+        return json.loads(comparison.read(out, "wiseft.json"))
 
-    jobs.run("sweep", run.title, folder / "wiseft", command, lambda: f"alpha {record()['chosen_alpha']:g}")
-    return {**found, **{key: record()[key] for key in ("chosen_alpha", "alphas")}}
+    def result() -> str:
+        if kind == "sweep":
+            return f"alpha {record()['chosen_alpha']:g}"
+        name = comparison.id_sets[0]
+        return f"{name} {100 * record()['sets'][name]['top1']:.1f}"
+
+    jobs.run(kind, title, out, command, result)
+    return record()
 
 
 def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Block, dict[str, Any]]) -> None:
@@ -285,12 +254,15 @@ def _write(comparison: Comparison, settings: dict[str, Any], results: Mapping[Bl
 
     blocks = []
     for block, methods in results.items():
-        table = plots.rows(methods, comparison.id_sets)
-        differences = plots.differences(table, list(methods)) if comparison.methods[0] in methods else {}
-        given = {name: getattr(block, name) for name in ("title", "shots", "templates", "prompts")}
-        blocks.append({**given, "methods": methods, "rows": table, "differences": differences})
+        found = {name: getattr(block, name) for name in ("title", "shots", "templates", "prompts")}
+        found["methods"] = methods
+        for metric, rows, differences in (("top1", "rows", "differences"), ("ece", "ece", "ece_differences")):
+            found[rows] = table = plots.rows(methods, comparison.id_sets, metric)
+            paired = comparison.methods[0] in methods
+            found[differences] = plots.differences(table, list(methods)) if paired else {}
+        blocks.append(found)
     epochs = max(args.epochs for args in comparison.train_args.values())  # a linear probe has 1
-    parts = {name: getattr(comparison, name) for name in ("methods", "seeds", "id_sets")}
+    parts = {name: getattr(comparison, name) for name in ("methods", "seeds", "id_sets", "tries")}
     record = {"settings": settings, "epochs": epochs, **parts, "blocks": blocks}
     out, text = comparison.out, plots.document(record)
     write_atomically(out / "compare.json", json.dumps(record, indent=1) + "\n")

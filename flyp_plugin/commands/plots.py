@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 
 Record = Mapping[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]  # rows -> columns -> what `figure` returns
-_WISE, _OOD = " + WiSE-FT", "mean OOD"  # in the names of rows and columns
+_CALIBRATION = "Expected calibration error (ECE, 15 bins) in %, lower is better:"
+# in the names of rows and columns
+_WISE, _STOCK, _TEACHER, _OOD = " + WiSE-FT", " + Model Stock", ", teacher", "mean OOD"
 
 
 class Curve(NamedTuple):
-    """A frontier: its points in the order of the alphas, and the point that gets a star; accuracies in percent."""
+    """A frontier: its points in the order of the alphas, and those that get a star and a diamond; accuracies in percent."""
 
     across: Sequence[float]
     up: Sequence[float]
     star: tuple[float, float]
+    diamond: tuple[float, float] | None = None  # Model Stock, which has no alpha
 
 
 def mean_ood(by_set: Mapping[str, Mapping[str, Any]], metric: str = "top1") -> float | None:
@@ -61,8 +64,12 @@ def _draw_curves(
     picture = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
     for (title, curves), axes in zip(panels.items(), picture.subplots(1, len(panels), squeeze=False)[0]):
         for name, curve in curves.items():
-            (line,) = axes.plot(curve.across, curve.up, "o-", markersize=4, label=name)
-            axes.plot(*curve.star, "*", markersize=16, color=line.get_color(), markeredgecolor="black")
+            style = "o--" if name.endswith(_TEACHER) else "o-"
+            (line,) = axes.plot(curve.across, curve.up, style, markersize=4, label=name)
+            marked = {"color": line.get_color(), "markeredgecolor": "black"}
+            axes.plot(*curve.star, "*", markersize=16, **marked)
+            if curve.diamond:
+                axes.plot(*curve.diamond, "D", markersize=8, label=name + _STOCK, **marked)
             for x, y, label in zip(curve.across, curve.up, labels):
                 axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axes.plot([], [], "*", markersize=12, color="white", markeredgecolor="black", label=star)
@@ -83,40 +90,58 @@ def figure(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": fmean(values), "half_width_95": half, "by_seed": list(values)}
 
 
-def top1(by_set: Mapping[str, Mapping[str, Any]], id_sets: Sequence[str]) -> dict[str, float]:
-    """Top-1 on each set, the ID sets first, then the mean over the OOD sets."""
+def columns(
+    by_set: Mapping[str, Mapping[str, Any]], id_sets: Sequence[str], metric: str = "top1"
+) -> dict[str, float]:
+    """A metric on each set, the ID sets first, then its mean over the OOD sets."""
     ood = {name: metrics for name, metrics in by_set.items() if name not in id_sets}
-    row = {name: by_set[name]["top1"] for name in [*id_sets, *ood]}
-    mean = mean_ood({id_sets[0]: by_set[id_sets[0]], **ood})
+    row = {name: by_set[name][metric] for name in [*id_sets, *ood]}
+    mean = mean_ood({id_sets[0]: by_set[id_sets[0]], **ood}, metric)
     return row if mean is None else {**row, _OOD: mean}
 
 
-def rows(methods: Mapping[str, Record], id_sets: Sequence[str]) -> Table:
-    """The rows of the table: zero-shot, and each method with and without WiSE-FT at the alpha chosen for each seed."""
+def rows(methods: Mapping[str, Record], id_sets: Sequence[str], metric: str = "top1") -> Table:
+    """The rows of the table: zero-shot, and each method with and without WiSE-FT at the alpha chosen for each seed.
+
+    A method whose training yields a teacher has these two rows for the teacher as well, and one for Model Stock.
+    """
     table: Table = {}
     for method, found in methods.items():
-        sweeps = list(found["seeds"].values())
-        by_row = {
-            "zero-shot": [found["zero_shot"]],
-            method: [sweep["alphas"]["1.00"] for sweep in sweeps],
-            method + _WISE: [sweep["alphas"][f"{sweep['chosen_alpha']:.2f}"] for sweep in sweeps],
-        }
+        by_row = {"zero-shot": [found["zero_shot"]]}
+        for name, sweeps in _models(method, found).items():
+            by_row[name] = [sweep["alphas"]["1.00"] for sweep in sweeps]
+            by_row[name + _WISE] = [sweep["alphas"][f"{sweep['chosen_alpha']:.2f}"] for sweep in sweeps]
+        if stock := _stock(found):
+            by_row[method + _STOCK] = [stock]
         for name, seeds in by_row.items():
-            of_seeds = [top1(by_set, id_sets) for by_set in seeds]
+            of_seeds = [columns(by_set, id_sets, metric) for by_set in seeds]
             table.setdefault(name, {c: figure([row[c] for row in of_seeds]) for c in of_seeds[0]})
     return table
 
 
+def _models(method: str, found: Record) -> dict[str, list[Record]]:
+    """The sweeps of a method by the name of what was merged, one for each seed: its model, and its teacher if any."""
+    sweeps = list(found["seeds"].values())
+    teachers = [sweep["teacher"] for sweep in sweeps if "teacher" in sweep]
+    return {method: sweeps, **({method + _TEACHER: teachers} if teachers else {})}
+
+
+def _stock(found: Record) -> Mapping[str, Any] | None:
+    """The metrics of a method's seeds merged by Model Stock on each set; None if they were not."""
+    return found.get("model_stock", {}).get("sets")
+
+
 def differences(table: Table, methods: Sequence[str]) -> Table:
-    """Each method minus the first one, paired by seed; both without or both with WiSE-FT."""
-    first, *others = methods
+    """Each row minus the first method's, paired by seed: both without or both with WiSE-FT. Model Stock has no seeds."""
+    baselines = {wise: table[methods[0] + wise] for wise in ("", _WISE)}
     result: Table = {}
-    for method, wise in product(others, ("", _WISE)):
-        baseline = table[first + wise]
-        result[method + wise] = {
-            column: figure([a - b for a, b in zip(cell["by_seed"], baseline[column]["by_seed"])])
-            for column, cell in table[method + wise].items()
-        }
+    for name, row in table.items():
+        baseline = baselines[_WISE if name.endswith(_WISE) else ""]
+        if name != "zero-shot" and not name.endswith(_STOCK) and row is not baseline:
+            result[name] = {
+                column: figure([a - b for a, b in zip(cell["by_seed"], baseline[column]["by_seed"])])
+                for column, cell in row.items()
+            }
     return result
 
 
@@ -145,6 +170,12 @@ def document(record: Record) -> str:
         f" `{val}` chose the setting of each method ({by[0]}on seed {seeds[0]}) and alpha ({by[1]}for each seed); no other "
         "set chose anything."
     )
+    first, more = record["tries"]
+    if more:
+        how += (
+            f" Each method was tried with {first} values of its learning rate (lp: C) and, at the best, with the {more} values "
+            f"of {' or '.join(settings['tune'])} or, if it has no such setting, with {more} more learning rates around it."
+        )
     if not test:
         how += f" So the figures on `{val}` are slightly optimistic; pass --id-test for a set that chooses nothing."
     text = [f"# {settings['model']} ({settings['pretrained']}), fine-tuned on {settings['train_data']}", how]
@@ -153,14 +184,40 @@ def document(record: Record) -> str:
         text += [_markdown(block["rows"], record, block["methods"])]
         if select != "last" and block["methods"]:
             text += [f"Epochs chosen, in the order of the seeds: {_epochs(block['methods'])}."]
+        if block["methods"]:
+            text += [_CALIBRATION, _markdown(block["ece"], record, block["methods"])]
+        text += _stock_notes(block["methods"])
         if block["differences"]:
             first = record["methods"][0]
-            text += [f"Difference to {first} (with WiSE-FT: to {first}{_WISE}) in points, paired by seed:"]
+            text += [
+                f"Difference of top-1 to {first} (with WiSE-FT: to {first}{_WISE}) in points, paired by seed:"
+            ]
             text += [_markdown(block["differences"], record, block["methods"], "+")]
     pairs = product(record["blocks"], record["methods"])
     missing = [f"{method} ({block['title']})" for block, method in pairs if method not in block["methods"]]
     text += [f"Not finished: {', '.join(missing).replace(' ()', '')}."] if missing else []
     return "\n\n".join(text) + "\n"
+
+
+def _stock_notes(methods: Mapping[str, Record]) -> list[str]:
+    """What to know of the rows with Model Stock, if there are any."""
+    stocks = {
+        method: found["model_stock"]["seeds"] for method, found in methods.items() if "model_stock" in found
+    }
+    if not stocks:
+        return []
+    said = "Model Stock merges all seeds of a method into one model, so it has no interval."
+    if "lp" in methods:
+        said += " It leaves out lp, whose seeds share all weights but those of the head."
+    for method, seeds in stocks.items():
+        if len(seeds) < len(methods[method]["seeds"]):
+            left = (
+                f"only {', '.join(map(str, seeds))}"
+                if len(seeds) > 1
+                else "fewer than two, so it has no such row"
+            )
+            said += f" Of {method} the seeds that are not scored at epoch 0 are {left}."
+    return [said]
 
 
 def _epochs(methods: Mapping[str, Record]) -> str:
@@ -175,16 +232,25 @@ def _markdown(table: Table, record: Record, methods: Mapping[str, Record], sign:
         return "No method has finished."
     notes = {"zero-shot": ["", "0"]}
     for method, found in methods.items():
-        tried = sorted(map(float, found["by_value"]))
-        end = {tried[0]: " (least tried)", tried[-1]: " (most tried)"} if len(tried) > 2 else {}
-        setting = f"{found['tuned']} {found['value']:g}{end.get(found['value'], '')}"
-        mean = fmean(sweep["chosen_alpha"] for sweep in found["seeds"].values())
-        notes |= {method: [setting, "1"], method + _WISE: [setting, f"{mean:.2f}"]}
-    columns = list(next(iter(table.values())))
-    lines = [["", *(_heading(name, record, methods) for name in columns), "setting", "mean alpha"]]
-    lines += [["---", *["---:"] * (len(columns) + 2)]]
-    lines += [[name, *(percent(row[c], sign) for c in columns), *notes[name]] for name, row in table.items()]
+        setting = ", ".join(filter(None, map(_value, (found, found.get("then", {})))))
+        for name, sweeps in _models(method, found).items():
+            mean = fmean(sweep["chosen_alpha"] for sweep in sweeps)
+            notes |= {name: [setting, "1"], name + _WISE: [setting, f"{mean:.2f}"]}
+        notes[method + _STOCK] = [setting, ""]
+    names = list(next(iter(table.values())))
+    lines = [["", *(_heading(name, record, methods) for name in names), "setting", "mean alpha"]]
+    lines += [["---", *["---:"] * (len(names) + 2)]]
+    lines += [[name, *(percent(row[c], sign) for c in names), *notes[name]] for name, row in table.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(found: Record) -> str:
+    """A tuned flag with its value, and whether that is at an end of those tried; '' for the model's own."""
+    if found.get("value") is None:
+        return ""
+    tried = sorted(map(float, found["by_value"]))
+    end = {tried[0]: " (least tried)", tried[-1]: " (most tried)"} if len(tried) > 2 else {}
+    return f"{found['tuned']} {found['value']:g}{end.get(found['value'], '')}"
 
 
 def _heading(name: str, record: Record, methods: Mapping[str, Record]) -> str:
@@ -204,10 +270,13 @@ def draw(record: Record, path: Path) -> None:
     for block in record["blocks"]:
         curves = {}
         for method, found in block["methods"].items():
-            sweeps = list(found["seeds"].values())
-            curves[method] = curve(sweeps, id_sets)
-            labels = [{"0.00": "0", "1.00": "1"}.get(alpha, "") for alpha in sweeps[0]["alphas"]]
             ood = _OOD in block["rows"][method]
+            for name, sweeps in _models(method, found).items():
+                curves[name] = curve(sweeps, id_sets)
+                labels = [{"0.00": "0", "1.00": "1"}.get(alpha, "") for alpha in sweeps[0]["alphas"]]
+            if ood and _stock(found):
+                across, up = (block["rows"][method + _STOCK][c]["mean"] for c in (id_sets[-1], _OOD))
+                curves[method] = curves[method]._replace(diamond=(100 * across, 100 * up))
         panels[block["title"]] = curves
     _draw_curves(panels, labels, "at the alphas chosen", id_sets[-1] if ood else None, path)
 
@@ -219,7 +288,7 @@ def curve(sweeps: Sequence[Record], id_sets: Sequence[str], up: str = _OOD) -> C
     """
 
     def point(chosen: Sequence[str]) -> tuple[float, float]:
-        seeds = [top1(sweep["alphas"][alpha], id_sets) for sweep, alpha in zip(sweeps, chosen)]
+        seeds = [columns(sweep["alphas"][alpha], id_sets) for sweep, alpha in zip(sweeps, chosen)]
         across = 100 * fmean(row[id_sets[-1]] for row in seeds)
         if up not in seeds[0]:
             return fmean(map(float, chosen)), across
