@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from flyp_plugin.checkpoints import Model, StateDict, first_difference
@@ -66,16 +65,18 @@ def average(state_dicts: Sequence[StateDict]) -> dict[str, torch.Tensor]:
     return result
 
 
-def model_stock(pretrained: StateDict, finetuned: Sequence[StateDict]) -> dict[str, torch.Tensor]:
-    """Model Stock (arXiv 2403.19522): each tensor is t * mean of the runs + (1 - t) * pretrained, t from `stock_ratios`.
+def model_stock(
+    pretrained: StateDict, finetuned: Sequence[StateDict], ratios: Mapping[str, float] | None = None
+) -> dict[str, torch.Tensor]:
+    """Model Stock (arXiv 2403.19522): each tensor is t * mean of the runs + (1 - t) * pretrained.
 
     The runs started from `pretrained` and differ in their seed. Computed in float32 or wider and returned so; other
-    tensors (counters) are the last run's. No run is preferred, and no data are needed.
+    tensors (counters) are the last run's. `ratios` are the t by tensor; None: `stock_ratios` of the same weights.
 
     Raises:
         InputError: fewer than two runs, or state dicts of different architectures.
     """
-    ratios, mean = stock_ratios(pretrained, finetuned), average(finetuned)
+    ratios, mean = stock_ratios(pretrained, finetuned) if ratios is None else ratios, average(finetuned)
     return {
         key: _interpolate_tensor(start, mean[key], ratios.get(key, 0)) for key, start in pretrained.items()
     }
@@ -101,10 +102,12 @@ def stock_ratios(pretrained: StateDict, finetuned: Sequence[StateDict]) -> dict[
         if not start.is_floating_point():
             continue
         deltas = torch.stack([(state[key].double() - start.double()).flatten() for state in finetuned])
-        if not deltas.any():  # frozen; no angle, and nothing to merge
+        products = deltas @ deltas.T
+        lengths = products.diagonal().sqrt()
+        if not lengths.any():  # frozen: no angle, and nothing to merge
             continue
-        units = normalize(deltas, dim=1)  # of a run that left this tensor alone, zero
-        cosines = units @ units.T
+        lengths[lengths == 0] = 1  # of a run that left this tensor alone: its cosines are 0
+        cosines = products / lengths.outer(lengths)
         cosine = ((cosines.sum() - cosines.trace()) / (number * (number - 1))).item()
         # The paper has runs differ from their centre in orthogonal directions, so the product of two differences is the
         # squared distance between the centre and the pretrained weights: never negative. A negative cosine is noise

@@ -461,7 +461,7 @@ def test_model_stock_of_loose_files_needs_no_data(tmp_path):
     assert json.loads((tmp_path / "wiseft.json").read_text())["sets"] == {}
 
 
-def test_model_stock_of_learned_heads_starts_at_the_zero_shot_head(trained, tmp_path):
+def test_model_stock_of_heads_starts_at_the_zero_shot_head(trained, tmp_path):
     runs = [trained(seed, objective="ce") for seed in (0, 1)]
     flyp("wiseft", "--model-stock", *runs, "--out", tmp_path, *LOADING)
     merged = torch.load(tmp_path / "model_stock.pt", weights_only=True)["class_head.weight"]

@@ -225,10 +225,11 @@ def _load(
     finetuned, ratios = average(states) if args.average else states[0], {}
     if args.model_stock:
         start = {key: tensor.cpu() for key, tensor in pretrained.items()}
-        finetuned, ratios = model_stock(start, states), stock_ratios(start, states)
+        ratios = stock_ratios(start, states)
         if min(ratios.values(), default=1.0) > 1 - 1e-9:
             runs = " and ".join(ends.finetuned)
             raise InputError(f"{runs} have the same weights; give runs that differ in their --seed.")
+        finetuned = model_stock(start, states, ratios)
         sizes = [start[key].numel() for key in ratios]
         mean = sum(t * size for t, size in zip(ratios.values(), sizes)) / sum(sizes)
         _log.info(f"Model Stock: t = {mean:.2f} on average (0: pretrained, 1: the mean of the runs).")
