@@ -181,6 +181,17 @@ def check_same_model(records: Sequence[Record]) -> None:
             raise InputError(f"{folders} are of different models ({found[0]}); merge runs of one model.")
 
 
+def check_same_start(records: Sequence[Record]) -> None:
+    """InputError if runs that are to be merged started from different weights, as far as their records say."""
+    starts = [(known, start) for known in records if (start := known.get("pretrained"))]
+    for known, start in starts[1:]:
+        first, before = starts[0]
+        if (start["sha256"] or start["given"]) != (before["sha256"] or before["given"]):
+            pairs = ((first, before), (known, start))
+            what = " and ".join(f"{one.folder} ({came['given'] or 'random'})" for one, came in pairs)
+            raise InputError(f"{what} started from different weights; merge runs of one start.")
+
+
 def _above(folder: Path) -> Path:
     return folder.parent if folder.name else Path("..")  # Path(".") has no name, and is its own parent
 

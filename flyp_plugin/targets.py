@@ -92,22 +92,18 @@ def choose_weights(run: Record, epoch: str | None, teacher: bool = False) -> Pat
 
 
 def _merged_weights(folder: Path, saved: Mapping[int, Path]) -> Path | None:
-    """The weights at the alpha that `flyp wiseft` chose, in a run or in the folder that it wrote; or an export's."""
+    """The weights that `flyp wiseft` chose or merged, in a run or in the folder that it wrote; or an export's."""
     for place in (folder / "wiseft", folder):
         path = place / "wiseft.json"
         if path.exists():
             merge = json.loads(path.read_text(encoding="utf-8"))
-            weights = place / merged_name(merge["chosen_alpha"])
+            weights = place / merge["weights"]
             if saved and max(saved) > (merge.get("last_epoch") or max(saved)):
                 said = f"{weights} was merged before {folder} was trained further"
                 _log.warning(f"{said}; run `flyp wiseft {folder} --force`, or pass --epoch last.")
             return weights if weights.exists() else None
     export = folder / "open_clip_model.safetensors"
     return export if export.exists() else None
-
-
-def merged_name(alpha: float) -> str:
-    return f"wise_ft_alpha={alpha:.2f}.pt"
 
 
 def _best_epoch(run: Record, folder: Path, epoch: str) -> tuple[int, str]:

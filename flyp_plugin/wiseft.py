@@ -1,9 +1,12 @@
-"""WiSE-FT (arXiv 2109.01903): the weights on the line between the pretrained and the fine-tuned model.
+"""Merging weights: WiSE-FT (arXiv 2109.01903), uniform soups, Model Stock (arXiv 2403.19522).
+
+WiSE-FT takes weights on the line between the pretrained and the fine-tuned model:
 
     theta(alpha) = (1 - alpha) * theta_pretrained + alpha * theta_finetuned          (eq. 1)
 
 Fine-tuning gains accuracy in distribution (ID) and loses some out of distribution (OOD); a point between the two
-models often has both. `interpolate` and `average` are pure functions of state dicts. `sweep` scores every alpha on
+models often has both. `interpolate`, `average` and `model_stock`, which needs no data to choose alpha but several runs,
+are pure functions of state dicts. `sweep` scores every alpha on
 every evaluation set while decoding each image once, and `choose_alpha` takes the best on the ID validation set: the OOD
 sets never choose. `flyp wiseft` (commands/wiseft.py) runs all of it on files.
 """
@@ -60,6 +63,58 @@ def average(state_dicts: Sequence[StateDict]) -> dict[str, torch.Tensor]:
             tensor = mean.to(torch.promote_types(tensor.dtype, torch.float32))
         result[key] = tensor.clone()
     return result
+
+
+def model_stock(
+    pretrained: StateDict, finetuned: Sequence[StateDict], ratios: Mapping[str, float] | None = None
+) -> dict[str, torch.Tensor]:
+    """Model Stock (arXiv 2403.19522): each tensor is t * mean of the runs + (1 - t) * pretrained.
+
+    The runs started from `pretrained` and differ in their seed. Computed in float32 or wider and returned so; other
+    tensors (counters) are the last run's. `ratios` are the t by tensor; None: `stock_ratios` of the same weights.
+
+    Raises:
+        InputError: fewer than two runs, or state dicts of different architectures.
+    """
+    ratios, mean = stock_ratios(pretrained, finetuned) if ratios is None else ratios, average(finetuned)
+    return {
+        key: _interpolate_tensor(start, mean[key], ratios.get(key, 0)) for key, start in pretrained.items()
+    }
+
+
+def stock_ratios(pretrained: StateDict, finetuned: Sequence[StateDict]) -> dict[str, float]:
+    """Model Stock's t in [0, 1] for each floating-point tensor that training changed; computed in float64.
+
+    t = k cos / (1 + (k - 1) cos) for k runs, where cos is the mean cosine between two runs' differences from the
+    pretrained weights: t is 1 where the runs agree, 0 where they have nothing in common. A layer of the paper is one
+    tensor here, so a weight and its bias have a t each, as in mergekit and in the authors' experiments.
+
+    Raises:
+        InputError: as `model_stock`.
+    """
+    number = len(finetuned)
+    if number < 2:
+        raise InputError("Model Stock goes by the angle between runs: give at least two of them.")
+    for i, other in enumerate(finetuned, 1):
+        check_same_architecture(pretrained, other, f"checkpoint {i} of {number}", "the pretrained weights")
+    ratios = {}
+    for key, start in pretrained.items():
+        if not start.is_floating_point():
+            continue
+        deltas = torch.stack([(state[key].double() - start.double()).flatten() for state in finetuned])
+        products = deltas @ deltas.T
+        lengths = products.diagonal().sqrt()
+        if not lengths.any():  # frozen: no angle, and nothing to merge
+            continue
+        lengths[lengths == 0] = 1  # of a run that left this tensor alone: its cosines are 0
+        cosines = products / lengths.outer(lengths)
+        cosine = ((cosines.sum() - cosines.trace()) / (number * (number - 1))).item()
+        # The paper has runs differ from their centre in orthogonal directions, so the product of two differences is the
+        # squared distance between the centre and the pretrained weights: never negative. A negative cosine is noise
+        # about 0. Put into the formula it would move away from the runs, without bound near cos = -1 / (k - 1).
+        cosine = min(max(cosine, 0.0), 1.0)
+        ratios[key] = number * cosine / (1 + (number - 1) * cosine)
+    return ratios
 
 
 def check_same_architecture(expected: StateDict, given: StateDict, name: str, expected_name: str) -> None:

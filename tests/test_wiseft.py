@@ -3,6 +3,7 @@ import os
 import re
 import shlex
 import sys
+from itertools import combinations
 
 import numpy as np
 import open_clip
@@ -12,9 +13,10 @@ import torch
 
 from flyp_plugin.commands.wiseft import draw_frontier, parse_alphas
 from flyp_plugin.errors import InputError
-from flyp_plugin.wiseft import average, choose_alpha, interpolate
+from flyp_plugin.train import train
+from flyp_plugin.wiseft import average, choose_alpha, interpolate, model_stock, stock_ratios
 from tests.helpers_eval import NAMES, checkpoint, flyp, no_larger_files, root
-from tests.naming import naming
+from tests.naming import naming, says
 
 MODEL = "tiny-digits"
 PRETRAINED, FINETUNED = 15, 80
@@ -127,6 +129,91 @@ def test_average_is_the_mean_of_each_tensor():
     assert torch.equal(soup["a.weight"], expected) and soup["seen"] == 2
     halves = [{"a": torch.tensor([x]).half()} for x in (1.0, 2.0, 2.0)]
     assert average(halves)["a"].item() == pytest.approx(5 / 3, abs=1e-7)
+
+
+def stock(pretrained, finetuned):
+    """Model Stock in numpy: by tensor, the mean cosine of all pairs, its ratio, and the merged tensor."""
+    merged, ratios = {}, {}
+    for key, start in pretrained.items():
+        start, ends = start.double().numpy(), [state[key].double().numpy() for state in finetuned]
+        moves = [(end - start).ravel() for end in ends]
+        pairs = [(a @ b, np.linalg.norm(a) * np.linalg.norm(b)) for a, b in combinations(moves, 2)]
+        cosine = max(np.mean([product / max(norms, 1e-300) for product, norms in pairs]), 0)
+        ratios[key] = len(ends) * cosine / (1 + (len(ends) - 1) * cosine)
+        merged[key] = ratios[key] * np.mean(ends, axis=0) + (1 - ratios[key]) * start
+    return merged, ratios
+
+
+def assert_stock(merged, pretrained, finetuned):
+    """Equal to the formula up to the rounding of float32; other tensors are the last run's."""
+    floats = {key: tensor for key, tensor in pretrained.items() if tensor.is_floating_point()}
+    expected, _ = stock(floats, finetuned)
+    for key, tensor in merged.items():
+        exact = torch.from_numpy(np.asarray(expected.get(key, finetuned[-1][key])))
+        assert tensor.shape == exact.shape
+        assert (tensor - exact).abs().max() <= 2**-22 * max(exact.abs().max(), 1e-30)
+
+
+def seeds(number, dtype=torch.float32):
+    """Weights, and runs from there that agree in part: a random part of their own beside a common one."""
+    start, common = weights(0), weights(1)
+    runs = []
+    for i in range(number):
+        own = weights(2 + i)
+        runs += [
+            {key: (start[key] + 0.1 * (common[key] + own[key])).to(dtype) for key in ("a.weight", "a.bias")}
+        ]
+        runs[-1]["seen"] = torch.tensor(i)
+    return start, runs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_model_stock_is_the_formula_for_each_tensor(number, dtype):
+    start, runs = seeds(number, dtype)
+    merged, ratios = model_stock(start, runs), stock_ratios(start, runs)
+    assert_stock(merged, start, runs)
+    assert merged["a.bias"].dtype == torch.promote_types(dtype, torch.float32)
+    assert merged["seen"] == number - 1 and merged["seen"].dtype == torch.int64
+    assert ratios == pytest.approx(stock({key: start[key] for key in ratios}, runs)[1], abs=1e-12)
+    assert list(ratios) == ["a.weight", "a.bias"] and 0 < ratios["a.weight"] != ratios["a.bias"] < 1
+    assert torch.equal(start["a.bias"], weights(0)["a.bias"]) and torch.equal(
+        runs[0]["a.bias"], seeds(number, dtype)[1][0]["a.bias"]
+    )
+
+
+def test_model_stock_is_the_point_nearest_to_the_centre():
+    """The paper's geometry: runs at one distance from their centre, in directions orthogonal to each other."""
+    start, centre = torch.zeros(8), 3 * torch.eye(8)[0]
+    runs = [{"w": centre + 2 * torch.eye(8)[i]} for i in (1, 2, 3)]
+    merged, mean = model_stock({"w": start}, runs)["w"], average(runs)["w"]
+    nearest = min(
+        np.linspace(0, 1, 10001), key=lambda t: (centre - (t * mean + (1 - t) * start)).norm().item()
+    )
+    assert stock_ratios({"w": start}, runs)["w"] == pytest.approx(27 / 31) == pytest.approx(nearest, abs=1e-4)
+    assert (merged - centre) @ (mean - start) == pytest.approx(0, abs=1e-5)
+
+
+def test_model_stock_where_runs_agree_differ_or_did_not_train():
+    start = {key: torch.ones(2) for key in ("same", "across", "against", "frozen", "one")} | {
+        "scale": torch.tensor(4.0)
+    }
+    moves = {"same": ([1, 2], [2, 4]), "across": ([1, 0], [0, 1]), "against": ([1, 2], [-1.1, -2]),
+             "frozen": ([0, 0], [0, 0]), "one": ([1, 1], [0, 0]), "scale": (0.5, 0.25)}  # fmt: skip
+    runs = [{key: start[key] + torch.tensor(moves[key][i]) for key in start} for i in (0, 1)]
+    merged, ratios = model_stock(start, runs), stock_ratios(start, runs)
+    assert ratios == pytest.approx({"same": 1, "across": 0, "against": 0, "one": 0, "scale": 1}, abs=1e-12)
+    assert merged["same"].tolist() == pytest.approx([2.5, 4]) and merged["scale"] == pytest.approx(4.375)
+    assert all(torch.equal(merged[key], start[key]) for key in ("across", "against", "frozen", "one"))
+
+
+def test_model_stock_needs_two_runs_of_one_architecture():
+    start, (run, other) = seeds(2)
+    for few in ([], [run]):
+        with pytest.raises(InputError, match=naming("two")):
+            model_stock(start, few)
+    with pytest.raises(InputError, match=naming("2 of 2", "a.bias")):
+        model_stock(start, [run, other | {"a.bias": torch.ones(5)}])
 
 
 def test_parse_alphas():
@@ -312,3 +399,102 @@ def test_an_output_is_kept_without_force_and_on_a_full_disk(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=naming(tmp_path / "file", "--out")):
         flyp(*argv(tmp_path / "file", "--alpha", 0.5))
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """A run of 20 steps by its seed, start and objective, made when it is asked for; not to be changed."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def trained(seed, steps=PRETRAINED, objective="flyp"):
+        name = f"{objective}-{seed}-{steps}"
+        flags = ["--model", MODEL, "--pretrained", checkpoint(MODEL, steps), "--seed", seed, "--name", name,
+                 "--train-data", digits, "--eval-data", f"val={root()}/data", "--eval-data", f"ood={root()}/ood",
+                 "--eval-frequency", 0, "--objective", objective, "--logs", logs, "--epochs", 1, "--workers", 0,
+                 "--batch-size", 50, "--train-num-samples", 1000, "--warmup", 5, "--lr", 1e-3, "--device", "cpu"]  # fmt: skip
+        if not (logs / name).exists():
+            assert train([str(word) for word in flags]) == 0
+        return logs / name
+
+    return trained
+
+
+def last(run):
+    return torch.load(run / "checkpoints/epoch_1.pt", weights_only=True)["state_dict"]
+
+
+def test_model_stock_of_runs_is_scored_read_and_exported(trained, tmp_path, capsys, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    runs, out = [trained(seed) for seed in (0, 1, 2)], tmp_path / "stock"
+    flyp("wiseft", "--model-stock", *runs, "--out", out, *LOADING)
+    table = capsys.readouterr().out.strip().split("\n")
+    assert len(table) == 2 and table[1].startswith("Model Stock ") and "mean OOD ece" in table[0]
+    assert sorted(os.listdir(out)) == ["flyp.json", "model_stock.pt", "wiseft.json"]
+    merged, said = (
+        torch.load(out / "model_stock.pt", weights_only=True),
+        json.loads((out / "wiseft.json").read_text()),
+    )
+    assert_stock(merged, state(PRETRAINED), [last(run) for run in runs])
+    assert said["weights"] == "model_stock.pt" and len(said["inputs"]["finetuned"]) == 3
+    assert said["t"] == pytest.approx(stock_ratios(state(PRETRAINED), [last(run) for run in runs]), abs=1e-6)
+    assert 0.1 < said["t"]["visual.conv1.weight"] < 0.99
+    sizes = {key: merged[key].numel() for key in said["t"]}
+    mean = sum(said["t"][key] * size for key, size in sizes.items()) / sum(sizes.values())
+    assert says(caplog.text, "Model Stock", f"{mean:.2f}")
+    flyp("eval", out, *LOADING, "--json")
+    assert read(capsys)["results"] == said["sets"]
+    command = next(record.message for record in caplog.records if record.message.startswith("Next: flyp "))
+    monkeypatch.chdir(tmp_path)
+    flyp(*shlex.split(command)[2:])
+    assert json.loads((tmp_path / "classifier/config.json").read_text())["label_names"] == NAMES
+    with pytest.raises(InputError, match=naming("model_stock.pt", "--force")):
+        flyp("wiseft", "--model-stock", *runs, "--out", out)
+    flyp("wiseft", "--average", *runs, "--alpha", 1, "--out", out, *LOADING, "--force")
+    assert says(caplog.text, out, "earlier", "model_stock.pt")
+
+
+def test_model_stock_of_loose_files_needs_no_data(tmp_path):
+    ends = [checkpoint(MODEL, steps) for steps in (PRETRAINED, FINETUNED, 40)]
+    flyp("wiseft", "--model", MODEL, "--pretrained", ends[0], "--model-stock", *ends[1:], "--out", tmp_path)
+    merged = torch.load(tmp_path / "model_stock.pt", weights_only=True)
+    assert_stock(merged, state(PRETRAINED), [state(FINETUNED), state(40)])
+    assert json.loads((tmp_path / "wiseft.json").read_text())["sets"] == {}
+
+
+def test_model_stock_of_heads_starts_at_the_zero_shot_head(trained, tmp_path):
+    runs = [trained(seed, objective="ce") for seed in (0, 1)]
+    flyp("wiseft", "--model-stock", *runs, "--out", tmp_path, *LOADING)
+    merged = torch.load(tmp_path / "model_stock.pt", weights_only=True)["class_head.weight"]
+    said = json.loads((tmp_path / "wiseft.json").read_text())
+    mean = average([last(run) for run in runs])["class_head.weight"]
+    t = said["t"]["class_head.weight"]
+    start = (merged - t * mean) / (1 - t)
+    scale = state(PRETRAINED)["logit_scale"].exp()
+    assert 0 < t < 1 and start.norm(dim=1).tolist() == pytest.approx([scale.item()] * 10, rel=1e-3)
+
+
+def test_what_model_stock_cannot_merge_is_one_sentence(trained, tmp_path):
+    run, other, out = trained(0), trained(1), tmp_path / "out"
+    cases = [
+        (["--model-stock", run], naming("--model-stock", "two", "--seed")),
+        (["--model-stock", run, run], naming(run / "checkpoints/epoch_1.pt", "--seed")),
+        (["--model-stock", run, other, "--alpha", 0], naming("--model-stock", "--alpha", "--alphas")),
+        (
+            ["--model-stock", run, other, "--alphas", "0:1:0.1"],
+            naming("--model-stock", "--alpha", "--alphas"),
+        ),
+        ([run, "--model-stock", run, other], naming("RUN", "--model-stock")),
+        (
+            ["--model-stock", run, trained(1, 40)],
+            naming(run, f"{MODEL}-15.pt", trained(1, 40), f"{MODEL}-40.pt"),
+        ),
+        (["--average", run, trained(1, 40), "--alpha", 1], naming(run, trained(1, 40))),
+        (["--model-stock", run, trained(0, objective="ce")], naming("different classes")),
+        (["--model-stock", run, checkpoint("tiny-digits-wide", 1)], naming("2 of 2", "pretrained")),
+    ]
+    for more, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            flyp("wiseft", *more, "--out", out, *LOADING)
+        assert "\n" not in str(error.value) and not out.exists()
+    with pytest.raises(InputError, match=naming("--out")):
+        flyp("wiseft", "--model-stock", run, other)

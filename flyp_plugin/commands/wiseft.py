@@ -1,7 +1,7 @@
-"""`flyp wiseft logs/birds`: merge pretrained and fine-tuned weights (WiSE-FT, arXiv 2109.01903).
+"""`flyp wiseft logs/birds`: merge pretrained and fine-tuned weights (WiSE-FT, arXiv 2109.01903, or Model Stock).
 
-Three steps: load the end points, score the alphas, write the merged weights, wiseft.json and frontier.png. The method
-itself is in flyp_plugin/wiseft.py.
+Three steps: load the end points, score the alphas, write the merged weights, wiseft.json and frontier.png. Of Model
+Stock the fine-tuned end is what it merged, and 1 the only alpha. The methods are in flyp_plugin/wiseft.py.
 """
 
 import argparse
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 # metrics of each alpha on each set, the ID set first
 Results = Mapping[float, Mapping[str, Mapping[str, Any]]]
 EXAMPLE = """  flyp wiseft logs/birds
-  flyp wiseft --model ViT-B-16 --pretrained openai --finetuned epoch_10.pt --eval-data val=data/val --out merged"""
+  flyp wiseft --model ViT-B-16 --pretrained openai --finetuned epoch_10.pt --eval-data val=data/val --out merged
+  flyp wiseft --model-stock logs/birds logs/birds2 --out stock"""
+_MODEL_STOCK = "model_stock.pt"
 _log = logging.getLogger(__name__)
 
 
@@ -45,9 +47,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     finetuned = parser.add_mutually_exclusive_group()
     finetuned.add_argument("--finetuned", metavar="PATH", help="a checkpoint, instead of RUN")
     finetuned.add_argument("--average", nargs="+", metavar="PATH", help="the mean of several runs or checkpoints, instead of RUN")
+    finetuned.add_argument("--model-stock", nargs="+", metavar="PATH", help="Model Stock (arXiv 2403.19522) of runs that differ in their seed: for each tensor, as far from the pretrained weights to the runs' mean as the runs agree; instead of RUN and alpha, and needs no --eval-data")
     add_teacher_flag(parser)
     alphas = parser.add_mutually_exclusive_group()
-    alphas.add_argument("--alphas", default="0:1:0.1", metavar="A:B:STEP", help="or A,B,... (default: %(default)s)")
+    alphas.add_argument("--alphas", metavar="A:B:STEP", help="or A,B,... (default: 0:1:0.1)")
     alphas.add_argument("--alpha", type=float, help="only this one; needs no --eval-data")
     add("--out", metavar="DIR", help="folder for the merged weights, wiseft.json and frontier.png (default: RUN/wiseft, or RUN/wiseft_teacher)")
     add("--save-all", action="store_true", help="write the weights of every alpha")
@@ -73,18 +76,18 @@ def run(args: argparse.Namespace) -> None:
     from flyp_plugin.heads import val_preprocess
     from flyp_plugin.precision import match_open_clip_precision
     from flyp_plugin.run_folder import folder_lock
-    from flyp_plugin.targets import merged_name
     from flyp_plugin.wiseft import choose_alpha, interpolate, sweep
 
     match_open_clip_precision()
-    alphas = parse_alphas(args.alphas if args.alpha is None else str(args.alpha))
+    names = _names(args)
+    alphas = [*names]
     ends = _find_end_points(args)
     sets = eval_sets_from_args(args, ends.record)
     out = _output_folder(args, ends.record)
-    _check_outputs(out, alphas, bool(sets), args.force)
-    model, pretrained, finetuned = _load(args, ends)
+    _check_outputs(out, names, bool(sets), args.force)
+    model, pretrained, finetuned, ratios = _load(args, ends)
     with folder_lock(out):
-        _check_outputs(out, alphas, bool(sets), args.force)  # another sweep may just have finished
+        _check_outputs(out, names, bool(sets), args.force)  # another sweep may just have finished
         results: Results = {alpha: {} for alpha in alphas}
         chosen = alphas[0]
         if sets:
@@ -95,18 +98,33 @@ def run(args: argparse.Namespace) -> None:
         saved = alphas if args.save_all else [chosen]
         for alpha in saved:
             merged = interpolate(pretrained, finetuned, alpha)
-            save({key: tensor.cpu().contiguous() for key, tensor in merged.items()}, out / merged_name(alpha))
-        _report(args, ends, sets, results, chosen, out, [*map(merged_name, saved)])
+            save({key: tensor.cpu().contiguous() for key, tensor in merged.items()}, out / names[alpha])
+        _report(args, ends, sets, results, chosen, out, {alpha: names[alpha] for alpha in saved}, ratios)
+
+
+def _names(args: argparse.Namespace) -> dict[float, str]:
+    """The alphas, and the file name of each one's weights."""
+    given = args.alphas if args.alpha is None else str(args.alpha)
+    if not args.model_stock:
+        alphas = parse_alphas("0:1:0.1" if given is None else given)
+        return {alpha: f"wise_ft_alpha={alpha:.2f}.pt" for alpha in alphas}
+    if given is not None:
+        raise InputError("--model-stock computes an alpha for each tensor; leave out --alpha and --alphas.")
+    if len(args.model_stock) < 2:
+        raise InputError("--model-stock needs two runs or more, which were trained with different --seed.")
+    return {1.0: _MODEL_STOCK}
 
 
 def _find_end_points(args: argparse.Namespace) -> EndPoints:
-    """The end points from RUN, --finetuned or --average, and --pretrained, checked to belong together."""
+    """The end points from RUN, --finetuned, --average or --model-stock, and --pretrained, checked to belong together."""
     from flyp_plugin import record
     from flyp_plugin.targets import choose_weights, spec_from_args
 
-    given = args.average or [path for path in (args.run_folder, args.finetuned) if path]
-    if not given or (args.run_folder and (args.average or args.finetuned)):
-        raise InputError("pass one of RUN, --finetuned PATH and --average PATH PATH ... (see --help).")
+    several = args.average or args.model_stock
+    given = several or [path for path in (args.run_folder, args.finetuned) if path]
+    if not given or (args.run_folder and (several or args.finetuned)):
+        ways = "RUN, --finetuned PATH, --average PATH PATH ... and --model-stock PATH PATH ..."
+        raise InputError(f"pass one of {ways} (see --help).")
     found, epoch = [record.find(path) for path in given], args.epoch or "last"
     for path, known in zip(given, found) if args.teacher else ():
         if not (known and os.path.isdir(path)):
@@ -125,6 +143,8 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
     elif before := record.find(pretrained):
         records.append(before)
     record.check_same_model(records)
+    if args.pretrained is None:
+        record.check_same_start(records)
     return EndPoints(finetuned, pretrained, spec_from_args(args, pretrained, known), known)
 
 
@@ -148,16 +168,16 @@ def _starting_weights(known: "Record | None", given: str) -> str:
 def _output_folder(args: argparse.Namespace, known: "Record | None") -> Path:
     if args.out:
         return Path(args.out)
-    if args.average or known is None or not (known.folder and (known.folder / "checkpoints").is_dir()):
+    several = args.average or args.model_stock
+    if several or known is None or not (known.folder and (known.folder / "checkpoints").is_dir()):
         raise InputError("--out is required here; pass a folder for the merged weights.")
     return known.folder / ("wiseft_teacher" if args.teacher else "wiseft")
 
 
-def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) -> None:
+def _check_outputs(out: Path, names: Mapping[float, str], scored: bool, force: bool) -> None:
     from flyp_plugin.checkpoints import refuse_existing
-    from flyp_plugin.targets import merged_name
 
-    draw = len(alphas) > 1
+    draw = len(names) > 1
     if draw and not scored:
         raise InputError("choosing alpha needs data; pass --eval-data NAME=SHARDS, or a single --alpha.")
     if draw and find_spec("matplotlib") is None:
@@ -166,12 +186,14 @@ def _check_outputs(out: Path, alphas: list[float], scored: bool, force: bool) ->
         raise InputError(f"{out} is a file, not a folder; choose another --out.")
     if any(out.glob("epoch_*.pt")):  # a merged file there would be resumed as the newest checkpoint
         raise InputError(f"{out} holds a run's checkpoints; choose another --out.")
-    for name in [*map(merged_name, alphas), "wiseft.json", *(["frontier.png"] if draw else [])]:
+    for name in [*names.values(), "wiseft.json", *(["frontier.png"] if draw else [])]:
         refuse_existing(out / name, force)
 
 
-def _load(args: argparse.Namespace, ends: EndPoints) -> "tuple[Model, dict[str, Any], dict[str, Any]]":
-    """(a working model in --precision, pretrained weights in float32, fine-tuned weights), on --device.
+def _load(
+    args: argparse.Namespace, ends: EndPoints
+) -> "tuple[Model, dict[str, Any], dict[str, Any], dict[str, float]]":
+    """(a working model in --precision, pretrained weights in float32, fine-tuned weights), on --device; Model Stock's t.
 
     Against a learned head, the pretrained side's is the zero-shot head of the same classes and templates.
     """
@@ -179,7 +201,7 @@ def _load(args: argparse.Namespace, ends: EndPoints) -> "tuple[Model, dict[str, 
     from flyp_plugin.heads import zeroshot_as_learned
     from flyp_plugin.learned import HEAD, load_head
     from flyp_plugin.names import same_names
-    from flyp_plugin.wiseft import average, check_same_architecture
+    from flyp_plugin.wiseft import average, check_same_architecture, model_stock, stock_ratios
 
     states = [read_state_dict(path) for path in ends.finetuned]
     learned = load_head(states[0])
@@ -200,11 +222,21 @@ def _load(args: argparse.Namespace, ends: EndPoints) -> "tuple[Model, dict[str, 
             raise InputError(
                 f"the learned heads of {both} have different classes; merge runs with the same ones."
             )
-    finetuned = average(states) if args.average else states[0]
+    finetuned, ratios = average(states) if args.average else states[0], {}
+    if args.model_stock:
+        start = {key: tensor.cpu() for key, tensor in pretrained.items()}
+        ratios = stock_ratios(start, states)
+        if min(ratios.values(), default=1.0) > 1 - 1e-9:
+            runs = " and ".join(ends.finetuned)
+            raise InputError(f"{runs} have the same weights; give runs that differ in their --seed.")
+        finetuned = model_stock(start, states, ratios)
+        sizes = [start[key].numel() for key in ratios]
+        mean = sum(t * size for t, size in zip(ratios.values(), sizes)) / sum(sizes)
+        _log.info(f"Model Stock: t = {mean:.2f} on average (0: pretrained, 1: the mean of the runs).")
     end_names = " + ".join(ends.finetuned), ends.pretrained or ends.spec.name
     check_same_architecture(pretrained, finetuned, *end_names)
     device = model.logit_scale.device
-    return model, pretrained, {key: tensor.to(device) for key, tensor in finetuned.items()}
+    return model, pretrained, {key: tensor.to(device) for key, tensor in finetuned.items()}, ratios
 
 
 def _report(
@@ -214,17 +246,27 @@ def _report(
     results: Results,
     chosen: float,
     out: Path,
-    weights: Sequence[str],
+    weights: Mapping[float, str],
+    ratios: Mapping[str, float],
 ) -> None:
     """Write flyp.json, wiseft.json and frontier.png beside the merged `weights`, and say what is where."""
     from flyp_plugin.checkpoints import atomic_write
     from flyp_plugin.metrics import table
     from flyp_plugin.record import FILE
 
-    names = [*weights, FILE, "wiseft.json"]
+    names = [*weights.values(), FILE, "wiseft.json"]
     merged_record = _record_of_merged(args, ends, sets)
     merged_record.write(out)
-    text = json.dumps(_summary(ends, results, chosen, sets[0].name if sets else None), indent=1)
+    method = (
+        {"t": ratios, "sets": results[chosen]}
+        if args.model_stock
+        else {
+            "chosen_alpha": chosen,
+            "chosen_by": f"{sets[0].name}/top1" if sets else None,
+            "alphas": {f"{alpha:.2f}": metrics for alpha, metrics in results.items()},
+        }
+    )
+    text = json.dumps({"weights": weights[chosen], **method, **_origins(ends)}, indent=1)
     with atomic_write(out / "wiseft.json") as part:
         part.write_text(text + "\n", encoding="utf-8")
     if len(results) > 1:
@@ -234,9 +276,13 @@ def _report(
     if args.json:
         sys.stdout.write(text + "\n")
     elif sets:
-        sys.stdout.write(table(_table_rows(results, chosen), "alpha") + "\n")
+        labels = {alpha: f"{alpha:.2f}{' *' if alpha == chosen else ''}" for alpha in results}
+        labels = {chosen: "Model Stock"} if args.model_stock else labels
+        rows = {labels[alpha]: _table_row(by_set) for alpha, by_set in results.items()}
+        sys.stdout.write(table(rows, "" if args.model_stock else "alpha") + "\n")
     _log.info(f"Wrote {out}/: {', '.join(names)}.")
-    others = sorted(path.name for path in out.glob("wise_ft_alpha=*.pt") if path.name not in names)
+    merges = [*out.glob("wise_ft_alpha=*.pt"), *out.glob(_MODEL_STOCK)]
+    others = sorted(path.name for path in merges if path.name not in names)
     if others:
         _log.warning(f"{out}/ still holds weights of an earlier merge: {', '.join(others)}.")
     folder = out if args.out or args.teacher else out.parent  # the run
@@ -256,8 +302,8 @@ def _record_of_merged(args: argparse.Namespace, ends: EndPoints, sets: "Sequence
     return record.Record(content)
 
 
-def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | None) -> dict[str, Any]:
-    """The content of wiseft.json."""
+def _origins(ends: EndPoints) -> dict[str, Any]:
+    """What wiseft.json says of the model and of where the weights came from."""
     from flyp_plugin import record
     from flyp_plugin.checkpoints import locate_weights
 
@@ -265,10 +311,7 @@ def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | Non
     digest = record.sha256(locate_weights(ends.spec, ends.pretrained))
     return {
         "model": ends.spec.name,
-        "chosen_alpha": chosen,
-        "chosen_by": id_set and f"{id_set}/top1",
         "last_epoch": max(record.epochs(folder), default=None) if folder else None,
-        "alphas": {f"{alpha:.2f}": metrics for alpha, metrics in results.items()},
         "inputs": {
             "finetuned": [record.describe_weights(path) for path in ends.finetuned],
             "pretrained": {"given": ends.pretrained, "sha256": digest},
@@ -277,19 +320,13 @@ def _summary(ends: EndPoints, results: Results, chosen: float, id_set: str | Non
     }
 
 
-def _table_rows(results: Results, chosen: float) -> dict[str, dict[str, float]]:
+def _table_row(by_set: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Top-1 of each set and the mean over the OOD sets; the calibration error of the ID set, and that mean."""
-    rows = {}
-    for alpha, by_set in results.items():
-        row = {f"{name} top1": metrics["top1"] for name, metrics in by_set.items()}
-        row["mean OOD top1"] = mean_ood(by_set)
-        id_set = next(iter(by_set))
-        row |= {f"{id_set} ece": by_set[id_set]["ece"], "mean OOD ece": mean_ood(by_set, "ece")}
-        row = {
-            column: value for column, value in row.items() if value is not None
-        }  # of a single set, no mean
-        rows[f"{alpha:.2f}{' *' if alpha == chosen else ''}"] = row
-    return rows
+    id_set = next(iter(by_set))
+    row = {f"{name} top1": metrics["top1"] for name, metrics in by_set.items()}
+    row |= {"mean OOD top1": mean_ood(by_set), f"{id_set} ece": by_set[id_set]["ece"]}
+    row["mean OOD ece"] = mean_ood(by_set, "ece")
+    return {column: value for column, value in row.items() if value is not None}  # of a single set, no mean
 
 
 def parse_alphas(text: str) -> list[float]:
