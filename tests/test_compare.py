@@ -303,6 +303,72 @@ def test_kill_ends_all_workers_with_one_line_and_status_143(argv, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def anchored(argv, tmp_path_factory):
+    """The folder of a comparison whose method has a teacher, a tuned anchor and Model Stock, and its flags."""
+    folder = tmp_path_factory.mktemp("anchored")
+    words = ["--methods", "flyp-trajectory", "--lr", "1e-3", "--tune", "anchor=10", "--model-stock"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        flyp(*argv(*words))
+    return folder / "out", words
+
+
+def test_the_anchor_is_tuned_and_unchosen_weights_are_deleted(anchored):
+    out, _ = anchored
+    (block,) = read(out / "compare.json")["blocks"]
+    found = block["methods"]["flyp-trajectory"]
+    tried = {}
+    for name, weight in (("lr0.001", 3.5), ("lr0.001_anchor10.0", 10.0)):
+        run = out / f"runs/flyp-trajectory_{name}_seed0"
+        assert says((run / "params.txt").read_text(), f"anchor: {weight}")
+        tried[weight] = json.loads((run / "checkpoints/results.jsonl").read_text().splitlines()[-1])[
+            "val/top1"
+        ]
+        kept = {path.name for path in run.glob("checkpoints/epoch_*")}
+        chosen = found["then"]["value"] == weight
+        assert kept == ({"epoch_1.pt", "epoch_1.teacher.safetensors"} if chosen else set())
+    assert {float(value): figure for value, figure in found["then"]["by_value"].items()} == tried
+    assert found["by_value"] == {"0.001": tried[3.5]} and found["then"]["value"] == best(tried)
+    assert f"| lr 0.001, anchor {best(tried):g} | 1 |" in (out / "compare.md").read_text()
+
+
+def test_rows_of_teacher_and_model_stock_are_wisefts(anchored):
+    out, _ = anchored
+    (block,) = read(out / "compare.json")["blocks"]
+    found, name = block["methods"]["flyp-trajectory"], "flyp-trajectory"
+    sweeps = [
+        read(Path(out.parent, s["folder"], "wiseft_teacher/wiseft.json")) for s in found["seeds"].values()
+    ]
+    stock = read(Path(out.parent, found["model_stock"]["folder"], "wiseft.json"))
+    for metric, rows in (("top1", block["rows"]), ("ece", block["ece"])):
+        teachers = [sweep["alphas"]["1.00"]["odd"][metric] for sweep in sweeps]
+        assert rows[f"{name}, teacher"]["odd"]["by_seed"] == teachers != rows[name]["odd"]["by_seed"]
+        assert rows[f"{name}, teacher + WiSE-FT"]["odd"]["by_seed"] == [
+            sweep["alphas"][f"{sweep['chosen_alpha']:.2f}"]["odd"][metric] for sweep in sweeps
+        ]
+        one = stock["sets"]["odd"][metric]
+        assert rows[f"{name} + Model Stock"]["odd"] == {"mean": one, "half_width_95": None, "by_seed": [one]}
+    assert list(block["differences"]) == [f"{name}, teacher", f"{name}, teacher + WiSE-FT"]
+    text = (out / "compare.md").read_text()
+    assert says(text, "Model Stock merges", "no interval") and says(text, "1 values", "anchor=10")
+
+
+def test_model_stock_is_merged_again_for_other_seeds_alone(anchored, argv, monkeypatch):
+    out, words = anchored
+    monkeypatch.chdir(out.parent)
+    (command,) = out.glob("runs/*_model_stock/command.txt")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/finished.json")}
+    command.write_text(command.read_text().replace("seed1", "seed7"))
+    flyp(*argv(*words))
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert [path.parent.name for path in before if before[path] != after[path]] == [command.parent.name]
+    monkeypatch.setattr(subprocess, "Popen", None)
+    text = (out / "compare.md").read_text()
+    flyp(*argv(*words))
+    assert (out / "compare.md").read_text() == text
+
+
+@pytest.fixture(scope="module")
 def selected(argv, tmp_path_factory):
     """The folder of a comparison of a template with descriptions at the epochs of the lowest loss, and its flags."""
     folder = tmp_path_factory.mktemp("selected")
