@@ -350,7 +350,7 @@ def test_rows_of_teacher_and_model_stock_are_wisefts(anchored):
         assert rows[f"{name} + Model Stock"]["odd"] == {"mean": one, "half_width_95": None, "by_seed": [one]}
     assert list(block["differences"]) == [f"{name}, teacher", f"{name}, teacher + WiSE-FT"]
     text = (out / "compare.md").read_text()
-    assert says(text, "Model Stock merges", "no interval") and says(text, "1 values", "anchor=10")
+    assert says(text, "Model Stock merges", "no interval") and says(text, "1 + 1 tries", "anchor=10")
 
 
 def test_model_stock_is_merged_again_for_other_seeds_alone(anchored, argv, monkeypatch):

@@ -173,8 +173,9 @@ def document(record: Record) -> str:
     first, more = record["tries"]
     if more:
         how += (
-            f" Each method was tried with {first} values of its learning rate (lp: C) and, at the best, with the {more} values "
-            f"of {' or '.join(settings['tune'])} or, if it has no such setting, with {more} more learning rates around it."
+            f" Each method had {first} + {more} tries: the values of its learning rate (lp: C) and then, at the best, those of "
+            f"{' or '.join(settings['tune'])} or, without such a setting, more values around it. A logit-scale that is not "
+            "listed is the pretrained model's."
         )
     if not test:
         how += f" So the figures on `{val}` are slightly optimistic; pass --id-test for a set that chooses nothing."
