@@ -44,7 +44,7 @@ class Comparison:
         )  # of each method: its own values, and then
         if args.model_stock and len(self.seeds) < 2:
             raise InputError(
-                f"--model-stock merges the seeds of a method; pass at least two --seeds, not {args.seeds}."
+                f"--model-stock merges the seeds of a method; pass more seeds than --seeds {args.seeds}."
             )
         self.blocks = grid.parse_blocks(args.shots, args.templates, args.prompts)
         names = [spec.partition("=")[0] for spec in args.eval_data]
