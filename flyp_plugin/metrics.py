@@ -71,9 +71,8 @@ class Tally:
         self.counts += torch.stack([torch.bincount(i, minlength=self.num_classes) for i in indices])
         self.in_top5 += int(in_top5.sum())
         self.loss += loss.double().sum().item()
-        bins = torch.bucketize(
-            confidence, torch.arange(1, _BINS) / _BINS
-        )  # an edge belongs to the bin below it
+        edges = torch.arange(1, _BINS) / _BINS
+        bins = torch.bucketize(confidence, edges)  # a probability on an edge is in the bin below
         self.overconfidence += torch.bincount(bins, confidence.double() - correct.double(), _BINS)
         groups = list(groups or ())
         self.group_images.update(groups)
