@@ -727,6 +727,18 @@ def test_document_shows_rates_at_list_ends_and_signs():
     assert any(says(line, "`id`", "--id-test") for line in lines)
 
 
+def test_document_says_what_model_stock_leaves_out():
+    stocks = {"flyp": {"seeds": [0, 1], "sets": scored(0.9, 0.6)}, "ce": {"seeds": [1]}}
+    methods = {name: {**METHODS[name], "model_stock": stock} for name, stock in stocks.items()}
+    made = record({**methods, "lp": METHODS["ce"]})
+    lines = plots.document(made).splitlines()
+    assert "| flyp + Model Stock | 90.0 | 60.0 | 60.0 | lr 1e-05 (least tried) |  |" in lines
+    assert not any(row in made["blocks"][0]["rows"] for row in ("ce + Model Stock", "lp + Model Stock"))
+    assert "flyp + Model Stock" not in made["blocks"][0]["differences"]
+    (note,) = (line for line in lines if line.startswith("Model Stock"))
+    assert says(note, "no interval", "leaves out lp", "Of ce", "fewer than two") and "Of flyp" not in note
+
+
 @pytest.mark.parametrize(
     ("select", "rule"),
     [
