@@ -19,7 +19,7 @@ import pytest
 from scipy import stats
 
 from flyp_plugin import commands
-from flyp_plugin.commands import compare, grid, plots
+from flyp_plugin.commands import compare, grid, plots, wiseft
 from flyp_plugin.commands.grid import (
     TRIED,
     parse_blocks,
@@ -29,7 +29,6 @@ from flyp_plugin.commands.grid import (
     with_defaults,
 )
 from flyp_plugin.commands.jobs import one_gpu, seconds_left
-from flyp_plugin.commands.wiseft import parse_alphas
 from flyp_plugin.errors import InputError
 from flyp_plugin.metrics import best
 from flyp_plugin.run_folder import folder_lock
@@ -441,7 +440,7 @@ def test_where_zeroshot_is_chosen_nothing_is_merged(selected, argv, monkeypatch)
         first, rest = file.read_text().split("\n", 1)
         file.write_text(json.dumps(json.loads(first) | {"val/loss": 0.0}) + "\n" + rest)
     flyp(*argv(*words))
-    default_alphas = parse_alphas(commands._parser("wiseft").parse_args(["wiseft"]).alphas)
+    default_alphas = wiseft._names(commands._parser("wiseft").parse_args(["wiseft"]))
     for run, block in selected_runs(out):
         (seed,) = block["methods"]["flyp"]["seeds"].values()
         assert seed["epoch"] == seed["chosen_alpha"] == 0 and not [*run.glob("checkpoints/*.pt")]
