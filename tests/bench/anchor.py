@@ -1,6 +1,7 @@
 """What --anchor costs: time and memory of a training step of FLYP, and of the same with each teacher.
 
     python -m tests.bench.anchor                          # ViT-B-32 at 32, fp32, CPU
+    python -m tests.bench.anchor --clock cpu --threads 1  # on a machine that others use too
     python -m tests.bench.anchor --device cuda --precision amp_bf16 --batch-size 512
 
 Steps are those of tests/bench/step.py with short text; the teacher's forward pass is in the same precision, without
