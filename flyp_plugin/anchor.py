@@ -17,16 +17,14 @@ is saved beside each, as epoch_N.teacher.safetensors.
 """
 
 import copy
-import re
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,7 +34,6 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.text import shorten
 
 TEACHERS = ("pretrained", "trajectory")
-TRACER_WEIGHT = 3.5  # W with which TRACER was trained
 
 
 def trajectory_weights(steps: int) -> list[float]:
@@ -52,23 +49,23 @@ class Teacher:
     Args:
         model: the model that is about to be trained; its forward returns a dict. Call this before `shorten`,
             DistributedDataParallel, FSDP and torch.compile.
-        steps: the number of optimizer steps of the training, for the teacher of the trajectory; 0: it stays as it is.
+        epochs, steps: those of the training and the optimizer steps of each epoch, for the teacher of the trajectory; 0
+            epochs: it stays as it is.
     """
 
-    def __init__(self, model: Any, steps: int = 0):
+    def __init__(self, model: Any, epochs: int = 0, steps: int = 0):
         self.model: Any = copy.deepcopy(model).eval().requires_grad_(False)
-        self.weights, self.step = trajectory_weights(steps) if steps else [], -1
-        # averages in 16 bits would lose the small steps
+        self.steps, self.step = steps, -1
+        self.weights = trajectory_weights(epochs * steps) if epochs else []
+        state = self.model.state_dict() if epochs else {}
+        # in 16 bits an average would lose the small steps
         wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-        state = self.model.state_dict()
         self.average = {
             name: tensor.to(wide.get(tensor.dtype, tensor.dtype)) for name, tensor in state.items()
         }
         # running statistics of batch norm, which differ between ranks
-        parameters = dict(self.model.named_parameters())
-        self.statistics = [
-            name for name, tensor in state.items() if name not in parameters and tensor.is_floating_point()
-        ]
+        floats = {name for name, tensor in state.items() if tensor.is_floating_point()}
+        self.statistics = floats - dict(self.model.named_parameters()).keys()
 
     def shorten(self, length: int = 0) -> None:
         """Encode text short, as the model does; see text.shorten."""
@@ -76,7 +73,11 @@ class Teacher:
 
     def distances(self, images: Tensor, tokens: Tensor | None, outputs: dict[str, Tensor]) -> Tensor:
         """The squared distances (B,) of the model's features in `outputs` from the teacher's; without tokens, of images."""
-        with torch.no_grad():
+        # open_clip 4 with --fsdp turns autocast off, for FSDP casts the model's weights, but not the teacher's
+        half = (
+            images.dtype in (torch.float16, torch.bfloat16) and images.dtype != self.model.logit_scale.dtype
+        )
+        with torch.no_grad(), torch.autocast(images.device.type, images.dtype) if half else nullcontext():
             own = self.model(images, tokens)
         names = ["image_features"] if tokens is None else ["image_features", "text_features"]
         differences = torch.cat([outputs[name].float() - own[name].float() for name in names], dim=-1)
@@ -100,15 +101,18 @@ class Teacher:
 
     def start(self, model: Any, epoch: int, resume: str | None) -> None:
         """Before each epoch: take the weights that training starts from, or those beside the checkpoint to resume from."""
-        if self.weights and self.step < 0:
+        if not self.weights:
+            return
+        if self.step < 0:
             if epoch:
                 self.load(Path(resume or ""))
             else:
                 self.update(model)
+        self.step = epoch * self.steps  # steps that were left out, as --precision amp may do, count as taken
 
     @contextmanager
-    def follow(self, model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Update after each optimizer step within a block."""
+    def follow(self, model: Any, optimizer: torch.optim.Optimizer, all_steps: bool = True) -> Iterator[None]:
+        """Update after each optimizer step within a block; InputError if there is none, unless `all_steps` is False."""
         if not self.weights:
             yield
             return
@@ -118,10 +122,10 @@ class Teacher:
             yield
         finally:
             hook.remove()
-        if self.step == before:
+        if self.step == before and all_steps:
             raise InputError(
-                "the teacher of the trajectory has not moved: the optimizer took no step, or torch.compile has left out its "
-                "hooks; train without --torchcompile-strategy step."
+                "the teacher of the trajectory has not moved in an epoch, because this torch or open_clip does not call the "
+                "optimizer's hooks; use --anchor-teacher pretrained, or leave out --torchcompile."
             )
 
     def save(self, epoch: int, args: Namespace) -> None:
@@ -133,13 +137,15 @@ class Teacher:
         path = record.teacher_path(folder, epoch)
         tensors = {name: tensor.cpu().clone() for name, tensor in self.average.items()}
         with atomic_write(path) as part:
-            save_file(tensors, part, metadata={"step": str(self.step)})
+            save_file(tensors, part)
         # the newest checkpoint is that of the epoch before: this epoch's is written later
-        kept = {epoch, epoch - 1, *record.epochs(folder.parent)}
-        for other in folder.glob(record.teacher_path(folder, "*").name):  # type: ignore[arg-type]
-            number = re.sub(r"\D", "", other.name)
-            if number and int(number) not in kept:
-                other.unlink()
+        self.delete_old(folder, {epoch - 1, epoch})
+
+    def delete_old(self, folder: Path, kept: set[int]) -> None:
+        """Delete the teachers in a run's checkpoints/ whose checkpoint is gone, but for those of the epochs `kept`."""
+        wanted = {record.teacher_path(folder, epoch) for epoch in kept | record.epochs(folder.parent).keys()}
+        for path in set(folder.glob(record.teacher_path(folder, "*").name)) - wanted if self.weights else ():
+            path.unlink()
 
     def load(self, checkpoint: Path) -> None:
         """Go on from the teacher beside a checkpoint. InputError if there is none, or of another architecture."""
@@ -147,8 +153,6 @@ class Teacher:
         tensors = read_state_dict(path)
         if difference := first_difference(self.average, tensors):
             raise InputError(f"{path} is the teacher of another architecture: {difference}.")
-        with safe_open(path, "pt") as file:
-            self.step = int((file.metadata() or {}).get("step", 0))
         own = self.model.state_dict()
         with torch.no_grad():
             for name, tensor in tensors.items():

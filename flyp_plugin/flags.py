@@ -110,8 +110,8 @@ def parser() -> argparse.ArgumentParser:
         "the batch's classes to flyp (default: %(default)s)")
     add("--lp-c", type=_number(float, 0, above=True), metavar="C", help="inverse strength of the L2 regularisation in lp "
         "and lp-ft, as scikit-learn's C (default: 31.6)")
-    add("--logit-scale", type=_number(float, 0, 100, above=True), metavar="S", help="start from this logit_scale.exp(), the "
-        "inverse temperature, in place of the pretrained model's (open_clip logs it as Logit Scale)")
+    add("--logit-scale", type=_number(float, 1, 100), metavar="S", help="start from this logit_scale.exp(), from 1 to "
+        "100, in place of the pretrained model's: the inverse temperature, which open_clip logs as Logit Scale")
     add = parser.add_argument_group("anchor", "Keep what pretraining knew: for flyp and ce, when accuracy or calibration "
         "on other data matters more than the last points in distribution.").add_argument
     add("--anchor", type=_number(float, 0), default=0.0, metavar="W", help="add W x the squared distance between the "

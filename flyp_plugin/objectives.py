@@ -179,9 +179,9 @@ class Objective:
         loss = self.loss(args)
         if not args.anchor:
             return loss
-        # without a gradient through the gathered features, ClipLoss has that of one rank's share of the batch
-        whole = args.world_size == 1 or args.local_loss or args.gather_with_grad
-        return AnchoredLoss(loss, args.anchor / (1 if whole else args.world_size))
+        # ClipLoss without both flags of several ranks has a gradient that is smaller by their number; a ClassLoss has not
+        smaller = not (self.learned_head or args.local_loss or args.gather_with_grad)
+        return AnchoredLoss(loss, args.anchor / (args.world_size if smaller else 1))
 
     def install(self, model: Any, teacher: Teacher | None = None) -> None:
         """Make `model`, whose forward returns a dict, take labels (B,) and return `outputs`, in training mode only.

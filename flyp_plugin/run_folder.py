@@ -27,7 +27,7 @@ import torch
 
 from flyp_plugin import record
 from flyp_plugin.errors import NO_ROOM, InputError
-from flyp_plugin.model_spec import ModelSpec
+from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.record import RESULTS, Record
 from flyp_plugin.sources import write_atomically
 
@@ -95,15 +95,23 @@ def refuse_other_run(resumed: Record, args: Namespace, spec: ModelSpec) -> None:
         )
 
 
-def refuse_other_start(resumed: Record, args: Namespace) -> None:
-    """InputError if --pretrained is not what the resumed run started from, which is the teacher of --anchor."""
-    before, now = resumed.get("pretrained", {}), record.describe_weights(args.pretrained)
-    key = "sha256" if before.get("sha256") else "given"
-    if before.get(key) != now[key]:
-        raise InputError(
-            f"the teacher of --anchor is what {resumed.folder} started from, {resumed.pretrained}, and --pretrained is "
-            f"{args.pretrained or 'not given'}; give that again."
-        )
+def refuse_other_start(resumed: Record | None, args: Namespace) -> None:
+    """InputError if --pretrained is not what a resumed run started from, which is the teacher of --anchor."""
+    given = args.pretrained or "not given"
+    if resumed is None:  # a new run, or one without a record
+        if args.pretrained or is_place(args.model) or args.resume == "latest":
+            return
+        said = f"the teacher of --anchor is what training started from, and --pretrained is {given}"
+    else:
+        before, now = resumed.get("pretrained", {}), record.describe_weights(args.pretrained)
+        key = "sha256" if before.get("sha256") else "given"
+        if before.get(key) == now[key]:
+            return
+        said = f"the teacher of --anchor is what {resumed.folder} started from, {resumed.pretrained}"
+        if resumed.pretrained == args.pretrained:
+            raise InputError(f"{said}, and that file has changed (SHA-256) or is gone; restore it.")
+        said += f", and --pretrained is {given}"
+    raise InputError(f"{said}; give those weights with --pretrained.")
 
 
 def refuse_other_optimizer(resumed: Record, args: Namespace) -> None:

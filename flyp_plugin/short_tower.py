@@ -47,9 +47,8 @@ def _short_class(base: Any, name: str) -> type:
     def short(self: Any, text: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (options := self.short_options) is None:
             return full(self, text, *args, **kwargs)
-        if not (
-            self.training or options.in_eval
-        ):  # the fixed length is the training prompts': evaluation may have longer texts
+        # the fixed length is the training prompts': evaluation may have longer texts
+        if not (self.training or options.in_eval):
             options = options._replace(length=0)
         parts, index = _split_rows(text, get_pooling(self), options)
         features = [full(_Trimmed(self, part.shape[1]), part, *args, **kwargs) for part in parts]

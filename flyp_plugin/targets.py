@@ -49,14 +49,23 @@ class Target:
 
 def target_from_args(args: argparse.Namespace, given: str) -> Target:
     """The weights that `given` and --epoch stand for; the record fills in the flags that are not given."""
-    known, weights = record.find(given), given
+    known, weights, teacher = record.find(given), given, getattr(args, "teacher", False)
+    if teacher:
+        refuse_no_run(known, given)
     if known and os.path.isdir(given):
-        teacher = getattr(args, "teacher", False)
         weights = str(choose_weights(known, args.epoch or ("last" if teacher else None), teacher))
-    elif args.epoch or getattr(args, "teacher", False):
-        flag = "--epoch chooses" if args.epoch else "--teacher chooses"
-        raise InputError(f"{flag} a checkpoint of a run, but {given} is not a run's folder; leave it out.")
+    elif args.epoch:
+        raise InputError(f"--epoch chooses a checkpoint of a run, but {given} is not a run; leave it out.")
     return Target(weights, spec_from_args(args, weights, known), known)
+
+
+def refuse_no_run(known: Record | None, given: str) -> None:
+    """InputError if what is given with --teacher is not the folder of a run."""
+    if not (known and known.folder and os.path.isdir(given) and (known.folder / "checkpoints").is_dir()):
+        raise InputError(
+            f"--teacher chooses a teacher of a run, but {given} is not a run's folder; give that, with --epoch N for an "
+            "epoch, or give epoch_N.teacher.safetensors without --teacher."
+        )
 
 
 def choose_weights(run: Record, epoch: str | None, teacher: bool = False) -> Path:

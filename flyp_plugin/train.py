@@ -112,10 +112,8 @@ class FlypRun:
         self.changes = objectives.changed_flags(args)
         with run_folder.explain_errors(args, rank):
             openclip.connect(args)  # from here on, one rank reads for all
-            ranks.once(partial(_check_start, args))
             self.resumed = run_folder.resumed_record(args)
-            if self.resumed and args.anchor and args.anchor_teacher == "pretrained":
-                run_folder.refuse_other_start(self.resumed, args)
+            ranks.once(partial(_check_start, args, self.resumed))
             self.spec = checks.resolve_model(args, self.resumed)
             self.data = self._read_data()
         self.evaluates = bool(self.data.eval_sets)
@@ -169,8 +167,8 @@ class FlypRun:
         if self.objective.learned_head:
             setattr(model, HEAD, zeroshot_as_learned(model, tokenizer, self.data.prompts, args.precision))
         if args.anchor:
-            steps = self.steps * args.epochs if args.anchor_teacher == "trajectory" else 0
-            self.teacher = Teacher(model, steps)
+            epochs = args.epochs if args.anchor_teacher == "trajectory" else 0
+            self.teacher = Teacher(model, epochs, self.steps)
         self.short_text = not args.full_text and shorten(
             model, tokenizer([self.data.prompts(0, 0), self.data.prompts(-1, -1)])
         )
@@ -244,6 +242,7 @@ class FlypRun:
             f"FLYP's defaults in use: {defaults}. All other settings are open_clip's or yours.",
             f"Model: {self.spec}; weights: {args.pretrained or 'random or its own'}.",
             f"Objective: {', '.join(self.changes) or 'FLYP'}.",
+            *([f"Logit scale at the start: {args.logit_scale:g}."] if args.logit_scale else []),
             f"Samples: {self.data.num_samples} an epoch, in {len(self.data.shards)} shards.",
             f"Prompts: {prompts.describe()}.",
             f"Steps: {steps if self.objective.loop else 'none; one fit to the features of all images'}.",
@@ -294,7 +293,8 @@ class FlypRun:
 
     def epoch_context(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager:
         """In which open_clip's loop trains for an epoch: a teacher of the trajectory follows the optimizer's steps."""
-        return self.teacher.follow(self.model, optimizer) if self.teacher else nullcontext()
+        all_steps = self.args.precision != "amp"  # whose GradScaler leaves out steps that overflow
+        return self.teacher.follow(self.model, optimizer, all_steps) if self.teacher else nullcontext()
 
     def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
         """InputError if training has diverged: nothing that follows could be used. Else save the trajectory's teacher."""
@@ -331,6 +331,8 @@ class FlypRun:
             readers = "open_clip loads them with pretrained=PATH"
             if self.objective.learned_head or self.spec.differences(ModelSpec.of(args.model)):
                 readers = "flyp's commands read them; `flyp export --format open_clip` is for open_clip alone"
+            if self.teacher:
+                self.teacher.delete_old(Path(args.checkpoint_path), {args.epochs})
             last = list(record.epochs(Path(args.logs, args.name)).values())[-1:]
             if last and record.is_sharded(last[0]):
                 readers = f"flyp's commands read the last after `{record.how_to_join(last[0])[0]}`"
@@ -341,8 +343,10 @@ class FlypRun:
             self._warn_of_random_weights()
 
 
-def _check_start(args: Namespace) -> None:
+def _check_start(args: Namespace, resumed: Record | None) -> None:
     run_folder.check_free(args)
+    if args.resume and args.anchor and args.anchor_teacher == "pretrained":
+        run_folder.refuse_other_start(resumed, args)
     checks.check_start(args)
 
 

@@ -5,10 +5,10 @@ WiSE-FT takes weights on the line between the pretrained and the fine-tuned mode
     theta(alpha) = (1 - alpha) * theta_pretrained + alpha * theta_finetuned          (eq. 1)
 
 Fine-tuning gains accuracy in distribution (ID) and loses some out of distribution (OOD); a point between the two
-models often has both. `interpolate`, `average` and `model_stock`, which needs no data to choose alpha but several runs,
-are pure functions of state dicts. `sweep` scores every alpha on
-every evaluation set while decoding each image once, and `choose_alpha` takes the best on the ID validation set: the OOD
-sets never choose. `flyp wiseft` (commands/wiseft.py) runs all of it on files.
+models often has both. Model Stock finds a point without data, from several runs. `interpolate`, `average` and
+`model_stock` are pure functions of state dicts. `sweep` scores every alpha on every evaluation set while decoding each
+image once, and `choose_alpha` takes the best on the ID validation set: the OOD sets never choose. `flyp wiseft`
+(commands/wiseft.py) runs all of it on files.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

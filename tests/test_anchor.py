@@ -1,6 +1,7 @@
 """Anchored training against a plain PyTorch loop, in open_clip's own loop; and the teacher as a model of its own."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import open_clip
@@ -14,6 +15,7 @@ from flyp_plugin import ClassPromptDataset, ImageClassifier, openclip
 from flyp_plugin.anchor import TEACHERS, trajectory_weights
 from flyp_plugin.commands import call as flyp
 from flyp_plugin.errors import InputError
+from flyp_plugin.objectives import OBJECTIVES
 from flyp_plugin.record import teacher_path
 from tests.close import FORWARD, assert_moved_alike
 from tests.naming import naming
@@ -147,11 +149,36 @@ def test_a_resumed_run_equals_an_uninterrupted_one(launch, start, run, digits): 
 def test_the_pretrained_teacher_is_given_again_on_resume(launch, start, run):  # noqa: F811
     folder = launch("--anchor", 1, "--pretrained", start, name="kept")
     for flags in ([], ["--pretrained", run / "checkpoints/epoch_1.pt"]):
-        with pytest.raises(
-            InputError, match=naming("teacher of --anchor", str(folder), str(start), "give that again")
-        ):
+        with pytest.raises(InputError, match=naming("teacher of --anchor", folder, start, "--pretrained")):
             launch("--anchor", 1, "--epochs", 2, "--resume", "latest", *flags, name="kept")
     launch("--anchor", 1, "--epochs", 2, "--resume", "latest", "--pretrained", start, name="kept")
+    loose = folder.parent / "epoch_1.pt"  # has no record
+    loose.write_bytes((folder / "checkpoints/epoch_1.pt").read_bytes())
+    with pytest.raises(InputError, match=naming("teacher of --anchor", "not given", "--pretrained")):
+        launch("--anchor", 1, "--resume", loose, name="unknown")
+
+
+def test_a_start_that_has_changed_is_to_be_restored(launch, start, tmp_path):  # noqa: F811
+    path = tmp_path / "start.pt"
+    path.write_bytes(start.read_bytes())
+    launch("--anchor", 1, "--pretrained", path, name="changed")
+    path.write_bytes((start.parent / "epoch_1.pt").read_bytes())
+    with pytest.raises(InputError, match=naming(path, "SHA-256", "restore")):
+        launch("--anchor", 1, "--pretrained", path, "--epochs", 2, "--resume", "latest", name="changed")
+
+
+def test_a_run_goes_on_with_another_batch_size(launch, start):  # noqa: F811
+    launch(*TRAJECTORY, "--pretrained", start, "--epochs", 2, "--batch-size", 50, name="batch")
+    launch(*TRAJECTORY, "--pretrained", start, "--epochs", 4, "--resume", "latest", name="batch")
+
+
+@pytest.mark.parametrize("objective, share", [("flyp", 0.5), ("ce", 1)])
+def test_the_anchor_weighs_the_same_on_ranks_of_every_kind(objective, share):
+    ranks = {"world_size": 2, "rank": 0, "collisions": "keep", "ce_weight": 0.0}
+    for local, gathered in ((False, False), (True, True), (False, True)):
+        args = Namespace(**ranks, anchor=2.0, local_loss=local, gather_with_grad=gathered)
+        expected = 2.0 if local or gathered else 2.0 * share  # as ClipLoss's gradient, which is half then
+        assert OBJECTIVES[objective].create_loss(args).weight == expected
 
 
 def test_checkpoints_are_those_of_plain_flyp(launch, start, run):  # noqa: F811
@@ -163,7 +190,6 @@ def test_teachers_are_kept_as_long_as_their_checkpoints(launch, start):  # noqa:
     flags = [*TRAJECTORY, "--pretrained", start, "--epochs", 4, "--train-num-samples", 100]
     last = launch(*flags, "--delete-previous-checkpoint", name="last")
     assert [path.name for path in sorted(last.glob("checkpoints/epoch_*"))] == [
-        "epoch_3.teacher.safetensors",
         "epoch_4.pt",
         "epoch_4.teacher.safetensors",
     ]
@@ -194,11 +220,11 @@ def test_eval_and_wiseft_take_the_teacher_for_a_model(run, start, digits, capsys
 
 def test_a_teacher_that_is_not_there_is_one_sentence(run, launch, start, tmp_path):  # noqa: F811
     plain = launch("--pretrained", start, name="plain")
-    for command in ("eval", "wiseft"):
+    for command in (["eval"], ["wiseft"], ["export", "--format", "timm", "--out", str(tmp_path / "out")]):
         with pytest.raises(InputError, match=naming(str(plain), "no teacher", "--anchor-teacher trajectory")):
-            flyp([command, str(plain), "--teacher"])
+            flyp([*command, str(plain), "--teacher"])
         with pytest.raises(InputError, match=naming("--teacher", "epoch_3.pt", "not a run's folder")):
-            flyp([command, str(run / "checkpoints/epoch_3.pt"), "--teacher"])
+            flyp([*command, str(run / "checkpoints/epoch_3.pt"), "--teacher"])
 
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "pure_bf16"])
@@ -231,6 +257,7 @@ def test_training_starts_from_another_temperature(launch, start, digits):  # noq
         (["--anchor", "nan"], ["--anchor", "nan"]),
         (["--anchor", -1], ["--anchor", ">= 0"]),
         (["--logit-scale", 101], ["--logit-scale", "<= 100"]),
+        (["--logit-scale", 0.5], ["--logit-scale", ">= 1"]),
         (["--logit-scale", 7, "--objective", "lp-ft"], ["--logit-scale", "lp-ft"]),
     ],
 )

@@ -38,10 +38,8 @@ class Comparison:
         self.values = grid.parse_values(self.methods, {"lr": args.lr, "lp-c": args.lp_c})
         self.tune = grid.parse_tune(self.methods, args.tune)
         further = next(iter(self.tune.values()), [])
-        self.tries = (
-            len(self.values[self.methods[0]]),
-            len(further),
-        )  # of each method: its own values, and then
+        # of each method: its own values, and then
+        self.tries = len(self.values[self.methods[0]]), len(further)
         if args.model_stock and len(self.seeds) < 2:
             raise InputError(
                 f"--model-stock merges the seeds of a method; pass more seeds than --seeds {args.seeds}."

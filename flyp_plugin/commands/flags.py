@@ -44,8 +44,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 def add_teacher_flag(parser: ArgumentParser) -> None:
     """--teacher."""
-    parser.add_argument("--teacher", action="store_true", help="take the run's other model, its average along the "
-        "trajectory, of --anchor-teacher trajectory")
+    parser.add_argument("--teacher", action="store_true", help="take the trajectory's teacher in place of the model "
+        "(of a run with --anchor-teacher trajectory)")
 
 
 def add_classes_flags(parser: ArgumentParser) -> None:

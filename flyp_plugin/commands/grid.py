@@ -11,9 +11,8 @@ from typing import Any
 
 from flyp_plugin.errors import InputError
 
-Setting = tuple[
-    tuple[str, float], ...
-]  # the tuned flags of a training with their values; the first is its method's own
+# the tuned flags of a training with their values; the first is its method's own
+Setting = tuple[tuple[str, float], ...]
 _PRETRAINED = {"anchor": 3.5, "anchor_teacher": "pretrained"}  # TRACER's weight (arXiv 2605.29380)
 _TRAJECTORY = {"anchor": 3.5, "anchor_teacher": "trajectory"}
 METHODS: dict[str, dict[str, Any]] = {  # the flags of `flyp train` that make each
@@ -28,9 +27,8 @@ METHODS: dict[str, dict[str, Any]] = {  # the flags of `flyp train` that make ea
     "ce-trajectory": {"objective": "ce", **_TRAJECTORY},
 }
 TRIED = {"lr": "1e-6,3e-6,1e-5,3e-5", "lp-c": "1,10,100,1000"}  # the default values
-TUNABLE: dict[
-    str, Callable[[dict[str, Any]], bool]
-] = {  # settings of --tune: whether a method of these flags has it
+# settings of --tune: whether a method of these flags has it
+TUNABLE: dict[str, Callable[[dict[str, Any]], bool]] = {
     "anchor": lambda flags: "anchor" in flags,
     "logit-scale": lambda flags: flags.get("objective") not in ("lp", "lp-ft"),  # their head is fitted
 }

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from flyp_plugin.commands.grid import has_teacher
+
 Record = Mapping[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]  # rows -> columns -> what `figure` returns
 _CALIBRATION = "Expected calibration error (ECE, 15 bins) in %, lower is better:"
@@ -170,15 +172,21 @@ def document(record: Record) -> str:
         f" `{val}` chose the setting of each method ({by[0]}on seed {seeds[0]}) and alpha ({by[1]}for each seed); no other "
         "set chose anything."
     )
+    if not test:
+        how += f" So the figures on `{val}` are slightly optimistic; pass --id-test for a set that chooses nothing."
     first, more = record["tries"]
     if more:
         how += (
             f" Each method had {first} + {more} tries: the values of its learning rate (lp: C) and then, at the best, those of "
-            f"{' or '.join(settings['tune'])} or, without such a setting, more values around it. A logit-scale that is not "
-            "listed is the pretrained model's."
+            f"{' or '.join(settings['tune'])} or, without such a setting, more values around it."
         )
-    if not test:
-        how += f" So the figures on `{val}` are slightly optimistic; pass --id-test for a set that chooses nothing."
+    if any(text.startswith("logit-scale") for text in settings["tune"]):
+        how += (
+            " A logit-scale that is not listed is the pretrained model's, which is also that of WiSE-FT's alpha 0: ECE is "
+            "not comparable between models that differ in it."
+        )
+    if any(map(has_teacher, record["methods"])):
+        how += " A teacher has the setting and the epoch that were chosen for its model, and an alpha of its own."
     text = [f"# {settings['model']} ({settings['pretrained']}), fine-tuned on {settings['train_data']}", how]
     for block in record["blocks"]:
         text += [f"## {block['title']}"] if block["title"] else []
@@ -190,10 +198,9 @@ def document(record: Record) -> str:
         text += _stock_notes(block["methods"])
         if block["differences"]:
             first = record["methods"][0]
-            text += [
-                f"Difference of top-1 to {first} (with WiSE-FT: to {first}{_WISE}) in points, paired by seed:"
-            ]
-            text += [_markdown(block["differences"], record, block["methods"], "+")]
+            for key, what in (("differences", "top-1"), ("ece_differences", "ECE")):
+                said = f"Difference of {what} to {first} (with WiSE-FT: to {first}{_WISE}) in points, paired by seed:"
+                text += [said, _markdown(block[key], record, block["methods"], "+")]
     pairs = product(record["blocks"], record["methods"])
     missing = [f"{method} ({block['title']})" for block, method in pairs if method not in block["methods"]]
     text += [f"Not finished: {', '.join(missing).replace(' ()', '')}."] if missing else []

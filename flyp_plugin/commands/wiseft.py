@@ -118,7 +118,7 @@ def _names(args: argparse.Namespace) -> dict[float, str]:
 def _find_end_points(args: argparse.Namespace) -> EndPoints:
     """The end points from RUN, --finetuned, --average or --model-stock, and --pretrained, checked to belong together."""
     from flyp_plugin import record
-    from flyp_plugin.targets import choose_weights, spec_from_args
+    from flyp_plugin.targets import choose_weights, refuse_no_run, spec_from_args
 
     several = args.average or args.model_stock
     given = several or [path for path in (args.run_folder, args.finetuned) if path]
@@ -127,14 +127,13 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
         raise InputError(f"pass one of {ways} (see --help).")
     found, epoch = [record.find(path) for path in given], args.epoch or "last"
     for path, known in zip(given, found) if args.teacher else ():
-        if not (known and os.path.isdir(path)):
-            raise InputError(
-                f"--teacher chooses a checkpoint of a run, but {path} is not a run's folder; leave it out."
-            )
+        refuse_no_run(known, path)
     finetuned = [
         str(choose_weights(known, epoch, args.teacher)) if known and os.path.isdir(path) else path
         for path, known in zip(given, found)
     ]
+    if args.model_stock:
+        _check_several(finetuned)
     records = [known for known in found if known]
     known = records[0] if records else None
     pretrained = args.pretrained
@@ -146,6 +145,16 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
     if args.pretrained is None:
         record.check_same_start(records)
     return EndPoints(finetuned, pretrained, spec_from_args(args, pretrained, known), known)
+
+
+def _check_several(finetuned: Sequence[str]) -> None:
+    """InputError if two checkpoints are of one run: their angle says nothing about runs with different seeds."""
+    folders = [os.path.dirname(os.path.realpath(path)) for path in finetuned]
+    for path, folder in zip(finetuned, folders):
+        if folders.count(folder) > 1 and os.path.basename(folder) == "checkpoints":
+            raise InputError(
+                f"--model-stock needs runs that differ in their seed, and {path} is one of two checkpoints of one run."
+            )
 
 
 def _starting_weights(known: "Record | None", given: str) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flyp_plugin import text
-from flyp_plugin.anchor import TEACHERS, TRACER_WEIGHT, Teacher
+from flyp_plugin.anchor import TEACHERS, Teacher
 from flyp_plugin.precision import match_open_clip_precision
 from tests.bench.step import Batches, Steps, add_clock, device_name, seconds
 
@@ -78,13 +78,13 @@ def main() -> None:
 
 def make(steps: Steps, variant: str):
     """A step with a teacher, or without one."""
-    teacher = Teacher(steps.model, 1000 if variant == "trajectory" else 0) if variant != "none" else None
+    teacher = Teacher(steps.model, int(variant == "trajectory"), 1000) if variant != "none" else None
     if teacher:
         teacher.start(steps.model, 0, None)
         teacher.shorten()
 
     def loss(features: dict[str, Tensor], images: Tensor, tokens: Tensor) -> Tensor:
-        distance = TRACER_WEIGHT * teacher.distances(images, tokens, features).mean() if teacher else 0
+        distance = 3.5 * teacher.distances(images, tokens, features).mean() if teacher else 0
         return steps.loss(**features) + distance
 
     def step(images: Tensor, tokens: Tensor, labels: Tensor) -> None:
