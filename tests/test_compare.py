@@ -700,6 +700,7 @@ def record(methods, select="last", **blocks):
     less = plots.differences(table, list(methods))
     ece = plots.rows(methods, ["id"], "ece")
     block = {"title": "", "methods": methods, "rows": table, "ece": ece, "differences": less, **blocks}
+    block["ece_differences"] = plots.differences(ece, list(methods))
     settings = {"model": "M", "pretrained": "P", "train_data": "D", "select": select, "tune": ["anchor=1,10"]}
     return {"settings": settings, "epochs": 3, "methods": ["flyp", "ce"], "seeds": [0, 1], "tries": (3, 0),
             "id_sets": ["id"], "blocks": [block]}  # fmt: skip

@@ -52,6 +52,16 @@ def test_fsdp_equals_ddp_and_flyp_eval(root):
 
 
 @needs_fsdp
+def test_an_anchored_run_trains_in_bf16(
+    root,
+):  # where FSDP casts the images, and the weights of the model alone
+    flags = ["--anchor", "2", "--precision", "amp_bf16", "--opt", "adamw", "--lr", "1e-3"]
+    argv = fsdp.argv(root / "data", root / "anchored", "bf16", True, flags)
+    ranks.train_in_turn(2, [argv], root / "said-bf16", root / "losses-bf16")
+    assert results(root / "anchored" / "fsdp bf16")[-1]["epoch"] == 2
+
+
+@needs_fsdp
 def test_a_resumed_run_equals_an_uninterrupted_one(logs):
     assert_equal(weights(logs / "fsdp full stopped", 2), weights(logs / "fsdp full", 2))
     for kind in ("full", "sharded"):

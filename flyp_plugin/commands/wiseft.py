@@ -153,7 +153,7 @@ def _check_several(finetuned: Sequence[str]) -> None:
     for path, folder in zip(finetuned, folders):
         if folders.count(folder) > 1 and os.path.basename(folder) == "checkpoints":
             raise InputError(
-                f"--model-stock needs runs that differ in their seed, and {path} is one of two checkpoints of one run."
+                f"--model-stock needs runs with different --seed, and {path} is one of two checkpoints of the same run."
             )
 
 

@@ -33,7 +33,6 @@ CASES = {
     "flyp, accumulated": ["--accum-freq", "2", "--batch-size", "20"],
     "flyp, mask, accumulated": ["--collisions", "mask", "--accum-freq", "2", "--batch-size", "20"],
     "anchor": ["--anchor", "2"],
-    "anchor, amp_bf16": ["--anchor", "2", "--precision", "amp_bf16"],
     "ce": ["--objective", "ce"],
     "lp": ["--objective", "lp"],
     "lp-ft": ["--objective", "lp-ft"],
