@@ -52,7 +52,8 @@ TRAIN_MOST, FILLED_MOST = 16, 7  # images of a class; so `main` is 16 shots
 METHODS = ["--methods", "flyp,ce,lp,lp-ft"]
 ANCHORED = "flyp,lp-ft,flyp-anchor,flyp-trajectory,ce,lp"
 QUESTIONS = {  # what `flyp compare` is given for each; other rates where methods chose the ends of TUNED
-    "main": ["--methods", ANCHORED, "--tune", "anchor=1,10", "--model-stock"],
+    "main": METHODS,
+    "anchored": ["--methods", ANCHORED, "--tune", "anchor=1,10", "--model-stock"],
     "shots4": [*METHODS, "--shots", "4", "--lr", "1e-5,3e-5,1e-4,3e-4", "--lp-c", "1,10,100,1000"],
     "template": ["--methods", "flyp", "--templates", TEMPLATES[-1]],  # against all of them in main
     "mask": ["--methods", "flyp", "--collisions", "mask", "--lr", "1e-4,3e-4,1e-3"],
