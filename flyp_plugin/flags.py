@@ -112,8 +112,8 @@ def parser() -> argparse.ArgumentParser:
         "and lp-ft, as scikit-learn's C (default: 31.6)")
     add("--logit-scale", type=_number(float, 1, 100), metavar="S", help="start from this logit_scale.exp(), from 1 to "
         "100, in place of the pretrained model's: the inverse temperature, which open_clip logs as Logit Scale")
-    add = parser.add_argument_group("anchor", "Keep what pretraining knew: for flyp and ce, when accuracy or calibration "
-        "on other data matters more than the last points in distribution.").add_argument
+    add = parser.add_argument_group("anchor", "With flyp or ce: keep accuracy and calibration on other data while training, "
+        "as `flyp wiseft`\ndoes afterwards. Try that first.").add_argument
     add("--anchor", type=_number(float, 0), default=0.0, metavar="W", help="add W x the squared distance between the "
         "features of the model and those of a teacher for the same images and prompts; try 1 to 10 (default: off)")
     add("--anchor-teacher", choices=("pretrained", "trajectory"), default="pretrained", help="pretrained: the model that "
