@@ -285,8 +285,6 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 def save(content: object, path: str | os.PathLike) -> None:
     """torch.save, atomically; InputError as in `atomic_write`."""
-    with (
-        atomic_write(path) as part,
-        open(part, "wb") as stream,
-    ):  # a stream, whose errors say why writing failed
+    # to a stream, whose errors say why writing failed
+    with atomic_write(path) as part, open(part, "wb") as stream:
         torch.save(content, stream)

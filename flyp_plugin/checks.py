@@ -62,9 +62,9 @@ def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) ->
             yield "--fsdp divides a model among several ranks, and there is one; start them with torchrun, or leave it out."
         if not sharding.is_supported():
             yield f"--fsdp needs torch 2.9 or newer, and this is {torch.__version__}; install it, or leave the flag out."
-    whole_step = getattr(args, "torchcompile_strategy", "") == "step"
-    if whole_step and (
-        args.accum_freq > 1 or args.precision == "amp"
+    in_parts = args.accum_freq > 1 or args.precision == "amp"
+    if (
+        getattr(args, "torchcompile_strategy", "") == "step" and in_parts
     ):  # open_clip says so an evaluation later
         yield "--torchcompile-strategy step needs --accum-freq 1 and a --precision other than amp; use task or model."
     for name, (pattern, other) in product(typed, _NEEDS.items()):

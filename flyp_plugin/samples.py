@@ -298,9 +298,8 @@ def draw_prompts(
             (--template-order table). So no (image, prompt) pair repeats before all have been seen.
     """
     for sample in samples:
-        later = (
-            [copy] if (copy := sample.get("copy")) else []
-        )  # the first copy is what it is without --balance
+        # the first copy is what it is without --balance
+        later = [copy] if (copy := sample.get("copy")) else []
         drawn = sample_seed(seed, epoch, repeat, sample["key"], *later)
         count = counts[sample["label"]]
         number = drawn % count
@@ -330,9 +329,8 @@ def decode_images(
             skip(f"{locate(sample)}: {describe_error(error)}")
             continue
         if "seed" in sample:
-            torch.default_generator.manual_seed(
-                sample["seed"]
-            )  # torch.manual_seed would seed the GPUs as well
+            # torch.manual_seed would seed the GPUs as well
+            torch.default_generator.manual_seed(sample["seed"])
             random.seed(sample["seed"])
             np.random.seed(sample["seed"] % 2**32)
         yield {**sample, "image": preprocess(image)}

@@ -52,9 +52,8 @@ def test_fsdp_equals_ddp_and_flyp_eval(root):
 
 
 @needs_fsdp
-def test_an_anchored_run_trains_in_bf16(
-    root,
-):  # where FSDP casts the images, and the weights of the model alone
+def test_an_anchored_run_trains_in_bf16(root):
+    # FSDP casts the images, and the weights of the model alone
     flags = ["--anchor", "2", "--precision", "amp_bf16", "--opt", "adamw", "--lr", "1e-3"]
     argv = fsdp.argv(root / "data", root / "anchored", "bf16", True, flags)
     ranks.train_in_turn(2, [argv], root / "said-bf16", root / "losses-bf16")
