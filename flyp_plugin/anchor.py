@@ -58,11 +58,12 @@ class Teacher:
         self.steps, self.step = steps, -1
         self.weights = trajectory_weights(epochs * steps) if epochs else []
         state = self.model.state_dict() if epochs else {}
-        # in 16 bits an average would lose the small steps
+        # the model's own tensors, but for those in 16 bits, where an average would lose the small steps
         wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
         self.average = {
             name: tensor.to(wide.get(tensor.dtype, tensor.dtype)) for name, tensor in state.items()
         }
+        self.rounded = [name for name, tensor in state.items() if tensor.dtype in wide]
         # running statistics of batch norm, which differ between ranks
         floats = {name for name, tensor in state.items() if tensor.is_floating_point()}
         self.statistics = floats - dict(self.model.named_parameters()).keys()
@@ -87,7 +88,7 @@ class Teacher:
     def update(self, model: Any) -> None:
         """Follow `model`: call this once before its first optimizer step (w_0 is 1), and after each. The same on every rank."""
         self.step = min(self.step + 1, len(self.weights) - 1)
-        weight, own = self.weights[self.step], self.model.state_dict()
+        weight = self.weights[self.step]
         for name, tensor in model.state_dict().items():
             average = self.average[name]
             if tensor.is_floating_point():
@@ -96,8 +97,12 @@ class Teacher:
                 average.copy_(tensor)
             if name in self.statistics and dist.is_initialized():
                 dist.broadcast(average, 0)
-            if average.data_ptr() != own[name].data_ptr():
-                own[name].copy_(average)
+        self._round()
+
+    def _round(self) -> None:
+        """Bring the average to the tensors of the model that are in 16 bits."""
+        if self.rounded:
+            self.model.load_state_dict({name: self.average[name] for name in self.rounded}, strict=False)
 
     def start(self, model: Any, epoch: int, resume: str | None) -> None:
         """Before each epoch: take the weights that training starts from, or those beside the checkpoint to resume from."""
@@ -153,8 +158,6 @@ class Teacher:
         tensors = read_state_dict(path)
         if difference := first_difference(self.average, tensors):
             raise InputError(f"{path} is the teacher of another architecture: {difference}.")
-        own = self.model.state_dict()
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                self.average[name].copy_(tensor)
-                own[name].copy_(self.average[name])
+        for name, tensor in tensors.items():
+            self.average[name].copy_(tensor)
+        self._round()

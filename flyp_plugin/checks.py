@@ -63,9 +63,8 @@ def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) ->
         if not sharding.is_supported():
             yield f"--fsdp needs torch 2.9 or newer, and this is {torch.__version__}; install it, or leave the flag out."
     in_parts = args.accum_freq > 1 or args.precision == "amp"
-    if (
-        getattr(args, "torchcompile_strategy", "") == "step" and in_parts
-    ):  # open_clip says so an evaluation later
+    # open_clip says so an evaluation later
+    if getattr(args, "torchcompile_strategy", "") == "step" and in_parts:
         yield "--torchcompile-strategy step needs --accum-freq 1 and a --precision other than amp; use task or model."
     for name, (pattern, other) in product(typed, _NEEDS.items()):
         if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):

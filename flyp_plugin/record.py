@@ -104,6 +104,11 @@ def describe_weights(pretrained: str) -> dict[str, str | None]:
     return {"given": pretrained, "sha256": sha256(pretrained) if os.path.isfile(pretrained) else None}
 
 
+def identity(described: Mapping[str, str | None]) -> str | None:
+    """What tells weights from others: the SHA-256 of a file, else a tag."""
+    return described.get("sha256") or described.get("given")
+
+
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file in hex; of a file that has not changed, computed once."""
     file = os.stat(path)
@@ -186,7 +191,7 @@ def check_same_start(records: Sequence[Record]) -> None:
     starts = [(known, start) for known in records if (start := known.get("pretrained"))]
     for known, start in starts[1:]:
         first, before = starts[0]
-        if (start["sha256"] or start["given"]) != (before["sha256"] or before["given"]):
+        if identity(start) != identity(before):
             pairs = ((first, before), (known, start))
             what = " and ".join(f"{one.folder} ({came['given'] or 'random'})" for one, came in pairs)
             raise InputError(f"{what} started from different weights; merge runs of one start.")

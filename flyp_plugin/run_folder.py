@@ -104,8 +104,7 @@ def refuse_other_start(resumed: Record | None, args: Namespace) -> None:
         said = f"the teacher of --anchor is what training started from, and --pretrained is {given}"
     else:
         before, now = resumed.get("pretrained", {}), record.describe_weights(args.pretrained)
-        key = "sha256" if before.get("sha256") else "given"
-        if before.get(key) == now[key]:
+        if record.identity(before) == record.identity(now):
             return
         said = f"the teacher of --anchor is what {resumed.folder} started from, {resumed.pretrained}"
         if resumed.pretrained == args.pretrained:

@@ -49,11 +49,11 @@ class Target:
 
 def target_from_args(args: argparse.Namespace, given: str) -> Target:
     """The weights that `given` and --epoch stand for; the record fills in the flags that are not given."""
-    known, weights, teacher = record.find(given), given, getattr(args, "teacher", False)
-    if teacher:
+    known, weights = record.find(given), given
+    if args.teacher:
         refuse_no_run(known, given)
     if known and os.path.isdir(given):
-        weights = str(choose_weights(known, args.epoch or ("last" if teacher else None), teacher))
+        weights = str(choose_weights(known, args.epoch or ("last" if args.teacher else None), args.teacher))
     elif args.epoch:
         raise InputError(f"--epoch chooses a checkpoint of a run, but {given} is not a run; leave it out.")
     return Target(weights, spec_from_args(args, weights, known), known)

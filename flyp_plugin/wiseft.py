@@ -87,7 +87,7 @@ def stock_ratios(pretrained: StateDict, finetuned: Sequence[StateDict]) -> dict[
 
     t = k cos / (1 + (k - 1) cos) for k runs, where cos is the mean cosine between two runs' differences from the
     pretrained weights: t is 1 where the runs agree, 0 where they have nothing in common. A layer of the paper is one
-    tensor here, so a weight and its bias have a t each, as in mergekit and in the authors' experiments.
+    tensor here, so a weight and its bias have a t each, as in mergekit.
 
     Raises:
         InputError: as `model_stock`.

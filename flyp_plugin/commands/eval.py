@@ -11,13 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flyp_plugin.commands.flags import (
-    RUN,
-    add_classes_flags,
-    add_data_flags,
-    add_model_flags,
-    add_teacher_flag,
-)
+from flyp_plugin.commands.flags import RUN, add_classes_flags, add_data_flags, add_model_flags
 from flyp_plugin.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +40,6 @@ def add_flags(parser: ArgumentParser) -> None:
     add_data_flags(parser)
     add_classes_flags(parser)
     parser.add_argument("checkpoint", metavar="RUN", help=RUN)
-    add_teacher_flag(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, not the table")
     parser.add_argument("--predictions", metavar="FILE.csv", help="write each image's prediction to it")
 

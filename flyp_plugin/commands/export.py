@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flyp_plugin.commands.flags import RUN, add_classes_flags, add_model_flags, add_teacher_flag
+from flyp_plugin.commands.flags import RUN, add_classes_flags, add_model_flags
 from flyp_plugin.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ EXAMPLE = """  flyp export logs/birds --format timm --out classifier"""
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser)
-    add_teacher_flag(parser)
     add_classes_flags(parser)
     add = parser.add_argument
     # fmt: off

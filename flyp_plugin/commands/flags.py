@@ -29,6 +29,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("model (read from the run's flyp.json; flags override it)").add_argument
     add("--epoch", metavar="best|loss|last|N", help="take this epoch of the run, not its merged weights or last epoch "
         "(best: the highest top-1, loss: the lowest loss, on its first evaluation set)")
+    add("--teacher", action="store_true", help="take the trajectory's teacher in place of the model (of a run with "
+        "--anchor-teacher trajectory)")
     add("--model", metavar="NAME", help="open_clip's name of the architecture")
     add("--model-config", metavar="PATH", help="JSON file of a model that open_clip does not know, or a folder of them")
     add("--force-quick-gelu", action="store_true", help="use QuickGELU (a pretrained tag that needs it sets it already)")
@@ -40,12 +42,6 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--image-interpolation", choices=["bicubic", "bilinear"], help="likewise")
     add("--image-resize-mode", choices=["shortest", "longest", "squash"], help="likewise")
     add("--device", help="default: cuda if there is a GPU, else cpu")
-
-
-def add_teacher_flag(parser: ArgumentParser) -> None:
-    """--teacher."""
-    parser.add_argument("--teacher", action="store_true", help="take the trajectory's teacher in place of the model "
-        "(of a run with --anchor-teacher trajectory)")
 
 
 def add_classes_flags(parser: ArgumentParser) -> None:

@@ -174,10 +174,10 @@ def document(record: Record) -> str:
     )
     if not test:
         how += f" So the figures on `{val}` are slightly optimistic; pass --id-test for a set that chooses nothing."
-    first, more = record["tries"]
+    own, more = record["tries"]
     if more:
         how += (
-            f" Each method had {first} + {more} tries: the values of its learning rate (lp: C) and then, at the best, those of "
+            f" Each method had {own} + {more} tries: the values of its learning rate (lp: C) and then, at the best, those of "
             f"{' or '.join(settings['tune'])} or, without such a setting, more values around it."
         )
     if any(text.startswith("logit-scale") for text in settings["tune"]):

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flyp_plugin.commands.flags import add_classes_flags, add_data_flags, add_model_flags, add_teacher_flag
+from flyp_plugin.commands.flags import add_classes_flags, add_data_flags, add_model_flags
 from flyp_plugin.commands.plots import draw_frontier, mean_ood
 from flyp_plugin.errors import InputError
 
@@ -48,7 +48,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     finetuned.add_argument("--finetuned", metavar="PATH", help="a checkpoint, instead of RUN")
     finetuned.add_argument("--average", nargs="+", metavar="PATH", help="the mean of several runs or checkpoints, instead of RUN")
     finetuned.add_argument("--model-stock", nargs="+", metavar="PATH", help="Model Stock (arXiv 2403.19522) of runs that differ in their seed: for each tensor, as far from the pretrained weights to the runs' mean as the runs agree; instead of RUN and alpha, and needs no --eval-data")
-    add_teacher_flag(parser)
     alphas = parser.add_mutually_exclusive_group()
     alphas.add_argument("--alphas", metavar="A:B:STEP", help="or A,B,... (default: 0:1:0.1)")
     alphas.add_argument("--alpha", type=float, help="only this one; needs no --eval-data")
