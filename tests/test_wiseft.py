@@ -477,6 +477,7 @@ def test_what_model_stock_cannot_merge_is_one_sentence(trained, tmp_path):
     run, other, out = trained(0), trained(1), tmp_path / "out"
     cases = [
         (["--model-stock", run], naming("--model-stock", "two", "--seed")),
+        (["--model-stock", run, tmp_path / "lost.pt"], naming("no run or checkpoint", "lost.pt")),
         (["--model-stock", run, run], naming(run / "checkpoints/epoch_1.pt", "--seed")),
         (["--model-stock", run, other, "--alpha", 0], naming("--model-stock", "--alpha", "--alphas")),
         (

@@ -131,6 +131,9 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
         str(choose_weights(known, epoch, args.teacher)) if known and os.path.isdir(path) else path
         for path, known in zip(given, found)
     ]
+    for path in finetuned:
+        if not os.path.exists(path):
+            raise InputError(f"there is no run or checkpoint {path}; check the path.")
     if args.model_stock:
         _check_several(finetuned)
     records = [known for known in found if known]
