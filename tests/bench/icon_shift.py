@@ -50,7 +50,7 @@ TEMPLATES = ["{c}", "{c} icon", "a picture of {c}"]
 LEAST = {"outline": 12, "filled": 10}  # sets of the unseen families that draw a class so, by default
 TRAIN_MOST, FILLED_MOST = 16, 7  # images of a class; so `main` is 16 shots
 METHODS = ["--methods", "flyp,ce,lp,lp-ft"]
-ANCHORED = "flyp,lp-ft,flyp-anchor,flyp-trajectory,ce,lp"
+ANCHORED = "flyp,lp-ft,flyp-anchor,flyp-trajectory"  # ce and lp are in main
 QUESTIONS = {  # what `flyp compare` is given for each; other rates where methods chose the ends of TUNED
     "main": METHODS,
     "anchored": ["--methods", ANCHORED, "--tune", "anchor=1,10", "--model-stock"],
@@ -277,7 +277,7 @@ def summary(results: Path) -> None:
         path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob("*/compare.json"))
     }
     anchored, main = found.get("anchored"), found.pop("main", None)
-    if main:
+    if main and "flyp" in main["methods"]:
         base = main["blocks"][0]["rows"]
         header("main's FLYP", base)
         for question, record in found.items():
