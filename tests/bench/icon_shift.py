@@ -42,7 +42,7 @@ from icon_looks import LOOKS, Drawing, drawings, families, png
 
 from flyp_plugin import shards
 from flyp_plugin.checkpoints import atomic_write
-from flyp_plugin.commands.plots import figure, percent
+from flyp_plugin.commands.plots import differences, figure, percent
 
 SEED, SHARDS = 67, 32
 CAPTIONS = ["{name}", "{base}", "{base} icon", "a picture of {base}"]
@@ -75,7 +75,6 @@ PLAIN_MAIN = (
     "import open_clip, sys; open_clip.add_model_config(sys.argv.pop(1)); "
     "from open_clip_train.main import main; main(sys.argv[1:])"
 )
-WISE, STOCK = " + WiSE-FT", " + Model Stock"  # in the names of compare.json's rows
 NO_FLASH = "torch.backends.cuda.enable_flash_sdp(False)"  # of CPUs, too: a step takes 1.15 s in place of 2.0
 PRETRAIN = """--model icon-clip --dataset-type webdataset --batch-size 512 --lr 1e-3 --warmup 100 --wd 0.1
     --precision amp_bf16 --workers 1 --log-every-n-steps 10"""
@@ -258,42 +257,33 @@ def compare(question: str, cache: Path, out: Path, args: argparse.Namespace, mor
     subprocess.run([sys.executable, "-m", "flyp_plugin", *command], check=True)
 
 
-def less(row: dict[str, Any], seeds: list[int], base: dict[str, Any], base_seeds: list[int]) -> str:
-    """The cells of a row of compare.json less those of another, paired by the seeds that both have."""
-    shared = [seed for seed in seeds if seed in base_seeds]
-    cells = []
-    for name in row if shared else ():
-        pairs = [
-            (row[name]["by_seed"][seeds.index(seed)], base[name]["by_seed"][base_seeds.index(seed)])
-            for seed in shared
-        ]
-        cells.append(percent(figure([x - y for x, y in pairs]), "+"))
-    return " | ".join(cells)
-
-
 def summary(results: Path) -> None:
-    """Each further question's rows less those of FLYP on all images in `main`, and what has an anchor less LP-FT."""
+    """Each further question's rows less those of FLYP on all images in `main`, and `anchored` less LP-FT; paired by seed."""
     found = {
         path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob("*/compare.json"))
     }
-    anchored, main = found.get("anchored"), found.pop("main", None)
-    if main and "flyp" in main["methods"]:
-        base = main["blocks"][0]["rows"]
-        header("main's FLYP", base)
-        for question, record in found.items():
-            for block, method, wise in product(record["blocks"], record["methods"], ("", WISE)):
-                cells = less(
-                    block["rows"][method + wise], record["seeds"], base["flyp" + wise], main["seeds"]
+    if "anchored" in found:
+        for name, table in product(("rows", "ece"), found["anchored"]["blocks"]):
+            header(f"LP-FT ({name})", less := differences(table[name], ["lp-ft"]))
+            for title, row in less.items():
+                print(f"| {title} | {' | '.join(percent(cell, '+') for cell in row.values())} |")
+    main = found.pop("main", None)
+    if not (main and "flyp" in main["methods"]):
+        return
+    header("main's FLYP", main["blocks"][0]["rows"])
+    for question, record in found.items():
+        seeds = [seed for seed in record["seeds"] if seed in main["seeds"]]
+        for block, method, wise in product(record["blocks"], record["methods"], ("", " + WiSE-FT")):
+            row, base = block["rows"][method + wise], main["blocks"][0]["rows"]["flyp" + wise]
+            cells = []
+            for name in base if seeds else ():
+                a, b = (
+                    [line[name]["by_seed"][of["seeds"].index(seed)] for seed in seeds]
+                    for line, of in ((row, record), (base, main))
                 )
-                print(f"| {', '.join(filter(None, (question, block['title'], method + wise)))} | {cells} |")
-    if anchored:
-        (block,), seeds = anchored["blocks"], anchored["seeds"]
-        for name in ("rows", "ece"):
-            rows = block[name]
-            header(f"LP-FT ({name})", rows)
-            for title in (title for title in rows if title.startswith("flyp") and STOCK not in title):
-                base = rows["lp-ft" + (WISE if title.endswith(WISE) else "")]
-                print(f"| {title} | {less(rows[title], seeds, base, seeds)} |")
+                cells.append(percent(figure([x - y for x, y in zip(a, b)]), "+"))
+            title = ", ".join(filter(None, (question, block["title"], method + wise)))
+            print(f"| {title} | {' | '.join(cells)} |")
 
 
 def header(base: str, rows: dict[str, Any]) -> None:
