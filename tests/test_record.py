@@ -282,6 +282,8 @@ def test_a_path_that_is_nothing_is_a_sentence(tmp_path):
 
 def test_contradicting_a_tag_is_refused_everywhere(digits, tmp_path):
     quick = ["--model", "digits-vit", "--force-quick-gelu"]
+    finetuned = tmp_path / "x.pt"
+    finetuned.touch()
     for command in (
         ["eval", "odd", *quick, "--eval-data", f"val={digits}"],
         [
@@ -290,7 +292,7 @@ def test_contradicting_a_tag_is_refused_everywhere(digits, tmp_path):
             "--pretrained",
             "odd",
             "--finetuned",
-            "x.pt",
+            finetuned,
             "--alpha",
             1,
             "--out",
@@ -301,7 +303,7 @@ def test_contradicting_a_tag_is_refused_everywhere(digits, tmp_path):
     ):
         with pytest.raises(InputError, match=naming("odd", "digits-vit", "GELU", "--force-quick-gelu")):
             flyp(*command)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [finetuned]
 
 
 def test_a_teacher_has_its_tags_activation(digits, tmp_path, monkeypatch):
