@@ -355,16 +355,17 @@ def test_rows_of_teacher_and_model_stock_are_wisefts(anchored):
 def test_model_stock_is_merged_again_for_other_seeds_alone(anchored, argv, monkeypatch):
     out, words = anchored
     monkeypatch.chdir(out.parent)
-    (command,) = out.glob("runs/*_model_stock/command.txt")
+    (merged,) = out.glob("runs/*_model_stock/wiseft.json")
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/finished.json")}
-    command.write_text(command.read_text().replace("seed1", "seed7"))
+    merged.write_text(merged.read_text().replace("seed1", "seed7"))
     flyp(*argv(*words))
     after = {path: path.stat().st_mtime_ns for path in before}
-    assert [path.parent.name for path in before if before[path] != after[path]] == [command.parent.name]
+    assert [path.parent.name for path in before if before[path] != after[path]] == [merged.parent.name]
     monkeypatch.setattr(subprocess, "Popen", None)
     text = (out / "compare.md").read_text()
-    flyp(*argv(*words))
-    assert (out / "compare.md").read_text() == text
+    for same in ("out", out):
+        flyp(*argv(*words, "--out", same))
+        assert (out / "compare.md").read_text() == text
 
 
 @pytest.fixture(scope="module")

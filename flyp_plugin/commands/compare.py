@@ -8,7 +8,6 @@ comparison fair is said in its --help, below.
 import argparse
 import json
 import logging
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -219,6 +218,13 @@ def _merge(comparison: Comparison, runs: Sequence[Run], jobs: Jobs) -> dict[str,
     paths = [f"{comparison.folder(run)}/checkpoints/epoch_{epoch}.pt" for run, epoch in epochs.items()]
     run = replace(runs[0], seed=None)
     folder = comparison.folder(run)
+    if (folder / DONE).exists():
+        merged = [
+            one["given"] for one in json.loads(comparison.read(folder, "wiseft.json"))["inputs"]["finetuned"]
+        ]
+        # of other seeds; RUN/checkpoints/epoch_N.pt, however --out was spelled
+        if [Path(path).parts[-3:] for path in merged] != [Path(path).parts[-3:] for path in paths]:
+            (folder / DONE).unlink()
     words = ["--model-stock", *paths, "--out", str(folder)]
     stock = _wiseft(comparison, run, "merge", words, run.title, folder, jobs)
     return {**found, "folder": str(folder), "sets": stock["sets"]}
@@ -227,13 +233,10 @@ def _merge(comparison: Comparison, runs: Sequence[Run], jobs: Jobs) -> dict[str,
 def _wiseft(
     comparison: Comparison, run: Run, kind: str, words: Sequence[str], title: str, out: Path, jobs: Jobs
 ) -> dict[str, Any]:
-    """Run `flyp wiseft` with `words` on the data of a run, unless it has with the same; returns its wiseft.json."""
+    """Run `flyp wiseft` with `words` on the data of a run, unless it has; returns its wiseft.json."""
     args = vars(comparison.train_args[run.block, run.method])
     flags = to_argv({name: args[name] for name in ("batch_size", "workers")})
     command = [*_FLYP, "wiseft", *words, "--force", *flags]
-    done, before = out / DONE, out / "command.txt"
-    if done.exists() and before.exists() and shlex.join(words) not in before.read_text():  # of other seeds
-        done.unlink()
 
     def record() -> dict[str, Any]:
         return json.loads(comparison.read(out, "wiseft.json"))
