@@ -50,10 +50,12 @@ TEMPLATES = ["{c}", "{c} icon", "a picture of {c}"]
 LEAST = {"outline": 12, "filled": 10}  # sets of the unseen families that draw a class so, by default
 TRAIN_MOST, FILLED_MOST = 16, 7  # images of a class; so `main` is 16 shots
 METHODS = ["--methods", "flyp,ce,lp,lp-ft"]
-ANCHORED = "flyp,lp-ft,flyp-anchor,flyp-trajectory"  # ce and lp are in main
+ANCHORED = "flyp,ce,lp,lp-ft,flyp-anchor,flyp-trajectory"
 QUESTIONS = {  # what `flyp compare` is given for each; other rates where methods chose the ends of TUNED
     "main": METHODS,
     "anchored": ["--methods", ANCHORED, "--tune", "anchor=1,10", "--model-stock"],
+    # at a rate that seed 0 did not choose
+    "anchored-1e-3": shlex.split("--methods flyp-anchor --lr 1e-3 --seeds 1:5"),
     "shots4": [*METHODS, "--shots", "4", "--lr", "1e-5,3e-5,1e-4,3e-4", "--lp-c", "1,10,100,1000"],
     "template": ["--methods", "flyp", "--templates", TEMPLATES[-1]],  # against all of them in main
     "mask": ["--methods", "flyp", "--collisions", "mask", "--lr", "1e-4,3e-4,1e-3"],
@@ -258,38 +260,49 @@ def compare(question: str, cache: Path, out: Path, args: argparse.Namespace, mor
 
 
 def summary(results: Path) -> None:
-    """Each further question's rows less those of FLYP on all images in `main`, and `anchored` less LP-FT; paired by seed."""
+    """The further questions less FLYP on all images in `main`, and the anchored ones less FLYP and LP-FT in `anchored`."""
     found = {
         path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob("*/compare.json"))
     }
-    if "anchored" in found:
-        for name, table in product(("rows", "ece"), found["anchored"]["blocks"]):
-            header(f"LP-FT ({name})", less := differences(table[name], ["lp-ft"]))
-            for title, row in less.items():
-                print(f"| {title} | {' | '.join(percent(cell, '+') for cell in row.values())} |")
-    main = found.pop("main", None)
-    if not (main and "flyp" in main["methods"]):
+    anchored = [name for name in found if name.startswith("anchored")]
+    print_less(found, "main", "flyp", "rows", [name for name in found if name not in ("main", *anchored)])
+    for method, metric in product(("flyp", "lp-ft"), ("rows", "ece")):
+        print_less(found, "anchored", method, metric, anchored)
+
+
+def print_less(found: dict[str, Any], base: str, method: str, metric: str, questions: Iterable[str]) -> None:
+    """Rows of questions less those of one method, paired by the seeds that both have."""
+    one = found.get(base)
+    if not (one and method in one["methods"]):
         return
-    header("main's FLYP", main["blocks"][0]["rows"])
-    for question, record in found.items():
-        seeds = [seed for seed in record["seeds"] if seed in main["seeds"]]
-        for block, method, wise in product(record["blocks"], record["methods"], ("", " + WiSE-FT")):
-            row, base = block["rows"][method + wise], main["blocks"][0]["rows"]["flyp" + wise]
-            cells = []
-            for name in base if seeds else ():
-                a, b = (
-                    [line[name]["by_seed"][of["seeds"].index(seed)] for seed in seeds]
-                    for line, of in ((row, record), (base, main))
-                )
-                cells.append(percent(figure([x - y for x, y in zip(a, b)]), "+"))
-            title = ", ".join(filter(None, (question, block["title"], method + wise)))
-            print(f"| {title} | {' | '.join(cells)} |")
-
-
-def header(base: str, rows: dict[str, Any]) -> None:
-    sets = list(rows["flyp"])
-    print(f"\nLess {base}, and with WiSE-FT less the same with it:\n| | {' | '.join(sets)} |")
+    table = one["blocks"][0][metric]
+    sets = list(table[method])
+    print(
+        f"\nLess {base}'s {method} ({metric}), and with WiSE-FT less the same with it:\n| | {' | '.join(sets)} |"
+    )
     print("|---" * (len(sets) + 1) + "|")
+    for question in questions:
+        record = found[question]
+        seeds = [seed for seed in one["seeds"] if seed in record["seeds"]]
+        baseline = at_seeds({name: table[name] for name in (method, f"{method} + WiSE-FT")}, one, seeds)
+        for block in record["blocks"] if seeds else ():
+            rows = {
+                ", ".join(filter(None, (question, block["title"], name))): row
+                for name, row in at_seeds(block[metric], record, seeds).items()
+                if question != base or name not in baseline
+            }
+            for name, row in differences({**baseline, **rows}, [method]).items():
+                print(f"| {name} | {' | '.join(percent(cell, '+') for cell in row.values())} |")
+
+
+def at_seeds(table: dict[str, Any], record: dict[str, Any], seeds: Iterable[int]) -> dict[str, Any]:
+    """The rows that have a figure for each seed, of some seeds alone."""
+    which = [record["seeds"].index(seed) for seed in seeds]
+    return {
+        name: {column: figure([cell["by_seed"][i] for i in which]) for column, cell in row.items()}
+        for name, row in table.items()
+        if name != "zero-shot" and not name.endswith(" + Model Stock")
+    }
 
 
 def main() -> None:
