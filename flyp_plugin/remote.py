@@ -32,7 +32,7 @@ MAX_TEXT = 512 << 20  # bytes of a text file, the largest of which are class des
 BLOCK = 16 << 20  # bytes of a request to an object store
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)  # HTTP errors that may pass
 Answer = TypeVar("Answer")
-_remembered: list[dict[str, str | None]] = []  # of the blocks of remember_texts
+_remembered: dict[str, str | None] | None = None  # in a block of remember_texts
 _log = logging.getLogger(__name__)
 
 
@@ -113,11 +113,12 @@ def list_folder(folder: str) -> list[str]:
 @contextmanager
 def remember_texts() -> Iterator[None]:
     """Ask servers for each text file once within a block, however often it is read."""
-    _remembered.append({})
+    global _remembered
+    _remembered = {}
     try:
         yield
     finally:
-        _remembered.pop()
+        _remembered = None
 
 
 def read_text(path: str) -> str | None:
@@ -126,12 +127,11 @@ def read_text(path: str) -> str | None:
     Raises:
         InputError: the file is not UTF-8 or larger than MAX_TEXT, or the server does not answer.
     """
-
-    if _remembered and is_url(path):
-        if path not in _remembered[-1]:
-            _remembered[-1][path] = _read_text(path)
-        return _remembered[-1][path]
-    return _read_text(path)
+    if _remembered is None or not is_url(path):
+        return _read_text(path)
+    if path not in _remembered:
+        _remembered[path] = _read_text(path)
+    return _remembered[path]
 
 
 def _read_text(path: str) -> str | None:

@@ -20,10 +20,6 @@ def is_supported() -> bool:
     return torch.__version__ >= (2, 9)  # type: ignore[operator]  # a TorchVersion
 
 
-def _sharded_modules(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if is_supported() and isinstance(module, fsdp.FSDPModule)]
-
-
 @contextmanager
 def whole(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
     """Hold all parameters of a sharded model on each rank, as plain tensors, within a block that every rank enters.
@@ -35,7 +31,9 @@ def whole(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None
     Args:
         reshard_after_forward: what to go back to; False with --fsdp-no-reshard-after-forward.
     """
-    modules = _sharded_modules(model)
+    modules: list[Any] = [
+        module for module in model.modules() if is_supported() and isinstance(module, fsdp.FSDPModule)
+    ]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
