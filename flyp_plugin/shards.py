@@ -260,28 +260,27 @@ def _create_splits(sizes: Mapping[Path, dict[str, int]], lists: dict[str, list[s
     """
     made, dest = list[Path](), next(iter(sizes))
     try:
-        try:
-            for folder, of_shards in sizes.items():
-                part = folder.with_name(f"{folder.name}.part")
-                part.mkdir(parents=True)
-                made.append(part)
-                write_atomically(part / "nshards.txt", f"{len(of_shards)}\n")
-            yield list(made)
-            _check_lists(dest.parent, lists)
-            for name, lines in lists.items():
-                if not (dest.parent / name).exists():
-                    write_atomically(dest.parent / name, "\n".join(lines) + "\n")
-            for part, of_shards in zip(made, sizes.values()):
-                write_sizes(part, of_shards)
-            for i, folder in reversed(list(enumerate(sizes))):  # the hold-outs first
-                os.replace(made[i], folder)
-                made[i] = folder
-            made.clear()
-        finally:
-            for path in made:
-                shutil.rmtree(path, ignore_errors=True)
+        for folder, of_shards in sizes.items():
+            part = folder.with_name(f"{folder.name}.part")
+            part.mkdir(parents=True)
+            made.append(part)
+            write_atomically(part / "nshards.txt", f"{len(of_shards)}\n")
+        yield list(made)
+        _check_lists(dest.parent, lists)
+        for name, lines in lists.items():
+            if not (dest.parent / name).exists():
+                write_atomically(dest.parent / name, "\n".join(lines) + "\n")
+        for part, of_shards in zip(made, sizes.values()):
+            write_sizes(part, of_shards)
+        for i, folder in reversed(list(enumerate(sizes))):  # the hold-outs first
+            os.replace(made[i], folder)
+            made[i] = folder
+        made.clear()
     except OSError as error:
         raise InputError(f"{dest} was not written: {error}; try another place.") from None
+    finally:
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_shard(job: tuple[Path, list[tuple[int, tuple[Row, int]]]]) -> None:
