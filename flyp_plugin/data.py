@@ -34,7 +34,7 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from flyp_plugin import samples as steps
 from flyp_plugin.errors import InputError
-from flyp_plugin.names import index_names
+from flyp_plugin.names import first_few, index_names
 from flyp_plugin.prompts import ClassPrompts, resolve_prompts
 from flyp_plugin.sources import IMAGE_KEY, RETRIES, count_samples, expand_sources, shard_sizes
 from flyp_plugin.workers import Skipped, batch_samples, receive_batches, start_workers
@@ -207,10 +207,9 @@ class ClassPromptDataset(IterableDataset):
         skipped.report(f"epoch {epoch}")
         empty = [name for name, occurs in zip(self.prompts.classnames, self._occurs) if not occurs]
         if self._sees_all and empty:  # then the labels may be shifted by one
-            names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
             _log.warning(
-                f"{len(empty)} of {self.num_classes} classes have no image: {names}. Check that the class names are "
-                "those of these shards and that labels start at 0."
+                f"{len(empty)} of {self.num_classes} classes have no image: {first_few(empty)}. Check that the class "
+                "names are those of these shards and that labels start at 0."
             )
         self._sees_all = False  # it is said once
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
-from flyp_plugin.names import index_names
+from flyp_plugin.names import first_few, index_names
 from flyp_plugin.remote import require_local
 from flyp_plugin.sources import IMAGE_KEY
 from flyp_plugin.tars import split_name
@@ -41,8 +41,7 @@ def few_shot_keys(
     names = dict(enumerate(classnames)) or {label: str(label) for label in sorted(classes)}
     few = [f"{name} ({len(classes[label])})" for label, name in names.items() if len(classes[label]) < shots]
     if few:
-        named = ", ".join(few[:20]) + (", ..." if len(few) > 20 else "")
-        _log.warning(f"{len(few)} classes have fewer than {shots} images: {named}.")
+        _log.warning(f"{len(few)} classes have fewer than {shots} images: {first_few(few, 20)}.")
     for label, identities in classes.items():
         random.Random(f"{seed} {label}").shuffle(identities)
     return {identity for identities in classes.values() for identity in identities[:shots]}

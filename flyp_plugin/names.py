@@ -11,7 +11,6 @@ from flyp_plugin.errors import CONTROLS, InputError, escape_control_chars
 
 _INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # soft hyphen, zero-width space and joiner, BOM
 PLACEHOLDER = re.compile(r"\{c?\}")  # the place of the class name in a template
-_SHOWN = 5  # classes that a message names
 _LAMBDA = re.compile(r"\blambda\s+\w+\s*:")
 _QUOTED = re.compile(r"""(?<!\w)[rbfuRBFU]{0,2}(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')""")
 _AROUND_QUOTED = re.compile(r"#.*|(\w+\s*[=:]\s*)?[-\s\d\[\](){},;:]*")  # comments, brackets, commas, keys
@@ -50,6 +49,11 @@ def index_names(names: Sequence[str]) -> dict[str, int]:
     for index, name in enumerate(map(normalize_name, names)):
         indices[name] = -1 if name in indices else index
     return indices
+
+
+def first_few(names: Sequence[str], most: int = 5, joint: str = ", ") -> str:
+    """The first names of a list, for a message."""
+    return joint.join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 def detect_syntax(lines: Sequence[str]) -> str | None:
@@ -136,10 +140,10 @@ def check_descriptions(
             f"{place} has {twice[0]!r} twice, in two spellings that look alike; join the two lists."
         )
     if missing := find_undescribed(classnames, descriptions):
-        some = ", ".join(repr(name[:40]) for name in [*descriptions][:_SHOWN]) or "none"
+        some = first_few([repr(name[:40]) for name in descriptions]) or "none"
         raise InputError(
             f"{place} has no prompts for {len(missing)} of {len(classnames)} classes, the first {missing[0][:80]!r} (it has "
-            f"{some}{', ...' if len(known) > _SHOWN else ''}); add them, or correct the names."
+            f"{some}); add them, or correct the names."
         )
 
 
@@ -164,9 +168,9 @@ def describe_same_tokens(names: Sequence[str], groups: Sequence[Sequence[int]]) 
     groups = [group for group in groups if len({normalize_name(names[i]) for i in group}) > 1]
     if not groups:
         return ""
-    named = [" and ".join(f"{names[i][:80]!r} (class {i})" for i in group[:_SHOWN]) for group in groups]
+    named = [" and ".join(f"{names[i][:80]!r} (class {i})" for i in group[:5]) for group in groups]
     return (
         f"{len(groups)} group{'s' if len(groups) > 1 else ''} of classes have prompts with the same tokens, so the text "
-        f"tower cannot distinguish them: {'; '.join(named[:_SHOWN])}{'; ...' if len(groups) > _SHOWN else ''}; give them "
-        "names that differ in more than case, accents' encoding or punctuation."
+        f"tower cannot distinguish them: {first_few(named, joint='; ')}; give them names that differ in more than case, "
+        "accents' encoding or punctuation."
     )

@@ -17,12 +17,11 @@ from typing import NamedTuple, NoReturn
 from tqdm import tqdm
 
 from flyp_plugin.errors import InputError, escape_control_chars
-from flyp_plugin.names import normalize_name
+from flyp_plugin.names import first_few, normalize_name
 from flyp_plugin.remote import read_text
 from flyp_plugin.sources import IMAGE_KEY
 
 EXTENSIONS = IMAGE_KEY.replace(";", ", ")
-SHOWN = 5  # names in a message
 MAX_SPLITS = 50  # a column with more values is not one of splits
 _SPLIT_NAME = re.compile(r"(?<![a-z])(train|test|val|dev)(?:ing|id|idation)?(?![a-z])")  # also in id_val
 _log = logging.getLogger(__name__)
@@ -75,8 +74,8 @@ def read_folder(source: str) -> tuple[list[Row], list[str]]:
             f"Skipped {len(skipped)} files (hidden, links or not {EXTENSIONS}), such as {min(skipped)}."
         )
     if empty := sorted(classes.keys() - {row.label for row in rows}):
-        few = ", ".join(classes[name] for name in empty[:SHOWN]) + (", ..." if len(empty) > SHOWN else "")
-        _log.warning(f"Left out {len(empty)} folders without images: {escape_control_chars(few)}.")
+        few = escape_control_chars(first_few([classes[name] for name in empty]))
+        _log.warning(f"Left out {len(empty)} folders without images: {few}.")
         classes = {name: folder for name, folder in classes.items() if name not in empty}
     return sorted(rows), list(classes)
 
@@ -225,8 +224,7 @@ def _report_splits(values: dict[str, Counter[str]], split_col: str, split: str |
 
 def _list_values(counter: Counter[str]) -> str:
     """Values and how many lines have each, for a message."""
-    shown = [f"{value!r} ({count})" for value, count in counter.most_common(10)]
-    return ", ".join(shown + ["..."] * (len(counter) > 10))
+    return first_few([f"{value!r} ({count})" for value, count in counter.most_common()], 10)
 
 
 def image_extension(path: str) -> str | None:

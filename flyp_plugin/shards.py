@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.labels import few_shot_keys, log_skipped
-from flyp_plugin.names import detect_syntax, same_names, to_unique_keys
+from flyp_plugin.names import detect_syntax, first_few, same_names, to_unique_keys
 from flyp_plugin.parallel import map_parallel
 from flyp_plugin.remote import read_lines, require_local
 from flyp_plugin.rows import Row, image_extension, read_folder, read_table
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from flyp_plugin.prompts import ClassPrompts
 
 SHARD_SIZE = 1000  # samples: about 100 MB of 500-pixel JPEGs
-SHOWN = 5  # classes that a message names
 MIN_SHARDS = 16  # loaders share out whole shards: one for each of 4 ranks x open_clip's 4 workers
 _log = logging.getLogger(__name__)
 
@@ -124,8 +123,7 @@ def _report_written(
         classes = f"{len(labels) - len(absent)} of {len(classnames)} classes"
         _log.info(f"Wrote {len(rows)} images of {classes} in {len(sizes[folder])} shards to {place}.")
         if absent:
-            few = ", ".join(absent[:SHOWN]) + (", ..." if len(absent) > SHOWN else "")
-            _log.warning(f"{place} has no image of {len(absent)} classes: {few}.")
+            _log.warning(f"{place} has no image of {len(absent)} classes: {first_few(absent)}.")
 
 
 def subset(
