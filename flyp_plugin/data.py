@@ -131,8 +131,10 @@ class ClassPromptDataset(IterableDataset):
         self.num_samples, self.num_batches = self._samples * world_size, math.ceil(self._samples / batch_size)
         about = dict.fromkeys(self.shards, num_samples // len(self.shards))
         self.sizes = about | (shard_sizes(self.shards, image_key) if sizes is None else dict(sizes))
-        whole = num_samples >= sum(self.sizes[shard] for shard in self.shards)
-        self._sees_all = whole and world_size == 1 and shard_weights is None and class_weights is None
+        in_shards = sum(self.sizes[shard] for shard in self.shards)
+        self._passes_per_epoch = math.ceil(num_samples / max(1, in_shards))
+        each_once = shard_weights is None and class_weights is None
+        self._sees_all = each_once and world_size == 1 and num_samples >= in_shards
         self.preprocess, self.batch_size, self.num_workers = preprocess, batch_size, num_workers
         self.rank, self.world_size, self.seed, self.shard_weights = rank, world_size, seed, shard_weights
         self.image_key, self.label_key, self.retries, self.max_lost = image_key, label_key, retries, max_lost
@@ -141,9 +143,6 @@ class ClassPromptDataset(IterableDataset):
         self._indices = index_names(self.prompts.classnames)
         self.num_classes, self._tokens = len(self.prompts.classnames), self.prompts.tokenize(tokenizer)
         self.text_length = self._tokens.length
-        self._passes_per_epoch = math.ceil(
-            num_samples / max(1, sum(self.sizes[shard] for shard in self.shards))
-        )
         # In shared memory: (epoch, repeat), set before each pass, and the classes whose images the workers have met
         self._clock = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._occurs = torch.zeros(self.num_classes, dtype=torch.bool).share_memory_()
