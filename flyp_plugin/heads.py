@@ -62,9 +62,10 @@ def build_zeroshot_head(
     # open_clip takes one list of templates for all classes, so a batch is of classes with as many prompts
     order = sorted(range(len(tokens.counts)), key=tokens.counts.__getitem__)
     for count, group in groupby(order, tokens.counts.__getitem__):
-        labels, numbers = list(group), [partial(_pair, number) for number in range(count)]
+        # "templates" that give a prompt's place in the tokens: it is "tokenised" by a look-up
+        labels, places = list(group), [lambda label, n=number: (label, n) for number in range(count)]
         size = 10 if device.type == "cpu" else max(10, CHUNK_ELSEWHERE // count)  # 10 is open_clip's
-        batches += [(labels[start : start + size], numbers) for start in range(0, len(labels), size)]
+        batches += [(labels[start : start + size], places) for start in range(0, len(labels), size)]
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if across_ranks else (0, 1)
     build = partial(
         open_clip.build_zero_shot_classifier, model, take, num_classes_per_batch=None, device=device
@@ -79,11 +80,6 @@ def build_zeroshot_head(
         columns = [parts[number % ranks][number // ranks].to(device) for number in range(len(batches))]
     head = torch.cat(columns, dim=1)
     return head if order == sorted(order) else head[:, torch.tensor(order, device=device).argsort()]
-
-
-def _pair(number: int, label: int) -> tuple[int, int]:
-    """A prompt's place in the tokens, as a "template" of open_clip: it is "tokenised" by a look-up."""
-    return label, number
 
 
 def zeroshot_as_learned(

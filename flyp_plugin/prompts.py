@@ -111,11 +111,10 @@ class ClassPrompts:
         """
         names, names_place = _read_list(classnames, "class names")
         lines, lines_place = _read_list(templates or [], "templates")
+        place = "descriptions"
         if isinstance(descriptions, str):
-            return cls(
-                names, lines, read_descriptions(descriptions), places=(names_place, lines_place, descriptions)
-            )
-        return cls(names, lines, descriptions, places=(names_place, lines_place, "descriptions"))
+            place, descriptions = descriptions, read_descriptions(descriptions)
+        return cls(names, lines, descriptions, places=(names_place, lines_place, place))
 
     @classmethod
     def from_json(
