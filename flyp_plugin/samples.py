@@ -55,12 +55,19 @@ def read_samples(
 
     With `wanted`, the members of local tars for which wanted(shard, name) is false are not read but empty.
     """
+    errors: list[Exception] = []
+
+    def note(error: Exception) -> bool:
+        errors.append(error)
+        return True  # go on
+
     for shard in shards:
         num_read = 0
         for delay in backoff_delays(retries if is_remote(shard) else 0):
-            errors: list[Exception] = []
+            errors.clear()
             held: Sample | None = None  # yielded once it is known whether the tar breaks off behind it
-            for sample in islice(_group_members(shard, errors, wanted), num_read, None):
+            grouped = group_by_keys(_read_members(shard, note, wanted), handler=note)
+            for sample in islice(grouped, num_read, None):
                 if held:
                     yield {**held, "__broken__": False}
                     num_read += 1
@@ -77,20 +84,10 @@ def read_samples(
             break
 
 
-def _group_members(
-    shard: str, errors: list[Exception], wanted: Callable[[str, str], bool] | None
-) -> Iterator[Sample]:
-    def note(error: Exception) -> bool:
-        errors.append(error)
-        return True  # go on
-
-    return group_by_keys(_read_members(shard, errors, wanted), handler=note)
-
-
 def _read_members(
-    shard: str, errors: list[Exception], wanted: Callable[[str, str], bool] | None
+    shard: str, note: Callable[[Exception], object], wanted: Callable[[str, str], bool] | None
 ) -> Iterator[Sample]:
-    """The regular files of a tar, in webdataset's form, up to its end mark or the first error."""
+    """The regular files of a tar, in webdataset's form, up to its end mark or the first error, which `note` gets."""
     complete = False
     try:
         with (
@@ -111,7 +108,7 @@ def _read_members(
             complete = True
     except Exception as error:  # noqa: BLE001 - tarfile and decompressors raise nearly anything on broken bytes
         if not complete:  # else a command failed because nobody reads what it writes after the end mark
-            errors.append(error)
+            note(error)
 
 
 def label_samples(
