@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from flyp_plugin.errors import InputError
 from flyp_plugin.labels import few_shot_keys, log_skipped
-from flyp_plugin.names import detect_syntax, first_few, same_names, to_unique_keys
+from flyp_plugin.names import detect_syntax, first_few, index_names, normalize_name, same_names
 from flyp_plugin.parallel import map_parallel
 from flyp_plugin.remote import read_lines, require_local
 from flyp_plugin.rows import Row, image_extension, read_folder, read_table
@@ -217,19 +217,20 @@ def _resolve_lists(found: list, data: Path, classnames: str | None, templates: s
 
 def _to_indices(labels: set[str], classnames: Sequence[str]) -> dict[str, int]:
     """The class index of each label. Labels are class names or, if none of them is one, class indices."""
-    keys = to_unique_keys(classnames)
-    if repeated := sorted(label for label in labels if (label, 2) in keys):
-        lines = " and ".join(f"line {keys.index((repeated[0], n)) + 1}" for n in (1, 2))
+    indices = index_names(classnames)
+    if repeated := sorted(label for label in labels if indices.get(label) == -1):
+        names = map(normalize_name, classnames)
+        lines = " and ".join(f"line {line}" for line, name in enumerate(names, 1) if name == repeated[0])
         raise InputError(f"the class {repeated[0]!r} is {lines} of the class names; give a CSV of indices.")
-    indices = {name: index for index, (name, _) in enumerate(keys)}
-    if labels.isdisjoint(indices) and not labels.isdisjoint(map(str, range(len(keys)))):
-        indices = {str(index): index for index in range(len(keys))}
+    numbers = {str(index): index for index in range(len(classnames))}
+    if labels.isdisjoint(indices) and not labels.isdisjoint(numbers):
+        indices = numbers
         _log.info("The labels are read as class indices.")
     if unknown := sorted(labels - indices.keys()):
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise InputError(
-            f"the class {unknown[0]!r}{more} is not in the list of {len(keys)} class names; remove its images, or write to "
-            "another data folder with a list that contains it."
+            f"the class {unknown[0]!r}{more} is not in the list of {len(classnames)} class names; remove its images, or "
+            "write to another data folder with a list that contains it."
         )
     return indices
 
