@@ -4,7 +4,7 @@ A sample is some members of a tar, KEY.(jpg|jpeg|png|webp) and KEY.cls, the clas
 CLIP_benchmark, which open_clip's and webdataset's own tools read too. Image bytes are copied, never re-encoded. KEY.path
 is the path of the user's file, for messages and predictions: relative, so that a source gives the same bytes everywhere,
 and a member, so that it stays with its sample in subsets and on servers, for 1 KiB in the tar.
-`flyp shards` (commands/shards.py) calls `write` and `subset`; train.py calls `subset` for --shots.
+`flyp shards` (commands/shards.py) calls `write` and `subset`; run_data.py calls `subset` for --shots.
 
 A split folder appears complete or not at all: it is written as FOLDER.part, which is renamed at the end.
 """

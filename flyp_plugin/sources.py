@@ -36,11 +36,9 @@ from flyp_plugin.remote import (
 from flyp_plugin.tars import TAR_ERRORS, keys_with_image
 
 # The text files beside shards, or one folder above, with the flag that replaces each
-CLASSNAMES, TEMPLATES, DESCRIPTIONS = (
-    "classnames.txt",
-    "zeroshot_classification_templates.txt",
-    "prompts.json",
-)
+CLASSNAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+DESCRIPTIONS = "prompts.json"
 _FLAGS = {CLASSNAMES: "--classnames", TEMPLATES: "--templates", DESCRIPTIONS: "--prompts"}
 IMAGE_KEY = "jpg;jpeg;png;webp"  # members that may hold a sample's image, as in open_clip
 RETRIES = 6  # of a remote tar: with remote.py's pauses about a minute in all
