@@ -102,13 +102,14 @@ def write(
     by_split = {folders[name]: [row for row, split in zip(rows, splits) if split == name] for name in folders}
     sizes = {folder: _shard_sizes(len(rows), shard_size) for folder, rows in by_split.items()}
     with _create_splits(sizes, {CLASSNAMES: prompts.classnames, TEMPLATES: prompts.templates}) as parts:
-        jobs = (
-            (part / name, list(islice(samples, size)))
-            for part, (folder, rows) in zip(parts, by_split.items())
-            for samples in [enumerate((row, indices[row.label]) for row in rows)]
-            for name, size in sizes[folder].items()
-        )
-        map_parallel(_write_shard, jobs, workers, "writing", count=sum(map(len, sizes.values())))
+        jobs = []
+        for part, (folder, rows) in zip(parts, by_split.items()):
+            start = 0
+            for name, size in sizes[folder].items():
+                some = rows[start : start + size]
+                jobs.append((part / name, start, some, [indices[row.label] for row in some]))
+                start += size
+        map_parallel(_write_shard, jobs, workers, "writing")
     _report_written(by_split, sizes, prompts.classnames)
     _log.info(f"Next: flyp shards check {os.path.relpath(folder.parent)}")
 
@@ -282,15 +283,17 @@ def _create_splits(sizes: Mapping[Path, dict[str, int]], lists: dict[str, list[s
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_shard(job: tuple[Path, list[tuple[int, tuple[Row, int]]]]) -> None:
+def _write_shard(job: tuple[Path, int, list[Row], list[int]]) -> None:
+    shard, start, rows, labels = job
+
     def read_images() -> Iterator[dict[str, Any]]:
-        for number, (row, label) in job[1]:
+        for number, (row, label) in enumerate(zip(rows, labels), start):
             image = {str(image_extension(row.image)): Path(row.image).read_bytes()}
             members = {"cls": str(label).encode(), "path": row.shown.encode(errors="surrogateescape")}
             members |= {"group": row.group.encode()} if row.group is not None else {}
             yield {"__key__": f"s{number:07d}", **image, **members}  # keys as in CLIP_benchmark
 
-    _write_tar(job[0], read_images())
+    _write_tar(shard, read_images())
 
 
 def _write_tar(shard: Path, samples: Iterable[dict[str, Any]]) -> None:
