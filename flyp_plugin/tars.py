@@ -65,11 +65,6 @@ def keys_with_image(path: str, image_key: str) -> Iterator[str]:
     return (key for key, endings in _group_members(path) if any(ending in images for ending in endings))
 
 
-def count_shard(path: str, image_key: str) -> int:
-    """Number of samples with an image in a local tar, from its headers."""
-    return sum(1 for _ in keys_with_image(path, image_key))
-
-
 def first_endings(path: str) -> list[str]:
     """Endings of the members of the first sample in a local tar."""
     return next((sorted(endings) for _, endings in _group_members(path)), [])

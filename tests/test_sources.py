@@ -30,7 +30,7 @@ from flyp_plugin.sources import (
     find_beside,
     read_text,
 )
-from flyp_plugin.tars import count_shard, find_scattered_sample
+from flyp_plugin.tars import find_scattered_sample, keys_with_image
 from tests import tars
 from tests.naming import naming, says
 
@@ -289,7 +289,7 @@ def test_remote_counts_are_believed_but_no_len_for_a_part():
 def test_hidden_members_are_not_part_of_samples(tmp_path):
     members = {"t/._1.cls": b"", "t/1.cls": b"0", "t/._1.png": b"", "t/1.png": b"", "t/.DS_Store": b""}
     shard = tars.write(tmp_path / "0.tar", members | {"__meta__/x.png": b"", "._2.png": b""})
-    assert count_shard(shard, IMAGE_KEY) == 1 and find_scattered_sample(shard) is None
+    assert list(keys_with_image(shard, IMAGE_KEY)) == ["t/1"] and find_scattered_sample(shard) is None
 
 
 def test_members_apart_are_told_from_keys_that_come_twice(tmp_path):
@@ -325,8 +325,12 @@ def test_a_sample_is_counted_once_and_only_with_an_image(tmp_path):
         "h.v1.png",
     ]
     shard = tars.write(tmp_path / "0.tar", dict.fromkeys(names, b"0"))
-    assert count_shard(shard, IMAGE_KEY) == 3  # a, b and d/e.f/g: webdataset ends a key at the first dot
-    assert count_shard(shard, "cls") == 3
+    assert list(keys_with_image(shard, IMAGE_KEY)) == [
+        "a",
+        "b",
+        "d/e.f/g",
+    ]  # webdataset ends a key at the first dot
+    assert list(keys_with_image(shard, "cls")) == ["a", "b", "c"]
 
 
 def test_a_shard_given_twice_counts_twice(tmp_path):

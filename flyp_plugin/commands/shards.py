@@ -16,7 +16,7 @@ from flyp_plugin.commands.flags import add_key_flags, count, positive
 from flyp_plugin.errors import InputError, escape_control_chars
 from flyp_plugin.shards import list_splits, local_shards, subset, write
 from flyp_plugin.sources import IMAGE_KEY
-from flyp_plugin.tars import TAR_ERRORS, count_shard, find_scattered_sample, first_endings
+from flyp_plugin.tars import TAR_ERRORS, find_scattered_sample, first_endings, keys_with_image
 
 EXAMPLE = (
     "  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1\n  flyp shards check data"
@@ -143,7 +143,7 @@ def count_command(args: argparse.Namespace) -> None:
 
 def _count(shard: str, image_key: str) -> int:
     try:
-        return count_shard(shard, image_key)
+        return sum(1 for _ in keys_with_image(shard, image_key))
     except TAR_ERRORS as error:
         reason = str(error).partition(":")[0]
         raise InputError(f"{shard} is not a readable tar ({reason}); write or download it again.") from None
