@@ -2,7 +2,7 @@
 
 `run` calls open_clip_train.main.main() as it is. The loop, the loss of plain FLYP, the optimizer, the schedule,
 checkpoints and logs are open_clip's. For the time of that call a few functions are replaced by methods of `_Seams`,
-which call the original and the run (`TrainingRun`, which train.py implements). In the order in which main() calls them:
+which call the original and the run (train.py's FlypRun). In the order in which main() calls them:
 
     parse_args                    returns the arguments that train.py has parsed and checked, open_clip's and ours
     init_distributed_device       returns the device: the ranks have met before, in `connect`
@@ -27,12 +27,12 @@ import random
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stderr
+from contextlib import ExitStack, nullcontext, redirect_stderr
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import MethodType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -41,11 +41,12 @@ import torch
 
 from flyp_plugin import checks, patches, ranks, run_folder
 from flyp_plugin.checkpoints import read_state_dict, use_reader
-from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.model_spec import ModelSpec, is_place
-from flyp_plugin.record import Record
 from flyp_plugin.samples import sample_seed
+
+if TYPE_CHECKING:
+    from flyp_plugin.train import FlypRun
 
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
 # name: (module of open_clip_train, parameters that we rely on; two lists where open_clip 4 differs)
@@ -59,43 +60,6 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "zero_shot_eval": ("train", "data epoch args"),
 }
 _log = logging.getLogger(__name__)
-
-
-class TrainingRun(Protocol):
-    """What open_clip's main() is to train; FlypRun in train.py is one. `record` is called on rank 0."""
-
-    args: Namespace  # open_clip's and FLYP's flags; main() adds rank, world_size, name, checkpoint_path, ...
-    spec: ModelSpec
-    changes: list[str]  # the flags that need another loss than open_clip's; empty for plain FLYP
-    resumed: Record | None  # the record of the run that --resume continues
-    evaluates: bool  # whether there are evaluation sets
-
-    def on_model(self, model: torch.nn.Module) -> None:
-        """When the model has been created, before anything wraps it."""
-
-    def record(self, epoch: int) -> Record:
-        """When the first epoch is known, before training: what flyp.json is to say."""
-
-    def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
-        """Where open_clip loads its data. `as_dict`: open_clip 4 takes batches as dicts."""
-
-    def create_loss(self) -> torch.nn.Module:
-        """Where open_clip creates its loss, if there are `changes`."""
-
-    def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
-        """Before the first epoch (with 0) and after each: the metrics to log, empty to skip this epoch."""
-
-    def before_epoch(self, model: torch.nn.Module, preprocess: Callable, epoch: int) -> bool:
-        """Before each epoch; False: open_clip's loop does not train in it."""
-
-    def epoch_context(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager:
-        """In which open_clip's loop trains for an epoch."""
-
-    def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
-        """After each epoch that was trained, before its evaluation and checkpoint."""
-
-    def finish(self) -> None:
-        """When main() has returned without an error."""
 
 
 def _changed(what: str) -> InputError:
@@ -147,7 +111,7 @@ def connect(args: Namespace) -> None:
         _find("distributed", "init_distributed_device")(args)
 
 
-def run(flyp: TrainingRun) -> int:
+def run(flyp: "FlypRun") -> int:
     """Call open_clip_train.main.main() on the data of `flyp` and return the exit status.
 
     Raises:
@@ -183,7 +147,7 @@ class _Seams:
     Each gets the arguments by name, which it may change, and `proceed`, which calls the original with them.
     """
 
-    def __init__(self, flyp: TrainingRun, stack: ExitStack):
+    def __init__(self, flyp: "FlypRun", stack: ExitStack):
         self.flyp, self.args, self.stack = flyp, flyp.args, stack
         self.named = bool(self.args.name)  # else main() makes up a name
         self.resumes_latest = self.args.resume == "latest"  # which main() replaces by a path

@@ -85,7 +85,7 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
 
 
 class FlypRun:
-    """One training run: an openclip.TrainingRun. Making it checks the flags and the data, on every rank.
+    """One training run, as openclip.py calls it. Making it checks the flags and the data, on every rank.
 
     Args:
         argv: the command line, with FLYP's and open_clip's flags.
@@ -157,7 +157,7 @@ class FlypRun:
         return replace(counted, shards=data.shards, sizes=None if args.shots else counted.sizes)
 
     def on_model(self, model: Any) -> None:
-        """Check the model that open_clip built, shorten its text tower and install the objective."""
+        """Check the model that open_clip built, shorten its text tower and install the objective, before it is wrapped."""
         args = self.args
         checks.check_built(model, self.spec)
         checks.check_loss(model, args, self.changes)
@@ -181,7 +181,7 @@ class FlypRun:
             self.objective.install(model, self.teacher)
 
     def record(self, epoch: int) -> Record:
-        """The content of flyp.json (record.py) for a run that starts after `epoch`."""
+        """On rank 0: the content of flyp.json (record.py) for a run that starts after `epoch`."""
         args = self.args
         keys = ("image_key", "label_key", "group_key")
         content = record.describe_model(self.spec) | {"training": self.settings}
