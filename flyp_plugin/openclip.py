@@ -155,9 +155,7 @@ class _Seams:
         self.has_tasks = False  # open_clip 4
         self.called: set[str] = set()
         self.started = False
-        self.model: Any = None
-        self.preprocess_val: Any = None
-        self.tokenizer: Any = None
+        self.has_model = False  # a second model is the teacher of --distill-model
         self.train: Any = None  # open_clip's DataInfo of our data
         self.metrics: dict[str, float] = {}  # those that open_clip is about to log
         self.evaluated = 0  # the last epoch that was evaluated
@@ -198,7 +196,7 @@ class _Seams:
         self.stack.enter_context(run_folder.folder_lock(self.folder, inherited=False))
         if not self.named or not run_folder.contains_run(self.folder):
             self.stack.callback(self.remove_unless_started)
-        if self.named and self.resumes_latest:
+        if self.resumes_latest:
             self.newest = run_folder.find_newest(self.folder)
 
     def remove_unless_started(self) -> None:
@@ -215,20 +213,20 @@ class _Seams:
     def create_model_and_transforms(self, proceed: Callable, arguments: dict) -> tuple:
         self.check_called("init_distributed_device")
         name, pretrained = arguments["model_name"], arguments.get("pretrained") or ""
-        if self.model is None:
+        if not self.has_model:
             if self.args.rank and not self.args.log_local and not self.args.debug:
                 for handler in logging.root.handlers:
                     handler.setLevel(logging.WARNING)  # the rest is what rank 0 logs
             self.resume_newest()
             if self.args.rank == 0 and not self.named:  # by now main() has made up a name
                 self.claim_folder()
-        elif not is_place(name):  # the teacher of --distill-model
+        elif not is_place(name):
             arguments["force_quick_gelu"] = ModelSpec.of(name, pretrained).quick_gelu
         with use_reader(partial(read_state_dict, finite=self.args.rank > 0)):
             created = proceed()
-        if self.model is None:
-            self.model, _, _ = created
-            self.flyp.on_model(self.model)
+        if not self.has_model:
+            self.has_model = True
+            self.flyp.on_model(created[0])
         return created
 
     def create_loss(self, proceed: Callable, arguments: dict) -> torch.nn.Module:
@@ -261,12 +259,10 @@ class _Seams:
             if epoch < args.epochs:  # else nothing is trained
                 run_folder.write_record(self.flyp.record(epoch), self.flyp.resumed, self.folder)
             run_folder.drop_results_after(epoch, self.folder)
-        preprocess_train, self.preprocess_val = arguments["preprocess_fns"]
-        self.tokenizer = self.flyp.spec.tokenizer
         arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
         checks.try_own_sets(proceed, arguments, partial(_find, "zero_shot", "accuracy"))
         data = proceed()
-        dataset = self.flyp.train_data(preprocess_train, self.tokenizer, self.has_tasks)
+        dataset = self.flyp.train_data(arguments["preprocess_fns"][0], as_dict=self.has_tasks)
         data["train"] = self.train = _find("data", "DataInfo")(dataloader=dataset)
         self.train.set_epoch = self.set_epoch
         if self.flyp.evaluates:  # main() evaluates only if this key exists; zero_shot_eval below answers
@@ -292,21 +288,21 @@ class _Seams:
         if self.started:
             self.check_evaluated(epoch)
         elif epoch == 0 and self.flyp.evaluates:
-            more = {"tb_writer": arguments.get("tb_writer"), "tokenizer": self.tokenizer}
+            more = {"tb_writer": arguments.get("tb_writer"), "tokenizer": self.flyp.spec.tokenizer}
             _find("main", "evaluate")(model, data=data, epoch=0, args=args, **more)
         self.started = True
-        if not self.flyp.before_epoch(self.model, self.preprocess_val, epoch):
+        if not self.flyp.before_epoch(epoch):
             return None
         with self.flyp.epoch_context(state.optimizer if state else arguments["optimizer"]):
             result = proceed()
         self.check_called("set_epoch")
-        self.flyp.after_epoch(self.model, epoch + 1)
+        self.flyp.after_epoch(epoch + 1)
         return result
 
     def evaluate(self, proceed: Callable, arguments: dict) -> dict:
         epoch = self.evaluated = arguments["epoch"]
         if self.flyp.evaluates:
-            self.metrics = self.flyp.evaluate(self.model, self.preprocess_val, self.tokenizer, epoch)
+            self.metrics = self.flyp.evaluate(epoch)
         logged = proceed()
         if self.args.rank == 0 and not self.metrics.keys() <= logged.keys():
             raise _changed("evaluate() does not log what zero_shot_eval returns")

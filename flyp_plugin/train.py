@@ -31,7 +31,7 @@ from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, with_progress
 from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, parser, to_argv
-from flyp_plugin.heads import image_features, zeroshot_as_learned
+from flyp_plugin.heads import image_features, val_preprocess, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head, set_logit_scale
 from flyp_plugin.model_spec import ModelSpec, is_place
 from flyp_plugin.monitor import Monitor
@@ -196,8 +196,8 @@ class FlypRun:
             content["pretrained"] = self.resumed.get("pretrained", {})  # weights are the checkpoint's now
         return Record(content)
 
-    def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
-        """The training batches; on rank 0, log a description of the run."""
+    def train_data(self, preprocess: Callable, as_dict: bool) -> ClassPromptDataset:
+        """The training batches, as dicts for open_clip 4; on rank 0, log a description of the run."""
         args = self.args
         same = (
             "seed",
@@ -212,7 +212,7 @@ class FlypRun:
         dataset = ClassPromptDataset(
             self.data.shards,
             preprocess,
-            tokenizer,
+            self.spec.tokenizer,
             args.batch_size,
             prompts=self.data.prompts,
             num_samples=self.data.num_samples,
@@ -273,18 +273,18 @@ class FlypRun:
         """The loss, if `changes` is not empty."""
         return self.objective.create_loss(self.args)
 
-    def before_epoch(self, model: Any, preprocess: Callable, epoch: int) -> bool:
+    def before_epoch(self, epoch: int) -> bool:
         """Set or fit what training starts from; returns whether open_clip's loop should train."""
-        if self.args.logit_scale and epoch == 0:
-            set_logit_scale(model, self.args.logit_scale)
+        args, model, data = self.args, self.model, self.data
+        if args.logit_scale and epoch == 0:
+            set_logit_scale(model, args.logit_scale)
         if self.teacher:
-            self.teacher.start(model, epoch, self.args.resume)
+            self.teacher.start(model, epoch, args.resume)
         if self.objective.fit and epoch == 0:
-            args, head = self.args, getattr(model, HEAD)
-            data = self.data
+            head = getattr(model, HEAD)
             images = EvalSet("features", data.shards, data.prompts, args.train_data, data.sizes)
-            loader = loader_from_args(images, preprocess, args, args.max_lost)  # without augmentation
-            with self._whole(model):
+            loader = loader_from_args(images, val_preprocess(model), args, args.max_lost)
+            with self._whole():
                 features, labels = image_features(model, with_progress(loader, "features"), args.precision)
             c = args.lp_c or LP_C
             sharding.assign(head.weight, fit_head(features, labels, len(head.weight), c))
@@ -296,11 +296,11 @@ class FlypRun:
         all_steps = self.args.precision != "amp"  # whose GradScaler leaves out steps that overflow
         return self.teacher.follow(self.model, optimizer, all_steps) if self.teacher else nullcontext()
 
-    def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
+    def after_epoch(self, epoch: int) -> None:
         """InputError if training has diverged: nothing that follows could be used. Else save the trajectory's teacher."""
-        with self._whole(model):
+        with self._whole():
             bad = next(
-                (name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None
+                (name for name, tensor in self.model.named_parameters() if not tensor.isfinite().all()), None
             )
         if bad:
             wider = "--precision amp_bf16, " if self.args.precision in ("amp", *checks.FP16) else ""
@@ -311,16 +311,16 @@ class FlypRun:
         if self.teacher and getattr(self.args, "save_logs", False):  # on rank 0
             self.teacher.save(epoch, self.args)
 
-    def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
+    def evaluate(self, epoch: int) -> dict:
         """Metrics of the evaluation sets, for open_clip to log; empty if this epoch is not evaluated."""
         self.monitor = self.monitor or Monitor(self.data.eval_sets, self.args)
         if not self.monitor.scores(epoch):
             return {}
-        with self._whole(model):
-            return self.monitor(model, preprocess, tokenizer, epoch)
+        with self._whole():
+            return self.monitor(self.model, val_preprocess(self.model), self.spec.tokenizer, epoch)
 
-    def _whole(self, model: torch.nn.Module) -> AbstractContextManager:
-        return sharding.whole(model, not getattr(self.args, "fsdp_no_reshard_after_forward", False))
+    def _whole(self) -> AbstractContextManager:
+        return sharding.whole(self.model, not getattr(self.args, "fsdp_no_reshard_after_forward", False))
 
     def finish(self) -> None:
         """Log where the checkpoints are, which epoch was best and what to do next."""
