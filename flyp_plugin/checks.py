@@ -8,10 +8,9 @@ report at the start of a run is left to them. A new check of flags is one `yield
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import product
-from textwrap import shorten
 from typing import Any
 
 import open_clip
@@ -45,7 +44,6 @@ _NEEDS = {
     # its loader of captions reads --val-data only
     "csv_.*|text_key|json_text_.*|max_image_pixels|text_pad_multiple|val_retrieval_.*": "val_data",
 }
-_OWN_SETS = ("val_data", "imagenet_val", "imagenet_v2")  # open_clip's flags of evaluation sets
 # open_clip 4's flags (a regular expression) for other data than images of one size and short texts
 _OTHER_DATA = "(use|force)_naflex.*|naflex_.*|length_bucketing|bucket_.*|audio_.*|pretrained_audio"
 
@@ -203,29 +201,3 @@ def check_loss(model: Any, args: Namespace, changes: Sequence[str]) -> None:
         raise InputError(
             f"{changes[0]} cannot train a {type(model).__name__} such as {args.model}; leave the flag out."
         )
-
-
-def try_own_sets(get_data: Callable, arguments: dict, accuracy: Callable[[], Callable]) -> None:
-    """Read a batch of each of open_clip's own evaluation sets: else a bad one costs the first epoch, unsaved.
-
-    Args:
-        get_data: open_clip's; it reads the dict of its own `arguments`.
-        accuracy: returns open_clip's function of that name.
-    """
-    args = arguments["args"]
-    for name in (name for name in _OWN_SETS if getattr(args, name)):
-        only = {**dict.fromkeys(_OWN_SETS), name: getattr(args, name), "workers": 0}
-        arguments["args"] = Namespace(**{**vars(args), **only})
-        try:
-            for info in get_data().values():
-                if next(iter(info.dataloader), None) is None:
-                    raise ValueError("it has no image with a text in .txt")
-            if name != "val_data":  # before open_clip 4 this needs NumPy before 2.4
-                accuracy()(torch.eye(5), torch.arange(5), topk=(1, 5))
-        except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-            reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
-            raise InputError(
-                f"open_clip cannot evaluate --{name.replace('_', '-')} {getattr(args, name)} ({reason}); give a labelled set "
-                "with --eval-data NAME=SHARDS instead."
-            ) from error
-    arguments["args"] = args

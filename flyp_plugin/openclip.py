@@ -31,6 +31,7 @@ from contextlib import ExitStack, nullcontext, redirect_stderr
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, simplefilter
@@ -39,7 +40,7 @@ import numpy as np
 import open_clip
 import torch
 
-from flyp_plugin import checks, patches, ranks, run_folder
+from flyp_plugin import patches, ranks, run_folder
 from flyp_plugin.checkpoints import read_state_dict, use_reader
 from flyp_plugin.errors import InputError
 from flyp_plugin.model_spec import ModelSpec, is_place
@@ -59,6 +60,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "evaluate": ("main", "data epoch args tb_writer tokenizer"),
     "zero_shot_eval": ("train", "data epoch args"),
 }
+_OWN_SETS = ("val_data", "imagenet_val", "imagenet_v2")  # open_clip's flags of evaluation sets
 _log = logging.getLogger(__name__)
 
 
@@ -260,7 +262,7 @@ class _Seams:
                 run_folder.write_record(self.flyp.record(epoch), self.flyp.resumed, self.folder)
             run_folder.drop_results_after(epoch, self.folder)
         arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
-        checks.try_own_sets(proceed, arguments, partial(_find, "zero_shot", "accuracy"))
+        self.try_own_sets(proceed, arguments)
         data = proceed()
         dataset = self.flyp.train_data(arguments["preprocess_fns"][0], as_dict=self.has_tasks)
         data["train"] = self.train = _find("data", "DataInfo")(dataloader=dataset)
@@ -268,6 +270,26 @@ class _Seams:
         if self.flyp.evaluates:  # main() evaluates only if this key exists; zero_shot_eval below answers
             data.setdefault("imagenet-val", None)
         return data
+
+    def try_own_sets(self, proceed: Callable, arguments: dict) -> None:
+        """Read a batch of each of open_clip's own evaluation sets: else a bad one costs the first epoch, unsaved."""
+        args = arguments["args"]
+        for name in (name for name in _OWN_SETS if getattr(args, name)):
+            only = {**dict.fromkeys(_OWN_SETS), name: getattr(args, name), "workers": 0}
+            arguments["args"] = Namespace(**{**vars(args), **only})
+            try:
+                for info in proceed().values():
+                    if next(iter(info.dataloader), None) is None:
+                        raise ValueError("it has no image with a text in .txt")
+                if name != "val_data":  # before open_clip 4 this needs NumPy before 2.4
+                    _find("zero_shot", "accuracy")(torch.eye(5), torch.arange(5), topk=(1, 5))
+            except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+                reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
+                raise InputError(
+                    f"open_clip cannot evaluate --{name.replace('_', '-')} {getattr(args, name)} ({reason}); give a labelled "
+                    "set with --eval-data NAME=SHARDS instead."
+                ) from error
+        arguments["args"] = args
 
     def set_epoch(self, epoch: int) -> None:
         """Called by open_clip at the start of each epoch. Seeds everything random: on resuming, open_clip does not."""
