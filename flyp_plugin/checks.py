@@ -121,8 +121,14 @@ def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
         yield f"--warmup {args.warmup} is longer than the run of {steps} steps, which ends at {share}."
 
 
-def check_start(args: Namespace) -> None:
-    """InputError if training cannot start from --pretrained or --resume: a learned head, or NaN in the weights."""
+def check_start(args: Namespace, resumed: Record | None) -> None:
+    """InputError if the name is taken, or training cannot start from --pretrained or --resume.
+
+    That is because of a learned head, NaN in the weights, or another teacher of --anchor than that of the resumed run.
+    """
+    run_folder.check_free(args)
+    if args.resume and args.anchor and args.anchor_teacher == "pretrained":
+        run_folder.refuse_other_start(resumed, args)
     if load_head(checkpoints.read_torch_file(args.pretrained)):
         raise InputError(
             f"{args.pretrained} has a learned head, which open_clip cannot load; export its towers with "

@@ -113,7 +113,7 @@ class FlypRun:
         with run_folder.explain_errors(args, rank):
             openclip.connect(args)  # from here on, one rank reads for all
             self.resumed = run_folder.resumed_record(args)
-            ranks.once(partial(_check_start, args, self.resumed))
+            ranks.once(partial(checks.check_start, args, self.resumed))
             self.spec = checks.resolve_model(args, self.resumed)
             self.data = self._read_data()
         self.evaluates = bool(self.data.eval_sets)
@@ -341,13 +341,6 @@ class FlypRun:
             for line in self.monitor.summary() if self.monitor else ():
                 _log.info(line)
             self._warn_of_random_weights()
-
-
-def _check_start(args: Namespace, resumed: Record | None) -> None:
-    run_folder.check_free(args)
-    if args.resume and args.anchor and args.anchor_teacher == "pretrained":
-        run_folder.refuse_other_start(resumed, args)
-    checks.check_start(args)
 
 
 def _count_steps(args: Namespace, num_samples: int, world_size: int) -> int:
