@@ -73,7 +73,7 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
     defaults = {**DEFAULTS, "batch_size": str(max(1, GLOBAL_BATCH // max(1, world_size * user.accum_freq)))}
     if user.precision in checks.FP16:
         defaults["eps"] = checks.FP16_EPS
-    skipped = {*typed, *DEFAULTS} if ours.no_flyp_defaults else {*typed}
+    skipped = set(DEFAULTS if ours.no_flyp_defaults else typed)
     if "timm" in getattr(user, "opt", ""):  # timm's optimizers have betas of their own
         skipped |= {"beta1", "beta2"}
     defaults = {name: value for name, value in defaults.items() if name not in skipped}
