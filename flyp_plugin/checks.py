@@ -48,7 +48,7 @@ _NEEDS = {
 _OTHER_DATA = "(use|force)_naflex.*|naflex_.*|length_bucketing|bucket_.*|audio_.*|pretrained_audio"
 
 
-def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) -> Iterator[str]:
+def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int) -> Iterator[str]:
     """Mistakes in flags that open_clip would silently ignore, or that would silently spoil the training.
 
     `typed`: the names of open_clip's flags on the command line.
@@ -60,9 +60,9 @@ def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) ->
             yield "--fsdp divides a model among several ranks, and there is one; start them with torchrun, or leave it out."
         if not sharding.is_supported():
             yield f"--fsdp needs torch 2.9 or newer, and this is {torch.__version__}; install it, or leave the flag out."
-    in_parts = args.accum_freq > 1 or args.precision == "amp"
-    # open_clip says so an evaluation later
-    if getattr(args, "torchcompile_strategy", "") == "step" and in_parts:
+    # of these open_clip complains too, but an evaluation later
+    compiles_steps = getattr(args, "torchcompile_strategy", "") == "step"
+    if compiles_steps and (args.accum_freq > 1 or args.precision == "amp"):
         yield "--torchcompile-strategy step needs --accum-freq 1 and a --precision other than amp; use task or model."
     for name, (pattern, other) in product(typed, _NEEDS.items()):
         if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):
