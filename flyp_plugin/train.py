@@ -313,11 +313,11 @@ class FlypRun:
 
     def evaluate(self, epoch: int) -> dict:
         """Metrics of the evaluation sets, for open_clip to log; empty if this epoch is not evaluated."""
-        self.monitor = self.monitor or Monitor(self.data.eval_sets, self.args)
+        self.monitor = self.monitor or Monitor(self.data.eval_sets, val_preprocess(self.model), self.args)
         if not self.monitor.scores(epoch):
             return {}
         with self._whole():
-            return self.monitor(self.model, val_preprocess(self.model), self.spec.tokenizer, epoch)
+            return self.monitor(self.model, self.spec.tokenizer, epoch)
 
     def _whole(self) -> AbstractContextManager:
         return sharding.whole(self.model, not getattr(self.args, "fsdp_no_reshard_after_forward", False))
