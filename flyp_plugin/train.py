@@ -33,7 +33,7 @@ from flyp_plugin.evalsets import EvalSet, loader_from_args, with_progress
 from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, parser, to_argv
 from flyp_plugin.heads import image_features, val_preprocess, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head, set_logit_scale
-from flyp_plugin.model_spec import ModelSpec, is_place
+from flyp_plugin.model_spec import ModelSpec, is_place, registry_name
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.record import Record
 from flyp_plugin.samples import balance_weights
@@ -100,13 +100,11 @@ class FlypRun:
         args, self.defaults, typed = parse(argv, world_size)
         self.args = args
         if not is_place(args.model):
-            args.model = args.model.replace("/", "-")  # ViT-B/16, which only parts of open_clip accept
+            args.model = registry_name(args.model)  # of ViT-B/16, which only parts of open_clip accept
         if args.model_config:
             targets.add_model_config(args.model_config)
-        mistake = next(
-            chain(checks.find_mistakes(args, typed, world_size), objectives.find_mistakes(args)), None
-        )
-        if mistake:
+        mistakes = chain(checks.find_mistakes(args, typed, world_size), objectives.find_mistakes(args))
+        if mistake := next(mistakes, None):
             raise InputError(mistake)
         self.objective = objectives.OBJECTIVES[args.objective]
         self.changes = objectives.changed_flags(args)
@@ -199,16 +197,6 @@ class FlypRun:
     def train_data(self, preprocess: Callable, as_dict: bool) -> ClassPromptDataset:
         """The training batches, as dicts for open_clip 4; on rank 0, log a description of the run."""
         args = self.args
-        same = (
-            "seed",
-            "rank",
-            "world_size",
-            "image_key",
-            "label_key",
-            "template_order",
-            "retries",
-            "max_lost",
-        )
         dataset = ClassPromptDataset(
             self.data.shards,
             preprocess,
@@ -218,12 +206,19 @@ class FlypRun:
             num_samples=self.data.num_samples,
             sizes=self.data.sizes,
             num_workers=args.workers,
+            seed=args.seed,
+            rank=args.rank,
+            world_size=args.world_size,
             shard_weights=self.data.weights,
             class_weights=self.data.class_counts and balance_weights(self.data.class_counts, args.balance),
+            image_key=args.image_key,
+            label_key=args.label_key,
+            template_order=args.template_order,
+            retries=args.retries,
+            max_lost=args.max_lost,
             jpeg_draft=self.image_size if args.jpeg_draft else 0,
             with_labels=bool(self.changes),
             as_dict=as_dict,
-            **{name: getattr(args, name) for name in same},
         )
         if self.short_text and (args.torchcompile or args.device.startswith("cuda")):
             shorten(self.model, length=dataset.text_length)  # one shape, and no wait for the GPU
