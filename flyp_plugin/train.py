@@ -5,8 +5,6 @@
 `python train_flyp.py` and `python -m flyp_plugin.train` are the same program. `train` parses the flags, checks them and
 everything else that can be checked without a model, and hands a FlypRun to openclip.py. open_clip's main() then calls
 the methods of FlypRun in the order in which they stand below.
-
-A new flag goes into flags.py, a new check of flags into checks.py, a new objective into objectives.py.
 """
 
 import logging
