@@ -22,7 +22,7 @@ from flyp_plugin import checkpoints, run_folder, sharding, targets
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import to_argv
 from flyp_plugin.learned import load_head
-from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, square_as_int
+from flyp_plugin.model_spec import FLAGS, ModelSpec, square_as_int
 from flyp_plugin.record import Record, is_sharded
 from flyp_plugin.remote import is_url
 
@@ -156,8 +156,8 @@ def resolve_model(args: Namespace, resumed: Record | None) -> ModelSpec:
         run_folder.refuse_other_optimizer(resumed, args)
     else:
         spec = targets.resolve_spec(args.model, args.pretrained, flags)
-    made = {f"image_{name}": spec.preprocess_cfg[name] for name in PREPROCESSING}
-    made |= {**spec.forced, "force_quick_gelu": spec.quick_gelu}
+    images = {f"image_{name}": value for name, value in spec.images.items()}
+    made = {**images, **spec.forced, "force_quick_gelu": spec.quick_gelu}
     changed = spec.differences(ModelSpec.of(args.model, args.pretrained).with_flags({**flags, **made}))
     if changed:
         raise InputError(
