@@ -98,7 +98,7 @@ class FlypRun:
         args, self.defaults, typed = parse(argv, world_size)
         self.args = args
         if not is_place(args.model):
-            args.model = registry_name(args.model)  # of ViT-B/16, which only parts of open_clip accept
+            args.model = registry_name(args.model)  # for ViT-B/16, which only parts of open_clip accept
         if args.model_config:
             targets.add_model_config(args.model_config)
         mistakes = chain(checks.find_mistakes(args, typed, world_size), objectives.find_mistakes(args))
