@@ -149,7 +149,7 @@ def first_difference(expected: StateDict, given: StateDict) -> str | None:
 
 
 @contextmanager
-def use_reader(read: Callable[[str], StateDict] = read_state_dict) -> Iterator[None]:
+def use_reader(read: Callable[[str], StateDict]) -> Iterator[None]:
     """Make open_clip's load_checkpoint read files with `read` inside the block."""
     original = open_clip.factory.load_state_dict
     open_clip.factory.load_state_dict = lambda path, *args, **kwargs: read(path)

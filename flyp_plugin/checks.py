@@ -8,10 +8,9 @@ report at the start of a run is left to them. A new check of flags is one `yield
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import product
-from textwrap import shorten
 from typing import Any
 
 import open_clip
@@ -23,7 +22,7 @@ from flyp_plugin import checkpoints, run_folder, sharding, targets
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import to_argv
 from flyp_plugin.learned import load_head
-from flyp_plugin.model_spec import FLAGS, PREPROCESSING, ModelSpec, square_as_int
+from flyp_plugin.model_spec import FLAGS, ModelSpec, square_as_int
 from flyp_plugin.record import Record, is_sharded
 from flyp_plugin.remote import is_url
 
@@ -45,12 +44,11 @@ _NEEDS = {
     # its loader of captions reads --val-data only
     "csv_.*|text_key|json_text_.*|max_image_pixels|text_pad_multiple|val_retrieval_.*": "val_data",
 }
-_OWN_SETS = ("val_data", "imagenet_val", "imagenet_v2")  # open_clip's flags of evaluation sets
 # open_clip 4's flags (a regular expression) for other data than images of one size and short texts
 _OTHER_DATA = "(use|force)_naflex.*|naflex_.*|length_bucketing|bucket_.*|audio_.*|pretrained_audio"
 
 
-def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) -> Iterator[str]:
+def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int) -> Iterator[str]:
     """Mistakes in flags that open_clip would silently ignore, or that would silently spoil the training.
 
     `typed`: the names of open_clip's flags on the command line.
@@ -62,9 +60,9 @@ def find_mistakes(args: Namespace, typed: Iterable[str], world_size: int = 1) ->
             yield "--fsdp divides a model among several ranks, and there is one; start them with torchrun, or leave it out."
         if not sharding.is_supported():
             yield f"--fsdp needs torch 2.9 or newer, and this is {torch.__version__}; install it, or leave the flag out."
-    in_parts = args.accum_freq > 1 or args.precision == "amp"
-    # open_clip says so an evaluation later
-    if getattr(args, "torchcompile_strategy", "") == "step" and in_parts:
+    # of these open_clip complains too, but an evaluation later
+    compiles_steps = getattr(args, "torchcompile_strategy", "") == "step"
+    if compiles_steps and (args.accum_freq > 1 or args.precision == "amp"):
         yield "--torchcompile-strategy step needs --accum-freq 1 and a --precision other than amp; use task or model."
     for name, (pattern, other) in product(typed, _NEEDS.items()):
         if re.fullmatch(pattern, name) and getattr(args, name) and not getattr(args, other):
@@ -123,8 +121,14 @@ def find_doubts(args: Namespace, steps: int) -> Iterator[str]:
         yield f"--warmup {args.warmup} is longer than the run of {steps} steps, which ends at {share}."
 
 
-def check_start(args: Namespace) -> None:
-    """InputError if training cannot start from --pretrained or --resume: a learned head, or NaN in the weights."""
+def check_start(args: Namespace, resumed: Record | None) -> None:
+    """InputError if the name is taken, or training cannot start from --pretrained or --resume.
+
+    That is because of a learned head, NaN in the weights, or another teacher of --anchor than that of the resumed run.
+    """
+    run_folder.check_free(args)
+    if args.resume and args.anchor and args.anchor_teacher == "pretrained":
+        run_folder.refuse_other_start(resumed, args)
     if load_head(checkpoints.read_torch_file(args.pretrained)):
         raise InputError(
             f"{args.pretrained} has a learned head, which open_clip cannot load; export its towers with "
@@ -152,8 +156,8 @@ def resolve_model(args: Namespace, resumed: Record | None) -> ModelSpec:
         run_folder.refuse_other_optimizer(resumed, args)
     else:
         spec = targets.resolve_spec(args.model, args.pretrained, flags)
-    made = {f"image_{name}": spec.preprocess_cfg[name] for name in PREPROCESSING}
-    made |= {**spec.forced, "force_quick_gelu": spec.quick_gelu}
+    images = {f"image_{name}": value for name, value in spec.images.items()}
+    made = {**images, **spec.forced, "force_quick_gelu": spec.quick_gelu}
     changed = spec.differences(ModelSpec.of(args.model, args.pretrained).with_flags({**flags, **made}))
     if changed:
         raise InputError(
@@ -203,29 +207,3 @@ def check_loss(model: Any, args: Namespace, changes: Sequence[str]) -> None:
         raise InputError(
             f"{changes[0]} cannot train a {type(model).__name__} such as {args.model}; leave the flag out."
         )
-
-
-def try_own_sets(get_data: Callable, arguments: dict, accuracy: Callable[[], Callable]) -> None:
-    """Read a batch of each of open_clip's own evaluation sets: else a bad one costs the first epoch, unsaved.
-
-    Args:
-        get_data: open_clip's; it reads the dict of its own `arguments`.
-        accuracy: returns open_clip's function of that name.
-    """
-    args = arguments["args"]
-    for name in (name for name in _OWN_SETS if getattr(args, name)):
-        only = {**dict.fromkeys(_OWN_SETS), name: getattr(args, name), "workers": 0}
-        arguments["args"] = Namespace(**{**vars(args), **only})
-        try:
-            for info in get_data().values():
-                if next(iter(info.dataloader), None) is None:
-                    raise ValueError("it has no image with a text in .txt")
-            if name != "val_data":  # before open_clip 4 this needs NumPy before 2.4
-                accuracy()(torch.eye(5), torch.arange(5), topk=(1, 5))
-        except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-            reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
-            raise InputError(
-                f"open_clip cannot evaluate --{name.replace('_', '-')} {getattr(args, name)} ({reason}); give a labelled set "
-                "with --eval-data NAME=SHARDS instead."
-            ) from error
-    arguments["args"] = args

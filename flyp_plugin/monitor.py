@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flyp_plugin.data import LabelledDataset
 from flyp_plugin.evalsets import EvalSet, build_for_each, loader_from_args
 from flyp_plugin.heads import ImageClassifier
 from flyp_plugin.metrics import Metrics, Tally, best, score, table
@@ -31,9 +30,9 @@ class Monitor:
     the ID validation set. A resumed run reads its earlier epochs from results.jsonl.
     """
 
-    def __init__(self, sets: Sequence[EvalSet], args: Namespace):
+    def __init__(self, sets: Sequence[EvalSet], preprocess: Callable, args: Namespace):
         self.sets, self.args = sets, args
-        self.loaders: dict[str, LabelledDataset] = {}
+        self.loaders = [loader_from_args(each, preprocess, args) for each in sets]
         self.history: dict[int, dict[str, Any]] = {}
         results = Path(args.checkpoint_path, "results.jsonl")
         if args.rank == 0 and args.resume and results.exists():
@@ -45,21 +44,19 @@ class Monitor:
         frequency = self.args.eval_frequency
         return epoch in (0, self.args.epochs) or bool(frequency and epoch % frequency == 0)
 
-    def __call__(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
+    def __call__(self, model: torch.nn.Module, tokenizer: Callable, epoch: int) -> dict:
         """Metrics as `NAME/top1`, `NAME/macro_f1`, ... and the epoch."""
-        if self.args.world_size > 1:  # the checkpoint has rank 0's statistics of batch norm
+        several = self.args.world_size > 1
+        if several:  # the checkpoint has rank 0's statistics of batch norm
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
         row: dict[str, Any] = {}
         make = ImageClassifier.from_model if epoch else ImageClassifier.from_prompts  # 0: zero-shot
-        several = self.args.world_size > 1
         build = partial(make, model, tokenizer, precision=self.args.precision, across_ranks=several)
         classifiers = build_for_each(self.sets, build)
-        for eval_set in self.sets:
-            if eval_set.name not in self.loaders:
-                self.loaders[eval_set.name] = loader_from_args(eval_set, preprocess, self.args)
+        for eval_set, loader in zip(self.sets, self.loaders):
             tally = Tally(len(eval_set.prompts.classnames))
-            metrics = self._merge_ranks(score(classifiers[eval_set.name], self.loaders[eval_set.name], tally))
+            metrics = self._merge_ranks(score(classifiers[eval_set.name], loader, tally))
             if "worst_group" in metrics:  # a name, while logged metrics must be numbers
                 _log.info(f"{eval_set.name}: the worst group is {metrics.pop('worst_group')!r}")
             row |= {f"{eval_set.name}/{metric}": value for metric, value in metrics.items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyp_plugin.anchor import Teacher
-from flyp_plugin.flags import to_argv
+from flyp_plugin.flags import parser, to_argv
 from flyp_plugin.learned import HEAD, exact_logits
 from flyp_plugin.tokens import PromptTokens
 
@@ -223,10 +223,9 @@ OBJECTIVES = {
 
 def changed_flags(args: Namespace) -> list[str]:
     """The flags given that make training differ from plain FLYP, as a user writes them."""
-    defaults = {"objective": "flyp", "collisions": "keep", "ce_weight": 0.0}
-    defaults |= {"anchor": 0.0, "anchor_teacher": "pretrained"}
-    changed = {name: getattr(args, name) for name in defaults if getattr(args, name) != defaults[name]}
-    return [" ".join(to_argv({name: value})) for name, value in changed.items()]
+    names = ("objective", "collisions", "ce_weight", "anchor", "anchor_teacher")
+    given, default = {name: getattr(args, name) for name in names}, parser().get_default
+    return [" ".join(to_argv({name: value})) for name, value in given.items() if value != default(name)]
 
 
 def find_mistakes(args: Namespace) -> Iterator[str]:

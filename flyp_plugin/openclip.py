@@ -2,7 +2,7 @@
 
 `run` calls open_clip_train.main.main() as it is. The loop, the loss of plain FLYP, the optimizer, the schedule,
 checkpoints and logs are open_clip's. For the time of that call a few functions are replaced by methods of `_Seams`,
-which call the original and the run (`TrainingRun`, which train.py implements). In the order in which main() calls them:
+which call the original and the run (train.py's FlypRun). In the order in which main() calls them:
 
     parse_args                    returns the arguments that train.py has parsed and checked, open_clip's and ours
     init_distributed_device       returns the device: the ranks have met before, in `connect`
@@ -27,25 +27,27 @@ import random
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stderr
+from contextlib import ExitStack, nullcontext, redirect_stderr
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from types import MethodType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import open_clip
 import torch
 
-from flyp_plugin import checks, patches, ranks, run_folder
+from flyp_plugin import patches, ranks, run_folder
 from flyp_plugin.checkpoints import read_state_dict, use_reader
-from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError
 from flyp_plugin.model_spec import ModelSpec, is_place
-from flyp_plugin.record import Record
 from flyp_plugin.samples import sample_seed
+
+if TYPE_CHECKING:
+    from flyp_plugin.train import FlypRun
 
 SUPPORTED = "2.28 to 3.3 and the 4.x development tree"
 # name: (module of open_clip_train, parameters that we rely on; two lists where open_clip 4 differs)
@@ -58,44 +60,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "evaluate": ("main", "data epoch args tb_writer tokenizer"),
     "zero_shot_eval": ("train", "data epoch args"),
 }
+_OWN_SETS = ("val_data", "imagenet_val", "imagenet_v2")  # open_clip's flags of evaluation sets
 _log = logging.getLogger(__name__)
-
-
-class TrainingRun(Protocol):
-    """What open_clip's main() is to train; FlypRun in train.py is one. `record` is called on rank 0."""
-
-    args: Namespace  # open_clip's and FLYP's flags; main() adds rank, world_size, name, checkpoint_path, ...
-    spec: ModelSpec
-    changes: list[str]  # the flags that need another loss than open_clip's; empty for plain FLYP
-    resumed: Record | None  # the record of the run that --resume continues
-    evaluates: bool  # whether there are evaluation sets
-
-    def on_model(self, model: torch.nn.Module) -> None:
-        """When the model has been created, before anything wraps it."""
-
-    def record(self, epoch: int) -> Record:
-        """When the first epoch is known, before training: what flyp.json is to say."""
-
-    def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
-        """Where open_clip loads its data. `as_dict`: open_clip 4 takes batches as dicts."""
-
-    def create_loss(self) -> torch.nn.Module:
-        """Where open_clip creates its loss, if there are `changes`."""
-
-    def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
-        """Before the first epoch (with 0) and after each: the metrics to log, empty to skip this epoch."""
-
-    def before_epoch(self, model: torch.nn.Module, preprocess: Callable, epoch: int) -> bool:
-        """Before each epoch; False: open_clip's loop does not train in it."""
-
-    def epoch_context(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager:
-        """In which open_clip's loop trains for an epoch."""
-
-    def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
-        """After each epoch that was trained, before its evaluation and checkpoint."""
-
-    def finish(self) -> None:
-        """When main() has returned without an error."""
 
 
 def _changed(what: str) -> InputError:
@@ -147,7 +113,7 @@ def connect(args: Namespace) -> None:
         _find("distributed", "init_distributed_device")(args)
 
 
-def run(flyp: TrainingRun) -> int:
+def run(flyp: "FlypRun") -> int:
     """Call open_clip_train.main.main() on the data of `flyp` and return the exit status.
 
     Raises:
@@ -183,7 +149,7 @@ class _Seams:
     Each gets the arguments by name, which it may change, and `proceed`, which calls the original with them.
     """
 
-    def __init__(self, flyp: TrainingRun, stack: ExitStack):
+    def __init__(self, flyp: "FlypRun", stack: ExitStack):
         self.flyp, self.args, self.stack = flyp, flyp.args, stack
         self.named = bool(self.args.name)  # else main() makes up a name
         self.resumes_latest = self.args.resume == "latest"  # which main() replaces by a path
@@ -191,9 +157,7 @@ class _Seams:
         self.has_tasks = False  # open_clip 4
         self.called: set[str] = set()
         self.started = False
-        self.model: Any = None
-        self.preprocess_val: Any = None
-        self.tokenizer: Any = None
+        self.has_model = False  # a second model is the teacher of --distill-model
         self.train: Any = None  # open_clip's DataInfo of our data
         self.metrics: dict[str, float] = {}  # those that open_clip is about to log
         self.evaluated = 0  # the last epoch that was evaluated
@@ -234,7 +198,7 @@ class _Seams:
         self.stack.enter_context(run_folder.folder_lock(self.folder, inherited=False))
         if not self.named or not run_folder.contains_run(self.folder):
             self.stack.callback(self.remove_unless_started)
-        if self.named and self.resumes_latest:
+        if self.resumes_latest:
             self.newest = run_folder.find_newest(self.folder)
 
     def remove_unless_started(self) -> None:
@@ -251,20 +215,20 @@ class _Seams:
     def create_model_and_transforms(self, proceed: Callable, arguments: dict) -> tuple:
         self.check_called("init_distributed_device")
         name, pretrained = arguments["model_name"], arguments.get("pretrained") or ""
-        if self.model is None:
+        if not self.has_model:
             if self.args.rank and not self.args.log_local and not self.args.debug:
                 for handler in logging.root.handlers:
                     handler.setLevel(logging.WARNING)  # the rest is what rank 0 logs
             self.resume_newest()
             if self.args.rank == 0 and not self.named:  # by now main() has made up a name
                 self.claim_folder()
-        elif not is_place(name):  # the teacher of --distill-model
+        elif not is_place(name):
             arguments["force_quick_gelu"] = ModelSpec.of(name, pretrained).quick_gelu
         with use_reader(partial(read_state_dict, finite=self.args.rank > 0)):
             created = proceed()
-        if self.model is None:
-            self.model, _, _ = created
-            self.flyp.on_model(self.model)
+        if not self.has_model:
+            self.has_model = True
+            self.flyp.on_model(created[0])
         return created
 
     def create_loss(self, proceed: Callable, arguments: dict) -> torch.nn.Module:
@@ -297,17 +261,35 @@ class _Seams:
             if epoch < args.epochs:  # else nothing is trained
                 run_folder.write_record(self.flyp.record(epoch), self.flyp.resumed, self.folder)
             run_folder.drop_results_after(epoch, self.folder)
-        preprocess_train, self.preprocess_val = arguments["preprocess_fns"]
-        self.tokenizer = self.flyp.spec.tokenizer
         arguments["args"] = Namespace(**{**vars(args), "train_data": None, "dataset_type": "auto"})
-        checks.try_own_sets(proceed, arguments, partial(_find, "zero_shot", "accuracy"))
+        self.try_own_sets(proceed, arguments)
         data = proceed()
-        dataset = self.flyp.train_data(preprocess_train, self.tokenizer, self.has_tasks)
+        dataset = self.flyp.train_data(arguments["preprocess_fns"][0], as_dict=self.has_tasks)
         data["train"] = self.train = _find("data", "DataInfo")(dataloader=dataset)
         self.train.set_epoch = self.set_epoch
         if self.flyp.evaluates:  # main() evaluates only if this key exists; zero_shot_eval below answers
             data.setdefault("imagenet-val", None)
         return data
+
+    def try_own_sets(self, proceed: Callable, arguments: dict) -> None:
+        """Read a batch of each of open_clip's own evaluation sets: else a bad one costs the first epoch, unsaved."""
+        args = arguments["args"]
+        for name in (name for name in _OWN_SETS if getattr(args, name)):
+            only = {**dict.fromkeys(_OWN_SETS), name: getattr(args, name), "workers": 0}
+            arguments["args"] = Namespace(**{**vars(args), **only})
+            try:
+                for info in proceed().values():
+                    if next(iter(info.dataloader), None) is None:
+                        raise ValueError("it has no image with a text in .txt")
+                if name != "val_data":  # before open_clip 4 this needs NumPy before 2.4
+                    _find("zero_shot", "accuracy")(torch.eye(5), torch.arange(5), topk=(1, 5))
+            except (OSError, ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+                reason = f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"
+                raise InputError(
+                    f"open_clip cannot evaluate --{name.replace('_', '-')} {getattr(args, name)} ({reason}); give a labelled "
+                    "set with --eval-data NAME=SHARDS instead."
+                ) from error
+        arguments["args"] = args
 
     def set_epoch(self, epoch: int) -> None:
         """Called by open_clip at the start of each epoch. Seeds everything random: on resuming, open_clip does not."""
@@ -328,21 +310,21 @@ class _Seams:
         if self.started:
             self.check_evaluated(epoch)
         elif epoch == 0 and self.flyp.evaluates:
-            more = {"tb_writer": arguments.get("tb_writer"), "tokenizer": self.tokenizer}
+            more = {"tb_writer": arguments.get("tb_writer"), "tokenizer": self.flyp.spec.tokenizer}
             _find("main", "evaluate")(model, data=data, epoch=0, args=args, **more)
         self.started = True
-        if not self.flyp.before_epoch(self.model, self.preprocess_val, epoch):
+        if not self.flyp.before_epoch(epoch):
             return None
         with self.flyp.epoch_context(state.optimizer if state else arguments["optimizer"]):
             result = proceed()
         self.check_called("set_epoch")
-        self.flyp.after_epoch(self.model, epoch + 1)
+        self.flyp.after_epoch(epoch + 1)
         return result
 
     def evaluate(self, proceed: Callable, arguments: dict) -> dict:
         epoch = self.evaluated = arguments["epoch"]
         if self.flyp.evaluates:
-            self.metrics = self.flyp.evaluate(self.model, self.preprocess_val, self.tokenizer, epoch)
+            self.metrics = self.flyp.evaluate(epoch)
         logged = proceed()
         if self.args.rank == 0 and not self.metrics.keys() <= logged.keys():
             raise _changed("evaluate() does not log what zero_shot_eval returns")

@@ -67,8 +67,7 @@ def count_data(data: RunData, args: Namespace) -> RunData:
     InputError if there are none, or a label is wrong.
     """
     known = args.train_num_samples
-    with remember_texts():
-        sizes = shard_sizes(data.shards, args.image_key, count=not known)
+    sizes = shard_sizes(data.shards, args.image_key, count=not known)
     number = known or sum(sizes[shard] for shard in data.shards)
     first = data.shards if number else data.shards[:3]  # peek says why there are none
     passes = int(args.template_order == "table")

@@ -106,8 +106,7 @@ def original_class(module: nn.Module) -> type:
 def set_options(tower: Any, options: Options | None) -> None:
     """How a tower encodes text from now on; None: as open_clip does."""
     if options is not None and not hasattr(tower, "short_options"):
-        kind, now = original_class(tower), tower.__class__
-        tower.__class__ = SHORT[kind] if now is kind else _short_class(now, _METHODS[kind])
+        tower.__class__ = _short_class(tower.__class__, METHODS[original_class(tower)])
     if hasattr(tower, "short_options"):
         tower.short_options = options
 
@@ -126,9 +125,9 @@ def use_options(tower: Any, options: Options | None) -> Iterator[None]:
 
 
 # The method that open_clip's forward calls: CLIP's is _encode_text in 4.x, encode_text before
-_METHODS = {
+METHODS: dict[type, str] = {
     CLIP: "_encode_text" if hasattr(CLIP, "_encode_text") else "encode_text",
     TextTransformer: "forward",
 }
-ShortCLIP, ShortTextTransformer = (_short_class(*method) for method in _METHODS.items())
-SHORT: dict[type, type] = {CLIP: ShortCLIP, TextTransformer: ShortTextTransformer}
+# the names by which pickle finds these classes
+ShortCLIP, ShortTextTransformer = (_short_class(*method) for method in METHODS.items())

@@ -23,7 +23,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
 from flyp_plugin.precision import allows_tf32
-from flyp_plugin.short_tower import SHORT, Options, get_pooling, original_class, set_options, use_options
+from flyp_plugin.short_tower import METHODS, Options, get_pooling, original_class, set_options, use_options
 
 # Rows encoded at once without gradient, sorted by length: on a CPU their activations stay in the cache (measured: 64 is
 # the best of 16 ... 256), an accelerator needs larger matrices
@@ -38,7 +38,7 @@ def reason_full_context(model: nn.Module) -> str | None:
     Proved by structure: open_clip's CLIP or TextTransformer, causal, of open_clip's blocks, without dropout, read at EOT.
     """
     model, tower = _unwrap(model), _text_tower(model)
-    if original_class(model) not in (CLIP, CustomTextCLIP) or original_class(tower) not in SHORT:
+    if original_class(model) not in (CLIP, CustomTextCLIP) or original_class(tower) not in METHODS:
         return f"nothing is known about the text tower of {type(model).__name__} ({type(tower).__name__})"
     at_eot, mask, blocks = get_pooling(tower)[0] in ("argmax", "eos"), tower.attn_mask, tower.transformer
     if not at_eot or getattr(tower, "cls_emb", None) is not None or getattr(tower, "output_tokens", False):

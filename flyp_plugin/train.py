@@ -5,8 +5,6 @@
 `python train_flyp.py` and `python -m flyp_plugin.train` are the same program. `train` parses the flags, checks them and
 everything else that can be checked without a model, and hands a FlypRun to openclip.py. open_clip's main() then calls
 the methods of FlypRun in the order in which they stand below.
-
-A new flag goes into flags.py, a new check of flags into checks.py, a new objective into objectives.py.
 """
 
 import logging
@@ -31,9 +29,9 @@ from flyp_plugin.data import ClassPromptDataset
 from flyp_plugin.errors import InputError, run
 from flyp_plugin.evalsets import EvalSet, loader_from_args, with_progress
 from flyp_plugin.flags import DEFAULTS, GLOBAL_BATCH, parser, to_argv
-from flyp_plugin.heads import image_features, zeroshot_as_learned
+from flyp_plugin.heads import image_features, val_preprocess, zeroshot_as_learned
 from flyp_plugin.learned import HEAD, LP_C, find_class_rows, fit_head, set_logit_scale
-from flyp_plugin.model_spec import ModelSpec, is_place
+from flyp_plugin.model_spec import ModelSpec, is_place, registry_name
 from flyp_plugin.monitor import Monitor
 from flyp_plugin.record import Record
 from flyp_plugin.samples import balance_weights
@@ -73,7 +71,7 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
     defaults = {**DEFAULTS, "batch_size": str(max(1, GLOBAL_BATCH // max(1, world_size * user.accum_freq)))}
     if user.precision in checks.FP16:
         defaults["eps"] = checks.FP16_EPS
-    skipped = {*typed, *DEFAULTS} if ours.no_flyp_defaults else {*typed}
+    skipped = set(DEFAULTS if ours.no_flyp_defaults else typed)
     if "timm" in getattr(user, "opt", ""):  # timm's optimizers have betas of their own
         skipped |= {"beta1", "beta2"}
     defaults = {name: value for name, value in defaults.items() if name not in skipped}
@@ -85,7 +83,7 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
 
 
 class FlypRun:
-    """One training run: an openclip.TrainingRun. Making it checks the flags and the data, on every rank.
+    """One training run, as openclip.py calls it. Making it checks the flags and the data, on every rank.
 
     Args:
         argv: the command line, with FLYP's and open_clip's flags.
@@ -100,20 +98,18 @@ class FlypRun:
         args, self.defaults, typed = parse(argv, world_size)
         self.args = args
         if not is_place(args.model):
-            args.model = args.model.replace("/", "-")  # ViT-B/16, which only parts of open_clip accept
+            args.model = registry_name(args.model)  # for ViT-B/16, which only parts of open_clip accept
         if args.model_config:
             targets.add_model_config(args.model_config)
-        mistake = next(
-            chain(checks.find_mistakes(args, typed, world_size), objectives.find_mistakes(args)), None
-        )
-        if mistake:
+        mistakes = chain(checks.find_mistakes(args, typed, world_size), objectives.find_mistakes(args))
+        if mistake := next(mistakes, None):
             raise InputError(mistake)
         self.objective = objectives.OBJECTIVES[args.objective]
         self.changes = objectives.changed_flags(args)
         with run_folder.explain_errors(args, rank):
             openclip.connect(args)  # from here on, one rank reads for all
             self.resumed = run_folder.resumed_record(args)
-            ranks.once(partial(_check_start, args, self.resumed))
+            ranks.once(partial(checks.check_start, args, self.resumed))
             self.spec = checks.resolve_model(args, self.resumed)
             self.data = self._read_data()
         self.evaluates = bool(self.data.eval_sets)
@@ -157,7 +153,7 @@ class FlypRun:
         return replace(counted, shards=data.shards, sizes=None if args.shots else counted.sizes)
 
     def on_model(self, model: Any) -> None:
-        """Check the model that open_clip built, shorten its text tower and install the objective."""
+        """Check the model that open_clip built, shorten its text tower and install the objective, before it is wrapped."""
         args = self.args
         checks.check_built(model, self.spec)
         checks.check_loss(model, args, self.changes)
@@ -181,7 +177,7 @@ class FlypRun:
             self.objective.install(model, self.teacher)
 
     def record(self, epoch: int) -> Record:
-        """The content of flyp.json (record.py) for a run that starts after `epoch`."""
+        """On rank 0: the content of flyp.json (record.py) for a run that starts after `epoch`."""
         args = self.args
         keys = ("image_key", "label_key", "group_key")
         content = record.describe_model(self.spec) | {"training": self.settings}
@@ -196,34 +192,31 @@ class FlypRun:
             content["pretrained"] = self.resumed.get("pretrained", {})  # weights are the checkpoint's now
         return Record(content)
 
-    def train_data(self, preprocess: Callable, tokenizer: Callable, as_dict: bool) -> ClassPromptDataset:
-        """The training batches; on rank 0, log a description of the run."""
+    def train_data(self, preprocess: Callable, as_dict: bool) -> ClassPromptDataset:
+        """The training batches, as dicts for open_clip 4; on rank 0, log a description of the run."""
         args = self.args
-        same = (
-            "seed",
-            "rank",
-            "world_size",
-            "image_key",
-            "label_key",
-            "template_order",
-            "retries",
-            "max_lost",
-        )
         dataset = ClassPromptDataset(
             self.data.shards,
             preprocess,
-            tokenizer,
+            self.spec.tokenizer,
             args.batch_size,
             prompts=self.data.prompts,
             num_samples=self.data.num_samples,
             sizes=self.data.sizes,
             num_workers=args.workers,
+            seed=args.seed,
+            rank=args.rank,
+            world_size=args.world_size,
             shard_weights=self.data.weights,
             class_weights=self.data.class_counts and balance_weights(self.data.class_counts, args.balance),
+            image_key=args.image_key,
+            label_key=args.label_key,
+            template_order=args.template_order,
+            retries=args.retries,
+            max_lost=args.max_lost,
             jpeg_draft=self.image_size if args.jpeg_draft else 0,
             with_labels=bool(self.changes),
             as_dict=as_dict,
-            **{name: getattr(args, name) for name in same},
         )
         if self.short_text and (args.torchcompile or args.device.startswith("cuda")):
             shorten(self.model, length=dataset.text_length)  # one shape, and no wait for the GPU
@@ -273,18 +266,18 @@ class FlypRun:
         """The loss, if `changes` is not empty."""
         return self.objective.create_loss(self.args)
 
-    def before_epoch(self, model: Any, preprocess: Callable, epoch: int) -> bool:
+    def before_epoch(self, epoch: int) -> bool:
         """Set or fit what training starts from; returns whether open_clip's loop should train."""
-        if self.args.logit_scale and epoch == 0:
-            set_logit_scale(model, self.args.logit_scale)
+        args, model, data = self.args, self.model, self.data
+        if args.logit_scale and epoch == 0:
+            set_logit_scale(model, args.logit_scale)
         if self.teacher:
-            self.teacher.start(model, epoch, self.args.resume)
+            self.teacher.start(model, epoch, args.resume)
         if self.objective.fit and epoch == 0:
-            args, head = self.args, getattr(model, HEAD)
-            data = self.data
+            head = getattr(model, HEAD)
             images = EvalSet("features", data.shards, data.prompts, args.train_data, data.sizes)
-            loader = loader_from_args(images, preprocess, args, args.max_lost)  # without augmentation
-            with self._whole(model):
+            loader = loader_from_args(images, val_preprocess(model), args, args.max_lost)
+            with self._whole():
                 features, labels = image_features(model, with_progress(loader, "features"), args.precision)
             c = args.lp_c or LP_C
             sharding.assign(head.weight, fit_head(features, labels, len(head.weight), c))
@@ -296,11 +289,11 @@ class FlypRun:
         all_steps = self.args.precision != "amp"  # whose GradScaler leaves out steps that overflow
         return self.teacher.follow(self.model, optimizer, all_steps) if self.teacher else nullcontext()
 
-    def after_epoch(self, model: torch.nn.Module, epoch: int) -> None:
+    def after_epoch(self, epoch: int) -> None:
         """InputError if training has diverged: nothing that follows could be used. Else save the trajectory's teacher."""
-        with self._whole(model):
+        with self._whole():
             bad = next(
-                (name for name, tensor in model.named_parameters() if not tensor.isfinite().all()), None
+                (name for name, tensor in self.model.named_parameters() if not tensor.isfinite().all()), None
             )
         if bad:
             wider = "--precision amp_bf16, " if self.args.precision in ("amp", *checks.FP16) else ""
@@ -311,16 +304,16 @@ class FlypRun:
         if self.teacher and getattr(self.args, "save_logs", False):  # on rank 0
             self.teacher.save(epoch, self.args)
 
-    def evaluate(self, model: torch.nn.Module, preprocess: Callable, tokenizer: Callable, epoch: int) -> dict:
+    def evaluate(self, epoch: int) -> dict:
         """Metrics of the evaluation sets, for open_clip to log; empty if this epoch is not evaluated."""
-        self.monitor = self.monitor or Monitor(self.data.eval_sets, self.args)
+        self.monitor = self.monitor or Monitor(self.data.eval_sets, val_preprocess(self.model), self.args)
         if not self.monitor.scores(epoch):
             return {}
-        with self._whole(model):
-            return self.monitor(model, preprocess, tokenizer, epoch)
+        with self._whole():
+            return self.monitor(self.model, self.spec.tokenizer, epoch)
 
-    def _whole(self, model: torch.nn.Module) -> AbstractContextManager:
-        return sharding.whole(model, not getattr(self.args, "fsdp_no_reshard_after_forward", False))
+    def _whole(self) -> AbstractContextManager:
+        return sharding.whole(self.model, not getattr(self.args, "fsdp_no_reshard_after_forward", False))
 
     def finish(self) -> None:
         """Log where the checkpoints are, which epoch was best and what to do next."""
@@ -341,13 +334,6 @@ class FlypRun:
             for line in self.monitor.summary() if self.monitor else ():
                 _log.info(line)
             self._warn_of_random_weights()
-
-
-def _check_start(args: Namespace, resumed: Record | None) -> None:
-    run_folder.check_free(args)
-    if args.resume and args.anchor and args.anchor_teacher == "pretrained":
-        run_folder.refuse_other_start(resumed, args)
-    checks.check_start(args)
 
 
 def _count_steps(args: Namespace, num_samples: int, world_size: int) -> int:
