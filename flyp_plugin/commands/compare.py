@@ -31,7 +31,6 @@ EXAMPLE = """  flyp compare --model ViT-B-16 --pretrained openai --train-data da
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
-    parser.set_defaults(passes_on=True)
     parser.epilog = """All other flags go to each training (see train_flyp.py --help and --help-open-clip): --epochs, --batch-size,
 --workers, --model-config, ... Every method gets the same data, epochs and number of tries. First it is trained with each
 value of its own setting: the learning rate or, for lp, C. With --tune it then tries as many further settings as --tune has
