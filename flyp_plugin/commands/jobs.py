@@ -10,14 +10,13 @@ import os
 import shlex
 import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from statistics import fmean
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from tqdm import tqdm
@@ -57,33 +56,31 @@ class Jobs:
         After a JobFailed of one item, those that have begun are finished. Any other error, Ctrl-C and SIGTERM end all
         commands at once.
         """
-        left, results = deque(enumerate(items)), {}
+        stopped = Event()
 
-        def work() -> None:
-            while left:
-                try:
-                    number, item = left.popleft()
-                except IndexError:  # another thread took the last one
-                    return
-                try:
-                    results[number] = function(item)
-                except BaseException:
-                    left.clear()
-                    raise
+        def attempt(item: Any) -> Any:
+            if stopped.is_set():
+                return None
+            try:
+                return function(item)
+            except BaseException:
+                stopped.set()
+                raise
 
         with ThreadPoolExecutor(len(self.devices)) as pool:
-            futures = [pool.submit(work) for _ in self.devices]
             try:
+                futures = [pool.submit(attempt, item) for item in items]
                 for future in as_completed(futures):
                     if not isinstance(future.exception(), JobFailed):
                         future.result()
             except BaseException as error:
-                left.clear()
-                self._stop(error)
+                stopped.set()
+                with self.guard:  # the threads that wait for a command, or for a device, raise `error`
+                    self.error = self.error or error
+                    for process in self.running:
+                        process.terminate()
                 raise
-        for future in futures:
-            future.result()  # raises a JobFailed
-        return [results[number] for number in sorted(results)]
+        return [future.result() for future in futures]  # raises a JobFailed
 
     def run(
         self, kind: str, title: str, folder: Path, command: Sequence[str], result: Callable[[], str]
@@ -141,13 +138,6 @@ class Jobs:
             raise JobFailed(f"{problem}; the end of its {log.name}:\n{last}")
         write_atomically(folder / DONE, json.dumps({"seconds": round(time.monotonic() - start, 1)}) + "\n")
 
-    def _stop(self, error: BaseException) -> None:
-        """End the commands that run; the threads that wait for them, or for a device, raise `error`."""
-        with self.guard:
-            self.error = self.error or error
-            for process in self.running:
-                process.terminate()
-
 
 def find_devices(text: str | None) -> list[str]:
     """A,B,... (all: each visible GPU; None: the default) as a list. Raises InputError for one that this machine lacks."""
@@ -156,9 +146,8 @@ def find_devices(text: str | None) -> list[str]:
     from flyp_plugin.checkpoints import default_device
 
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    devices = (
-        gpus if text == "all" else [default_device()] if text is None else [*map(str.strip, text.split(","))]
-    )
+    given = default_device() if text is None else text
+    devices = gpus if text == "all" else [*map(str.strip, given.split(","))]
     for device in devices or ["cuda"]:
         try:
             if device not in gpus and not (device == "cuda" and gpus):  # a GPU's memory is left alone
