@@ -23,6 +23,8 @@ from flyp_plugin.flags import to_argv
 from flyp_plugin.sources import write_atomically
 
 _ALPHAS = [f"{tenth / 10:.2f}" for tenth in range(11)]  # those of `flyp wiseft` by default
+# in runs/, of each kind of command
+_FOLDERS = {"training": "*_seed*", "sweep": "*_seed*/*", "merge": "*_model_stock"}
 _FLYP = (sys.executable, "-m", "flyp_plugin")
 _log = logging.getLogger(__name__)
 EXAMPLE = """  flyp compare --model ViT-B-16 --pretrained openai --train-data data \\
@@ -96,15 +98,16 @@ def run(args: argparse.Namespace) -> None:
     # only the first seed chooses: others may be added and left out, and so may what is merged
     claimed = {name: value for name, value in settings.items() if name != "model_stock"}
     claim_folder(out, {**claimed, "seeds": first})
-    finished = len(list(out.glob(f"runs/**/{DONE}")))
-    merges = f", {counts['merge']} merges by Model Stock" if args.model_stock else ""
+    finished = {kind: len([*out.glob(f"runs/{_FOLDERS[kind]}/{DONE}")]) for kind in counts}
+    left = {kind: number - finished[kind] for kind, number in counts.items()}
+    plan = f"{counts['training']} trainings, {counts['sweep']} sweeps over alpha"
+    plan += f", {counts['merge']} merges by Model Stock" if args.model_stock else ""
     _log.info(
-        f"Plan: {counts['training']} trainings, {counts['sweep']} sweeps over alpha{merges}; {finished} of them finished. In "
-        f"each table each method is trained with {tried} values{f', then {more} further settings,' if more else ''} on seed "
-        f"{first}, and with the best on {others} more seeds."
+        f"Plan: {plan}; {sum(finished.values())} of them finished. In each table each method is trained with {tried} values"
+        f"{f', then {more} further settings,' if more else ''} on seed {first}, and with the best on {others} more seeds."
     )
     results: dict[Block, dict[str, Any]] = {block: {} for block in comparison.blocks}
-    with run_jobs(out, counts, comparison.devices) as jobs:
+    with run_jobs(out, left, sum(counts.values()), comparison.devices) as jobs:
 
         def attempt(which: tuple[Block, str]) -> dict[str, Any] | None:
             try:

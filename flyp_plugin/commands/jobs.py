@@ -36,12 +36,12 @@ class JobFailed(InputError):
 class Jobs:
     """Runs commands, each with a folder that keeps its command line, its output and whether it finished.
 
-    `left` is the number of commands of each kind, `bar` counts them, `devices` has one entry for each command that may
-    run at a time, and the commands inherit the file descriptor `lock` (see `folder_lock`).
+    `left` is the number of commands of each kind that had not finished before, `bar` counts all, `devices` has one entry
+    for each command that may run at a time, and the commands inherit the file descriptor `lock` (see `folder_lock`).
     """
 
     def __init__(self, left: Mapping[str, int], devices: Sequence[str], lock: int, bar: tqdm):
-        self.left, self.lock, self.bar, self.total = dict(left), lock, bar, sum(left.values())
+        self.left, self.lock, self.bar, self.number = dict(left), lock, bar, 0
         self.seconds: dict[str, list[float]] = {kind: [] for kind in left}
         self.devices, self.free = devices, Queue[str]()
         for device in devices:
@@ -95,20 +95,21 @@ class Jobs:
             finally:
                 self.free.put(device)
         with self.guard:
-            self.left[kind] -= 1
-            self.seconds[kind].append(json.loads(done.read_text())["seconds"])
+            self.left[kind] -= new
+            self.number += 1
             self.bar.update()
+            self.seconds[kind].append(json.loads(done.read_text())["seconds"])
             if new:
-                number, seconds = self.total - sum(self.left.values()), self.seconds[kind][-1]
                 seconds_to_go = seconds_left(self.seconds, self.left) / len(self.devices)
-                took, left = map(tqdm.format_interval, (seconds, seconds_to_go))
-                what = f"[{number}/{self.total}] {title}, {kind}"
+                took, left = map(tqdm.format_interval, (self.seconds[kind][-1], seconds_to_go))
+                what = f"[{self.number}/{self.bar.total}] {title}, {kind}"
                 _log.info(f"{what}: {result()}, in {took}; about {left} left")
 
     def skip(self, kind: str) -> None:
         """Count a command that turned out to be unnecessary."""
         with self.guard:
             self.left[kind] -= 1
+            self.number += 1
             self.bar.update()
 
     def _run(self, kind: str, title: str, folder: Path, command: Sequence[str], device: str) -> None:
@@ -175,18 +176,19 @@ def one_gpu(device: str) -> tuple[dict[str, str], str]:
 def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]) -> float:
     """An estimate from the mean time of each kind of command; a kind not run yet is taken to be like the others."""
     known = fmean(fmean(times) for times in seconds.values() if times)
-    return sum(left[kind] * (fmean(times) if times else known) for kind, times in seconds.items())
+    # less than 0: the folder has finished commands that are not asked for
+    return sum(max(0, left[kind]) * (fmean(times) if times else known) for kind, times in seconds.items())
 
 
 @contextmanager
-def run_jobs(folder: Path, left: Mapping[str, int], devices: Sequence[str]) -> Iterator[Jobs]:
+def run_jobs(folder: Path, left: Mapping[str, int], total: int, devices: Sequence[str]) -> Iterator[Jobs]:
     """Jobs with a progress bar, in a locked folder. Raises InputError if another process has the lock."""
     from flyp_plugin.run_folder import folder_lock
 
     with (
         folder_lock(folder) as lock,
         logging_redirect_tqdm(),
-        tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
+        tqdm(total=total, disable=None, unit="run") as bar,
     ):
         yield Jobs(left, devices, lock, bar)
 
