@@ -473,7 +473,7 @@ def test_where_zeroshot_is_chosen_nothing_is_merged(selected, argv, monkeypatch)
         (["--tune", "logit-scale=7,500"], ["--logit-scale", "500"]),
         (["--tune", "logit-scale=7", "--tune", "logit-scale=9"], ["--tune", "logit-scale=9"]),
         (["--methods", "flyp-anchor", "--tune", "anchor=3.5"], ["--tune", "anchor=3.5", "3.5"]),
-        (["--methods", "flyp-anchor", "--tune", "anchor=0"], ["--tune", "anchor=0"]),
+        (["--methods", "flyp-anchor", "--tune", "anchor=0"], ["--tune anchor", "'0'"]),
         (["--methods", "flyp,lp-ft", "--tune", "anchor=1"], ["--tune", "anchor", "flyp,lp-ft"]),
         (
             ["--methods", "ce-anchor,ce", "--tune", "anchor=1", "--tune", "logit-scale=7,9"],
