@@ -74,15 +74,18 @@ class Findings:
 
 
 def check(
-    shards: Sequence[str], classnames: Sequence[str], label_key: str, image_key: str, workers: int
+    shards: Sequence[str],
+    classnames: Sequence[str],
+    label_key: str = "cls",
+    image_key: str = IMAGE_KEY,
+    workers: int = 1,
 ) -> Findings:
     """Read each sample of local `shards`, decode each image, and compare the counts with sizes.json and __len__.
 
     The latter count samples with one of the default image members, so they are ignored with another `image_key`.
     """
     found, first = Findings(), dict[tuple[str, str], str]()
-    keys, indices = {"label_key": label_key, "image_key": image_key}, index_names(classnames)
-    check_one = partial(_check_shard, num_classes=len(classnames), indices=indices, **keys)
+    check_one = partial(_check_shard, len(classnames), index_names(classnames), image_key, label_key)
     for part in map_parallel(check_one, shards, workers, "checking"):
         found.images |= part.images  # not a sum: a tar may be listed twice
         found.samples += part.samples
@@ -147,7 +150,7 @@ def compare_images(found: Findings, classnames: Sequence[str], earlier: dict[byt
 
 
 def _check_shard(
-    shard: str, num_classes: int, indices: Mapping[str, int], label_key: str, image_key: str
+    num_classes: int, indices: Mapping[str, int], image_key: str, label_key: str, shard: str
 ) -> Findings:
     from flyp_plugin.samples import label_samples, read_samples
 

@@ -15,7 +15,7 @@ Record = Mapping[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]  # rows -> columns -> what `figure` returns
 _CALIBRATION = "Expected calibration error (ECE, 15 bins) in %, lower is better:"
 # in the names of rows and columns
-_WISE, _STOCK, _TEACHER, _OOD = " + WiSE-FT", " + Model Stock", ", teacher", "mean OOD"
+_WISE, _STOCK, _TEACHER, OOD = " + WiSE-FT", " + Model Stock", ", teacher", "mean OOD"
 
 
 class Curve(NamedTuple):
@@ -25,12 +25,6 @@ class Curve(NamedTuple):
     up: Sequence[float]
     star: tuple[float, float]
     diamond: tuple[float, float] | None = None  # Model Stock, which has no alpha
-
-
-def mean_ood(by_set: Mapping[str, Mapping[str, Any]], metric: str = "top1") -> float | None:
-    """The mean of a metric over all sets but the first (the ID set); None if there is only one."""
-    _, *others = (metrics[metric] for metrics in by_set.values())
-    return fmean(others) if others else None
 
 
 def draw_frontier(
@@ -47,7 +41,7 @@ def draw_frontier(
     by_alpha = {f"{alpha:.2f}": results[alpha] for alpha in sorted(results)}
     first, *others = results[chosen]
     sweep = {"alphas": by_alpha, "chosen_alpha": chosen}
-    ups = others if others and per_set else [_OOD]
+    ups = others if others and per_set else [OOD]
     curves = {name if others else first: curve([sweep], [first], name) for name in ups}
     labels = [f"{float(alpha):g}" for alpha in by_alpha]
     _draw_curves({"": curves}, labels, f"chosen: alpha = {chosen:g}", first if others else None, path)
@@ -96,10 +90,9 @@ def columns(
     by_set: Mapping[str, Mapping[str, Any]], id_sets: Sequence[str], metric: str = "top1"
 ) -> dict[str, float]:
     """A metric on each set, the ID sets first, then its mean over the OOD sets."""
-    ood = {name: metrics for name, metrics in by_set.items() if name not in id_sets}
+    ood = [name for name in by_set if name not in id_sets]
     row = {name: by_set[name][metric] for name in [*id_sets, *ood]}
-    mean = mean_ood({id_sets[0]: by_set[id_sets[0]], **ood}, metric)
-    return row if mean is None else {**row, _OOD: mean}
+    return {**row, OOD: fmean(row[name] for name in ood)} if ood else row
 
 
 def rows(methods: Mapping[str, Record], id_sets: Sequence[str], metric: str = "top1") -> Table:
@@ -264,7 +257,7 @@ def _value(found: Record) -> str:
 def _heading(name: str, record: Record, methods: Mapping[str, Record]) -> str:
     found, (val, *test) = next(iter(methods.values())), record["id_sets"]
     role = " (ID, chose)" if name == val else " (ID test)" if name in test else ""
-    return f"{name}{role}" + (f", n={found['zero_shot'][name]['n']}" if name != _OOD else "")
+    return f"{name}{role}" + (f", n={found['zero_shot'][name]['n']}" if name != OOD else "")
 
 
 def percent(cell: Mapping[str, Any], sign: str = "") -> str:
@@ -278,18 +271,18 @@ def draw(record: Record, path: Path) -> None:
     for block in record["blocks"]:
         curves = {}
         for method, found in block["methods"].items():
-            ood = _OOD in block["rows"][method]
+            ood = OOD in block["rows"][method]
             for name, sweeps in _models(method, found).items():
                 curves[name] = curve(sweeps, id_sets)
                 labels = [{"0.00": "0", "1.00": "1"}.get(alpha, "") for alpha in sweeps[0]["alphas"]]
             if ood and _stock(found):
-                across, up = (block["rows"][method + _STOCK][c]["mean"] for c in (id_sets[-1], _OOD))
+                across, up = (block["rows"][method + _STOCK][c]["mean"] for c in (id_sets[-1], OOD))
                 curves[method] = curves[method]._replace(diamond=(100 * across, 100 * up))
         panels[block["title"]] = curves
     _draw_curves(panels, labels, "at the alphas chosen", id_sets[-1] if ood else None, path)
 
 
-def curve(sweeps: Sequence[Record], id_sets: Sequence[str], up: str = _OOD) -> Curve:
+def curve(sweeps: Sequence[Record], id_sets: Sequence[str], up: str = OOD) -> Curve:
     """A frontier, each point a mean over seeds: the last of `id_sets` across (without OOD sets, alpha), `up` up.
 
     The star is the mean of the points that the seeds chose, so it lies off the curve if they chose different alphas.

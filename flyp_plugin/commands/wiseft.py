@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flyp_plugin.commands.flags import add_classes_flags, add_data_flags, add_model_flags
-from flyp_plugin.commands.plots import draw_frontier, mean_ood
+from flyp_plugin.commands.plots import OOD, columns, draw_frontier
 from flyp_plugin.errors import InputError
 
 if TYPE_CHECKING:
@@ -334,10 +334,9 @@ def _origins(ends: EndPoints) -> dict[str, Any]:
 def _table_row(by_set: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Top-1 of each set and the mean over the OOD sets; the calibration error of the ID set, and that mean."""
     id_set = next(iter(by_set))
-    row = {f"{name} top1": metrics["top1"] for name, metrics in by_set.items()}
-    row |= {"mean OOD top1": mean_ood(by_set), f"{id_set} ece": by_set[id_set]["ece"]}
-    row["mean OOD ece"] = mean_ood(by_set, "ece")
-    return {column: value for column, value in row.items() if value is not None}  # of a single set, no mean
+    row = {f"{name} top1": value for name, value in columns(by_set, [id_set]).items()}
+    errors = columns(by_set, [id_set], "ece")
+    return row | {f"{name} ece": errors[name] for name in (id_set, OOD) if name in errors}
 
 
 def parse_alphas(text: str) -> list[float]:
