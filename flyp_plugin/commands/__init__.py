@@ -47,7 +47,7 @@ def call(argv: Sequence[str]) -> int | None:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)} (see flyp {argv[0]} --help)")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return args.run(args)
+    return vars(args).pop("run")(args)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
