@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     comparison = Comparison(args)
     out, counts, first = comparison.out, comparison.counts, comparison.seeds[0]
     (tried, more), others = comparison.tries, len(comparison.seeds) - 1
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out", "devices")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "devices")}
     # only the first seed chooses: others may be added and left out, and so may what is merged
     claimed = {name: value for name, value in settings.items() if name != "model_stock"}
     claim_folder(out, {**claimed, "seeds": first})
@@ -184,11 +184,10 @@ def _keep_checkpoint(folder: Path, epoch: int | None) -> None:
     """Delete the checkpoints of a finished run, and their teachers, but for one or none; its log and figures stay."""
     from flyp_plugin.record import epochs, teacher_path
 
-    checkpoints = folder / "checkpoints"
-    teachers = set(checkpoints.glob(teacher_path(checkpoints, "*").name))
-    others = [path for number, path in epochs(folder).items() if number != epoch]
-    for path in [*others, *(teachers - {teacher_path(checkpoints, str(epoch))})]:
-        path.unlink()
+    for number, path in epochs(folder).items():
+        if number != epoch:
+            teacher_path(path.parent, number).unlink(missing_ok=True)
+            path.unlink()
 
 
 def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
