@@ -147,13 +147,9 @@ def _check_equal(classifier: ImageClassifier, images: Tensor, expected: Tensor, 
     """
     import onnx
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import (
-        Fail,
-        InvalidGraph,
-        NotImplemented,
-        RuntimeException,
-    )
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
+    failures = (ort.Fail, ort.InvalidGraph, ort.NotImplemented, ort.RuntimeException)
     try:
         onnx.checker.check_model(str(path))
         options = onnxruntime.SessionOptions()
@@ -163,7 +159,7 @@ def _check_equal(classifier: ImageClassifier, images: Tensor, expected: Tensor, 
             session.run(["logits"], {"images": part.numpy()})[0]
             for part in images.split([1, len(images) - 1])
         ]
-    except (onnx.checker.ValidationError, Fail, InvalidGraph, NotImplemented, RuntimeException) as error:
+    except (onnx.checker.ValidationError, *failures) as error:
         raise _unsupported(classifier, str(error).strip().splitlines()[0][:200]) from error
     logits = torch.cat([torch.from_numpy(batch) for batch in batches])
     far, largest = (logits - expected).abs().max().item(), expected.abs().max().item()

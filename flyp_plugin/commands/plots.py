@@ -149,12 +149,12 @@ def document(record: Record) -> str:
             f"Top-1 in %, mean over seeds {', '.join(map(str, seeds))} ± half of its 95 % confidence interval (Student's "
             "t). The interval covers seeds only; n test images add a standard error of up to 50/√n points."
         )
-    select, by = settings["select"], ("", "")
+    select = settings["select"]
+    by = ("by loss, ", "by top-1, ") if select == "loss" else ("", "")
     if select == "last":
         how += f" Each method is scored after its last epoch ({record['epochs']})."
     else:
         figure = "lowest loss (mean cross-entropy)" if select == "loss" else "highest top-1"
-        by = ("by loss, ", "by top-1, ") if select == "loss" else by
         fit = " (for `lp`, 0 and 1, its fit)" if "lp" in record["methods"] else ""
         how += (
             f" Each run is scored at the epoch with the {figure} on `{val}`, the earliest of equals; the choices are 0 "
@@ -202,21 +202,17 @@ def document(record: Record) -> str:
 
 def _stock_notes(methods: Mapping[str, Record]) -> list[str]:
     """What to know of the rows with Model Stock, if there are any."""
-    stocks = {
-        method: found["model_stock"]["seeds"] for method, found in methods.items() if "model_stock" in found
-    }
-    if not stocks:
+    merged = {method: found for method, found in methods.items() if "model_stock" in found}
+    if not merged:
         return []
     said = "Model Stock merges all seeds of a method into one model, so it has no interval."
     if "lp" in methods:
         said += " It leaves out lp, whose seeds share all weights but those of the head."
-    for method, seeds in stocks.items():
-        if len(seeds) < len(methods[method]["seeds"]):
-            left = (
-                f"only {', '.join(map(str, seeds))}"
-                if len(seeds) > 1
-                else "fewer than two, so it has no such row"
-            )
+    for method, found in merged.items():
+        seeds = found["model_stock"]["seeds"]
+        if len(seeds) < len(found["seeds"]):
+            only = f"only {', '.join(map(str, seeds))}"
+            left = only if len(seeds) > 1 else "fewer than two, so it has no such row"
             said += f" Of {method} the seeds that are not scored at epoch 0 are {left}."
     return [said]
 
