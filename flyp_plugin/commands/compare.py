@@ -220,11 +220,9 @@ def _merge(comparison: Comparison, runs: Sequence[Run], jobs: Jobs) -> dict[str,
     run = replace(runs[0], seed=None)
     folder = comparison.folder(run)
     if (folder / DONE).exists():
-        merged = [
-            one["given"] for one in json.loads(comparison.read(folder, "wiseft.json"))["inputs"]["finetuned"]
-        ]
+        inputs = json.loads(comparison.read(folder, "wiseft.json"))["inputs"]["finetuned"]
         # of other seeds; RUN/checkpoints/epoch_N.pt, however --out was spelled
-        if [Path(path).parts[-3:] for path in merged] != [Path(path).parts[-3:] for path in paths]:
+        if [Path(one["given"]).parts[-3:] for one in inputs] != [Path(path).parts[-3:] for path in paths]:
             (folder / DONE).unlink()
     words = ["--model-stock", *paths, "--out", str(folder)]
     stock = _wiseft(comparison, run, "merge", words, run.title, folder, jobs)
