@@ -13,7 +13,6 @@ from flyp_plugin.commands.grid import has_teacher
 
 Record = Mapping[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]  # rows -> columns -> what `figure` returns
-_CALIBRATION = "Expected calibration error (ECE, 15 bins) in %, lower is better:"
 # in the names of rows and columns
 _WISE, _STOCK, _TEACHER, OOD = " + WiSE-FT", " + Model Stock", ", teacher", "mean OOD"
 
@@ -106,7 +105,7 @@ def rows(methods: Mapping[str, Record], id_sets: Sequence[str], metric: str = "t
         for name, sweeps in _models(method, found).items():
             by_row[name] = [sweep["alphas"]["1.00"] for sweep in sweeps]
             by_row[name + _WISE] = [sweep["alphas"][f"{sweep['chosen_alpha']:.2f}"] for sweep in sweeps]
-        if stock := _stock(found):
+        if stock := found.get("model_stock", {}).get("sets"):
             by_row[method + _STOCK] = [stock]
         for name, seeds in by_row.items():
             of_seeds = [columns(by_set, id_sets, metric) for by_set in seeds]
@@ -119,11 +118,6 @@ def _models(method: str, found: Record) -> dict[str, list[Record]]:
     sweeps = list(found["seeds"].values())
     teachers = [sweep["teacher"] for sweep in sweeps if "teacher" in sweep]
     return {method: sweeps, **({method + _TEACHER: teachers} if teachers else {})}
-
-
-def _stock(found: Record) -> Mapping[str, Any] | None:
-    """The metrics of a method's seeds merged by Model Stock on each set; None if they were not."""
-    return found.get("model_stock", {}).get("sets")
 
 
 def differences(table: Table, methods: Sequence[str]) -> Table:
@@ -187,7 +181,8 @@ def document(record: Record) -> str:
         if select != "last" and block["methods"]:
             text += [f"Epochs chosen, in the order of the seeds: {_epochs(block['methods'])}."]
         if block["methods"]:
-            text += [_CALIBRATION, _markdown(block["ece"], record, block["methods"])]
+            text += ["Expected calibration error (ECE, 15 bins) in %, lower is better:"]
+            text += [_markdown(block["ece"], record, block["methods"])]
         text += _stock_notes(block["methods"])
         if block["differences"]:
             first = record["methods"][0]
@@ -271,7 +266,7 @@ def draw(record: Record, path: Path) -> None:
             for name, sweeps in _models(method, found).items():
                 curves[name] = curve(sweeps, id_sets)
                 labels = [{"0.00": "0", "1.00": "1"}.get(alpha, "") for alpha in sweeps[0]["alphas"]]
-            if ood and _stock(found):
+            if ood and method + _STOCK in block["rows"]:
                 across, up = (block["rows"][method + _STOCK][c]["mean"] for c in (id_sets[-1], OOD))
                 curves[method] = curves[method]._replace(diamond=(100 * across, 100 * up))
         panels[block["title"]] = curves
