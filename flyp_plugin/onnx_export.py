@@ -110,7 +110,7 @@ def write_onnx(classifier: ImageClassifier, name: str, path: Path) -> list[Path]
     with quiet(logging.ERROR), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 _Graph(classifier).eval(),
                 (images[:2],),
                 dynamo=True,
@@ -122,8 +122,6 @@ def write_onnx(classifier: ImageClassifier, name: str, path: Path) -> list[Path]
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
             raise _unsupported(classifier, reason) from error
-    if program is None:  # its type allows it; only for a model that is a script
-        raise _unsupported(classifier, "nothing was exported")
     told = {key: config[key] for key in PREPROCESSING} | {"size": [height, width]}
     told["classnames"] = classifier.classnames
     if told["interpolation"] == "random":  # in training; open_clip's evaluation then takes bicubic
