@@ -38,7 +38,7 @@ def to_argv(values: Mapping[str, Any]) -> list[str]:
     return argv
 
 
-def _number(kind: Callable, low: float, high: float = math.inf, above: bool = False) -> Callable:
+def number(kind: Callable, low: float, high: float = math.inf, above: bool = False) -> Callable:
     """argparse type: a finite number from `low` (or, with `above`, from above it) to `high`."""
 
     def parse(text: str) -> Any:
@@ -82,21 +82,21 @@ def parser() -> argparse.ArgumentParser:
     add("--template-order", choices=("random", "table"), default="random", help="random: each image gets a prompt of its "
         "class at random each time; table: all of them in a random order before any comes again, as in the authors' "
         "code (default: %(default)s)")
-    add("--balance", type=_number(float, 0, 1), default=0.0, metavar="POWER", help="draw images of rare classes more often: "
+    add("--balance", type=number(float, 0, 1), default=0.0, metavar="POWER", help="draw images of rare classes more often: "
         "a class of n images has a share of n^(1 - POWER) of an epoch, so 1 makes all classes equal, 0.5 goes by the "
         "square root. An epoch is then as many images as there are, but not each of them once; local shards only "
         "(default: %(default)s)")
     add("--label-key", default="cls", help="member with the class index or name, or json:FIELD (default: %(default)s)")
     add("--image-key", default=IMAGE_KEY, help="members that may hold the image, separated by ';': the first "
         "present is used (default: %(default)s)")
-    add("--retries", type=_number(int, 0), default=RETRIES, metavar="N", help="read a remote shard again after an error, "
+    add("--retries", type=number(int, 0), default=RETRIES, metavar="N", help="read a remote shard again after an error, "
         "up to N times at growing intervals: about a minute in all with the default (default: %(default)s)")
-    add("--max-lost", type=_number(float, 0, 1), default=0.01, metavar="SHARE", help="stop when more than this share of "
+    add("--max-lost", type=number(float, 0, 1), default=0.01, metavar="SHARE", help="stop when more than this share of "
         "an epoch's samples cannot be read (default: %(default)s)")
     add("--model-config", metavar="PATH", help="JSON file of a model that open_clip does not know, or a folder of them")
     add("--eval-data", metavar="NAME=SHARDS", action="append", default=[], help="a labelled set to score before "
         "training and after each epoch; repeatable, the first is the ID validation set")
-    add("--eval-frequency", metavar="N", type=_number(int, 0), default=1, help="score every N epochs; 0: only before "
+    add("--eval-frequency", metavar="N", type=number(int, 0), default=1, help="score every N epochs; 0: only before "
         "training and after the last epoch (default: %(default)s)")
     add("--group-key", metavar="KEY", help="member (or json:FIELD) with a sample's group, for worst-group accuracy")
     add = parser.add_argument_group("objective").add_argument
@@ -106,21 +106,21 @@ def parser() -> argparse.ArgumentParser:
         "head (default: %(default)s)")
     add("--collisions", choices=("keep", "mask", "soft"), default="keep", help="images of the same class in a batch: "
         "negatives of each other's prompts, left out, or sharing the target (default: %(default)s)")
-    add("--ce-weight", type=_number(float, 0), default=0.0, metavar="W", help="add W x cross-entropy over the head of "
+    add("--ce-weight", type=number(float, 0), default=0.0, metavar="W", help="add W x cross-entropy over the head of "
         "the batch's classes to flyp (default: %(default)s)")
-    add("--lp-c", type=_number(float, 0, above=True), metavar="C", help="inverse strength of the L2 regularisation in lp "
+    add("--lp-c", type=number(float, 0, above=True), metavar="C", help="inverse strength of the L2 regularisation in lp "
         "and lp-ft, as scikit-learn's C (default: 31.6)")
-    add("--logit-scale", type=_number(float, 1, 100), metavar="S", help="start from this logit_scale.exp(), from 1 to "
+    add("--logit-scale", type=number(float, 1, 100), metavar="S", help="start from this logit_scale.exp(), from 1 to "
         "100, in place of the pretrained model's: the inverse temperature, which open_clip logs as Logit Scale")
     add = parser.add_argument_group("anchor", "With flyp or ce: keep accuracy and calibration on other data while training, "
         "as `flyp wiseft`\ndoes afterwards. Try that first.").add_argument
-    add("--anchor", type=_number(float, 0), default=0.0, metavar="W", help="add W x the squared distance between the "
+    add("--anchor", type=number(float, 0), default=0.0, metavar="W", help="add W x the squared distance between the "
         "features of the model and those of a teacher for the same images and prompts; try 1 to 10 (default: off)")
     add("--anchor-teacher", choices=("pretrained", "trajectory"), default="pretrained", help="pretrained: the model that "
         "training starts from; trajectory: an average of the weights since then, a model of its own that "
         "`flyp eval --teacher` and `flyp wiseft --teacher` read (default: %(default)s)")
     add = parser.add_argument_group("few shots").add_argument
-    add("--shots", type=_number(int, 1), metavar="K", help="train on K images of each class, chosen like those of "
+    add("--shots", type=number(int, 1), metavar="K", help="train on K images of each class, chosen like those of "
         "`flyp shards subset`; local shards only")
     add("--shots-seed", type=int, metavar="S", help="which K images (default: 0)")
     add = parser.add_argument

@@ -110,7 +110,7 @@ def write_onnx(classifier: ImageClassifier, name: str, path: Path) -> list[Path]
     with quiet(logging.ERROR), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 _Graph(classifier).eval(),
                 (images[:2],),
                 dynamo=True,
@@ -122,8 +122,6 @@ def write_onnx(classifier: ImageClassifier, name: str, path: Path) -> list[Path]
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
             raise _unsupported(classifier, reason) from error
-    if program is None:  # its type allows it; only for a model that is a script
-        raise _unsupported(classifier, "nothing was exported")
     told = {key: config[key] for key in PREPROCESSING} | {"size": [height, width]}
     told["classnames"] = classifier.classnames
     if told["interpolation"] == "random":  # in training; open_clip's evaluation then takes bicubic
@@ -147,13 +145,9 @@ def _check_equal(classifier: ImageClassifier, images: Tensor, expected: Tensor, 
     """
     import onnx
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import (
-        Fail,
-        InvalidGraph,
-        NotImplemented,
-        RuntimeException,
-    )
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
+    failures = (ort.Fail, ort.InvalidGraph, ort.NotImplemented, ort.RuntimeException)
     try:
         onnx.checker.check_model(str(path))
         options = onnxruntime.SessionOptions()
@@ -163,7 +157,7 @@ def _check_equal(classifier: ImageClassifier, images: Tensor, expected: Tensor, 
             session.run(["logits"], {"images": part.numpy()})[0]
             for part in images.split([1, len(images) - 1])
         ]
-    except (onnx.checker.ValidationError, Fail, InvalidGraph, NotImplemented, RuntimeException) as error:
+    except (onnx.checker.ValidationError, *failures) as error:
         raise _unsupported(classifier, str(error).strip().splitlines()[0][:200]) from error
     logits = torch.cat([torch.from_numpy(batch) for batch in batches])
     far, largest = (logits - expected).abs().max().item(), expected.abs().max().item()

@@ -28,7 +28,7 @@ from flyp_plugin.commands.grid import (
     parse_values,
     with_defaults,
 )
-from flyp_plugin.commands.jobs import one_gpu, seconds_left
+from flyp_plugin.commands.jobs import one_gpu, run_jobs, seconds_left
 from flyp_plugin.errors import InputError
 from flyp_plugin.metrics import best
 from flyp_plugin.run_folder import folder_lock
@@ -352,7 +352,8 @@ def test_rows_of_teacher_and_model_stock_are_wisefts(anchored):
     assert says(text, "Model Stock merges", "no interval") and says(text, "1 + 1 tries", "anchor=10")
 
 
-def test_model_stock_is_merged_again_for_other_seeds_alone(anchored, argv, monkeypatch):
+def test_model_stock_is_merged_again_for_other_seeds_alone(anchored, argv, monkeypatch, caplog):
+    caplog.set_level("INFO")
     out, words = anchored
     monkeypatch.chdir(out.parent)
     (merged,) = out.glob("runs/*_model_stock/wiseft.json")
@@ -361,6 +362,7 @@ def test_model_stock_is_merged_again_for_other_seeds_alone(anchored, argv, monke
     flyp(*argv(*words))
     after = {path: path.stat().st_mtime_ns for path in before}
     assert [path.parent.name for path in before if before[path] != after[path]] == [merged.parent.name]
+    assert says(caplog.text, "3 trainings", "4 sweeps", "1 merges", "8 of them finished")
     monkeypatch.setattr(subprocess, "Popen", None)
     text = (out / "compare.md").read_text()
     for same in ("out", out):
@@ -473,7 +475,7 @@ def test_where_zeroshot_is_chosen_nothing_is_merged(selected, argv, monkeypatch)
         (["--tune", "logit-scale=7,500"], ["--logit-scale", "500"]),
         (["--tune", "logit-scale=7", "--tune", "logit-scale=9"], ["--tune", "logit-scale=9"]),
         (["--methods", "flyp-anchor", "--tune", "anchor=3.5"], ["--tune", "anchor=3.5", "3.5"]),
-        (["--methods", "flyp-anchor", "--tune", "anchor=0"], ["--tune", "anchor=0"]),
+        (["--methods", "flyp-anchor", "--tune", "anchor=0"], ["--tune anchor", "'0'"]),
         (["--methods", "flyp,lp-ft", "--tune", "anchor=1"], ["--tune", "anchor", "flyp,lp-ft"]),
         (
             ["--methods", "ce-anchor,ce", "--tune", "anchor=1", "--tune", "logit-scale=7,9"],
@@ -648,6 +650,18 @@ def test_the_best_value_is_chosen_and_ties_go_to_the_smallest():
 def test_seconds_left_assumes_a_kind_not_run_yet_is_like_others():
     assert seconds_left({"training": [10, 20], "sweep": []}, {"training": 2, "sweep": 1}) == 45
     assert seconds_left({"training": [10, 20], "sweep": [1]}, {"training": 0, "sweep": 3}) == 3
+
+
+def test_the_time_left_is_without_what_had_finished_before(tmp_path, caplog):
+    caplog.set_level("INFO")
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "finished.json").write_text('{"seconds": 1000}')
+    with run_jobs(tmp_path, {"training": 1}, 2, ["cpu"]) as jobs:
+        jobs.run("training", "first", new, [sys.executable, "-c", "pass"], lambda: "fine")
+        jobs.run("training", "second", old, [], str)
+    assert says(caplog.text, "[1/2]", "first", "fine", "00:00 left")
+    assert seconds_left({"training": [10]}, {"training": -1}) == 0  # finished, and not asked for
 
 
 def test_a_command_sees_its_gpu_alone(monkeypatch):

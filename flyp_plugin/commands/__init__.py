@@ -15,23 +15,14 @@ from flyp_plugin import __version__
 from flyp_plugin.errors import run as run_cli
 from flyp_plugin.flags import parser as train_parser
 
-COMMANDS = {  # name: (module in this package, one line of help)
-    "train": ("", "fine-tune a CLIP model with FLYP (the same as train_flyp.py)"),
-    "eval": ("eval", "score the classifier of a run or of pretrained weights on labelled sets"),
-    "wiseft": (
-        "wiseft",
-        "merge pretrained and fine-tuned weights, with the alpha that is best on the first set",
-    ),
-    "export": (
-        "export",
-        "write a folder that open_clip, or timm as a plain classifier, loads by its local-dir: name",
-    ),
-    "shards": ("shards", "write class-labelled shards, draw few-shot sets from them, count and check them"),
-    "compare": (
-        "compare",
-        "the paper's comparison on your data: methods with and without WiSE-FT, ID and OOD",
-    ),
-    "demo": ("demo", "the whole workflow on handwritten digits: offline, on a CPU, in minutes"),
+COMMANDS = {  # the module in this package, and its line of help
+    "train": "fine-tune a CLIP model with FLYP (the same as train_flyp.py)",
+    "eval": "score the classifier of a run or of pretrained weights on labelled sets",
+    "wiseft": "merge pretrained and fine-tuned weights, with the alpha that is best on the first set",
+    "export": "write a folder that open_clip, or timm as a plain classifier, loads by its local-dir: name",
+    "shards": "write class-labelled shards, draw few-shot sets from them, count and check them",
+    "compare": "the paper's comparison on your data: methods with and without WiSE-FT, ID and OOD",
+    "demo": "the whole workflow on handwritten digits: offline, on a CPU, in minutes",
 }
 _WORKFLOW = """  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1
   flyp shards check data
@@ -51,12 +42,12 @@ def call(argv: Sequence[str]) -> int | None:
         return import_module("flyp_plugin.train").train(rest)
     parser = _parser(argv[0] if argv else "")
     args, rest = parser.parse_known_args(argv or ["--help"])
-    if vars(args).pop("passes_on", False):
+    if argv[0] == "compare":  # which passes on the flags that it does not know
         args.train_flags = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)} (see flyp {argv[0]} --help)")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return args.run(args)
+    return vars(args).pop("run")(args)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,11 +65,11 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"flyp-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="flyp")
-    for name, (module, help) in COMMANDS.items():
-        if name != command or not module:
+    for name, help in COMMANDS.items():
+        if name != command or name == "train":
             commands.add_parser(name, help=help, add_help=False)
             continue
-        implementation = import_module(f"flyp_plugin.commands.{module}")
+        implementation = import_module(f"flyp_plugin.commands.{name}")
         added = commands.add_parser(
             name,
             help=help,

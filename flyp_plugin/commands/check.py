@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from itertools import starmap
-from operator import iadd
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,13 +51,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Seen(NamedTuple):
-    """A sample that was read; the rest is known if it has a valid label and a readable image."""
+    """A sample that was read."""
 
     shard: str
     key: str
+    label: int = -1  # one that is valid, of a sample with an image
     path: str = ""
-    label: int = -1
+    # of an image that can be decoded
     digest: bytes = b""
+    format: str = ""
+    size: tuple[int, int] = (0, 0)
+    deep: bool = False  # 16 bits
 
 
 @dataclass
@@ -66,19 +69,8 @@ class Findings:
     """What some shards contain; problems are sentences by kind."""
 
     images: Counter[str] = field(default_factory=Counter)  # by shard
-    labels: Counter[int] = field(default_factory=Counter)  # of samples with an image and a valid label
-    formats: Counter[str] = field(default_factory=Counter)
-    pixels: list[tuple[int, int]] = field(default_factory=list)
-    deep: int = 0  # 16-bit images
     samples: list[Seen] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=partial(defaultdict, list))
-
-    def add(self, other: "Findings") -> None:
-        self.images |= other.images  # not a sum: a tar may be listed twice
-        for name in ("labels", "formats", "pixels", "deep", "samples"):
-            setattr(self, name, iadd(getattr(self, name), getattr(other, name)))
-        for kind, problems in other.problems.items():
-            self.problems[kind] += problems
 
 
 def check(
@@ -93,10 +85,12 @@ def check(
     The latter count samples with one of the default image members, so they are ignored with another `image_key`.
     """
     found, first = Findings(), dict[tuple[str, str], str]()
-    keys, indices = {"label_key": label_key, "image_key": image_key}, index_names(classnames)
-    check_one = partial(_check_shard, num_classes=len(classnames), indices=indices, **keys)
+    check_one = partial(_check_shard, len(classnames), index_names(classnames), image_key, label_key)
     for part in map_parallel(check_one, shards, workers, "checking"):
-        found.add(part)
+        found.images |= part.images  # not a sum: a tar may be listed twice
+        found.samples += part.samples
+        for kind, problems in part.problems.items():
+            found.problems[kind] += problems
     for shard, key, *_ in found.samples:
         identity = (os.path.dirname(shard), key)
         if identity in first:
@@ -150,14 +144,13 @@ def compare_images(found: Findings, classnames: Sequence[str], earlier: dict[byt
             found.problems["images in several classes"].append(f"{problem} a {classnames[other.label]!r}")
         elif seen[:2] != other[:2]:  # a tar may be listed twice
             copies.append(f"{place} and {locate(other._asdict())}")
-    earlier |= {digest: seen for digest, seen in first.items() if digest not in earlier}
-    return (
-        f"{len(copies)} images are copies of another of their class, such as {copies[0]}." if copies else ""
-    )
+    earlier |= {**first, **earlier}
+    said = "images are copies of another of their class, such as"
+    return f"{len(copies)} {said} {copies[0]}." if copies else ""
 
 
 def _check_shard(
-    shard: str, num_classes: int, indices: Mapping[str, int], label_key: str, image_key: str
+    num_classes: int, indices: Mapping[str, int], image_key: str, label_key: str, shard: str
 ) -> Findings:
     from flyp_plugin.samples import label_samples, read_samples
 
@@ -176,18 +169,16 @@ def _check_shard(
         found.images[shard] += any(name in sample for name in image_key.split(";"))
         try:
             for one in label_samples([sample], num_classes, skip, image_key, label_key, indices=indices):
-                found.labels[one["label"]] += 1
-                if _check_image(one, found):
-                    digest = blake2b(one["image"], digest_size=16).digest()
-                    seen = Seen(*seen[:2], one.get("path", ""), one["label"], digest)
+                image = _look_at_image(one, problems)
+                seen = Seen(shard, seen.key, one["label"], one.get("path", ""), *image)
         except InputError as error:
             problems["labels that are missing or wrong"].append(str(error))
         found.samples.append(seen)
     return found
 
 
-def _check_image(sample: dict[str, Any], found: Findings) -> bool:
-    """Whether the image can be decoded."""
+def _look_at_image(sample: dict[str, Any], problems: dict[str, list[str]]) -> tuple:
+    """The digest, format, size and depth of an image; () if it cannot be decoded."""
     from flyp_plugin.images import is_deep, open_image
     from flyp_plugin.samples import describe_error, locate
 
@@ -197,12 +188,10 @@ def _check_image(sample: dict[str, Any], found: Findings) -> bool:
             image = open_image(sample["image"])
             image.load()
     except Exception as error:  # noqa: BLE001 - PIL raises nearly anything on a broken file
-        found.problems["unreadable images"].append(f"{locate(sample)}: {describe_error(error)}")
-        return False
-    found.formats[image.format or "?"] += 1
-    found.pixels.append(image.size)
-    found.deep += is_deep(image)
-    return True
+        problems["unreadable images"].append(f"{locate(sample)}: {describe_error(error)}")
+        return ()
+    digest = blake2b(sample["image"], digest_size=16).digest()
+    return digest, image.format or "?", image.size, is_deep(image)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -242,8 +231,10 @@ def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") 
 
     names = prompts.classnames
     texts = [prompts.texts(i * len(names) // 5) for i in range(5)]
-    per_class = [found.labels[label] for label in range(len(names))]
-    by_area = sorted(found.pixels, key=lambda size: size[0] * size[1]) or [(0, 0)]
+    labels = Counter(seen.label for seen in found.samples)
+    per_class = [labels[label] for label in range(len(names))]
+    images = [seen for seen in found.samples if seen.digest]
+    by_area = sorted((seen.size for seen in images), key=lambda size: size[0] * size[1]) or [(0, 0)]
     if not any(per_class):
         found.problems["sets without samples"].append(f"nothing in {len(shards)} shards from {shards[0]} on")
     if prompts.descriptions is None:
@@ -251,17 +242,16 @@ def _to_report(shards: Sequence[str], found: Findings, prompts: "ClassPrompts") 
         prompts = ClassPrompts(names, [min(prompts.templates, key=len)])
     same = PromptTokens(prompts, open_clip.tokenizer.SimpleTokenizer()).same
     notes = [note] if (note := describe_same_tokens(names, same)) else []
-    if found.deep:
-        notes.append(
-            f"{found.deep} images of 16 bits: only their upper 8 are used; timm and torchvision would make them white."
-        )
+    if deep := sum(seen.deep for seen in images):
+        said = "images of 16 bits: only their upper 8 are used; timm and torchvision would make them white."
+        notes.append(f"{deep} {said}")
     return {
         "samples": sum(per_class),
         "shards": len(shards),
         "classes": len(names),
         "images a class": [min(per_class), median(per_class), max(per_class)],
         "classes without images": [name for name, number in zip(names, per_class) if not number],
-        "formats": dict(found.formats.most_common()),
+        "formats": dict(Counter(seen.format for seen in images).most_common()),
         "sizes": [f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1])],
         "prompts": [" ".join(some[i % len(some)].split()) for i, some in enumerate(texts)],
         "notes": notes,

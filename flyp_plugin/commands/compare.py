@@ -23,6 +23,8 @@ from flyp_plugin.flags import to_argv
 from flyp_plugin.sources import write_atomically
 
 _ALPHAS = [f"{tenth / 10:.2f}" for tenth in range(11)]  # those of `flyp wiseft` by default
+# in runs/, of each kind of command
+_FOLDERS = {"training": "*_seed*", "sweep": "*_seed*/*", "merge": "*_model_stock"}
 _FLYP = (sys.executable, "-m", "flyp_plugin")
 _log = logging.getLogger(__name__)
 EXAMPLE = """  flyp compare --model ViT-B-16 --pretrained openai --train-data data \\
@@ -31,7 +33,6 @@ EXAMPLE = """  flyp compare --model ViT-B-16 --pretrained openai --train-data da
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
-    parser.set_defaults(passes_on=True)
     parser.epilog = """All other flags go to each training (see train_flyp.py --help and --help-open-clip): --epochs, --batch-size,
 --workers, --model-config, ... Every method gets the same data, epochs and number of tries. First it is trained with each
 value of its own setting: the learning rate or, for lp, C. With --tune it then tries as many further settings as --tune has
@@ -93,19 +94,20 @@ def run(args: argparse.Namespace) -> None:
     comparison = Comparison(args)
     out, counts, first = comparison.out, comparison.counts, comparison.seeds[0]
     (tried, more), others = comparison.tries, len(comparison.seeds) - 1
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out", "devices")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "devices")}
     # only the first seed chooses: others may be added and left out, and so may what is merged
     claimed = {name: value for name, value in settings.items() if name != "model_stock"}
     claim_folder(out, {**claimed, "seeds": first})
-    finished = len(list(out.glob(f"runs/**/{DONE}")))
-    merges = f", {counts['merge']} merges by Model Stock" if args.model_stock else ""
+    finished = {kind: len([*out.glob(f"runs/{_FOLDERS[kind]}/{DONE}")]) for kind in counts}
+    left = {kind: number - finished[kind] for kind, number in counts.items()}
+    plan = f"{counts['training']} trainings, {counts['sweep']} sweeps over alpha"
+    plan += f", {counts['merge']} merges by Model Stock" if args.model_stock else ""
     _log.info(
-        f"Plan: {counts['training']} trainings, {counts['sweep']} sweeps over alpha{merges}; {finished} of them finished. In "
-        f"each table each method is trained with {tried} values{f', then {more} further settings,' if more else ''} on seed "
-        f"{first}, and with the best on {others} more seeds."
+        f"Plan: {plan}; {sum(finished.values())} of them finished. In each table each method is trained with {tried} values"
+        f"{f', then {more} further settings,' if more else ''} on seed {first}, and with the best on {others} more seeds."
     )
     results: dict[Block, dict[str, Any]] = {block: {} for block in comparison.blocks}
-    with run_jobs(out, counts, comparison.devices) as jobs:
+    with run_jobs(out, left, sum(counts.values()), comparison.devices) as jobs:
 
         def attempt(which: tuple[Block, str]) -> dict[str, Any] | None:
             try:
@@ -182,11 +184,10 @@ def _keep_checkpoint(folder: Path, epoch: int | None) -> None:
     """Delete the checkpoints of a finished run, and their teachers, but for one or none; its log and figures stay."""
     from flyp_plugin.record import epochs, teacher_path
 
-    checkpoints = folder / "checkpoints"
-    teachers = set(checkpoints.glob(teacher_path(checkpoints, "*").name))
-    others = [path for number, path in epochs(folder).items() if number != epoch]
-    for path in [*others, *(teachers - {teacher_path(checkpoints, str(epoch))})]:
-        path.unlink()
+    for number, path in epochs(folder).items():
+        if number != epoch:
+            teacher_path(path.parent, number).unlink(missing_ok=True)
+            path.unlink()
 
 
 def _sweep(comparison: Comparison, run: Run, jobs: Jobs) -> dict[str, Any]:
@@ -219,11 +220,9 @@ def _merge(comparison: Comparison, runs: Sequence[Run], jobs: Jobs) -> dict[str,
     run = replace(runs[0], seed=None)
     folder = comparison.folder(run)
     if (folder / DONE).exists():
-        merged = [
-            one["given"] for one in json.loads(comparison.read(folder, "wiseft.json"))["inputs"]["finetuned"]
-        ]
+        inputs = json.loads(comparison.read(folder, "wiseft.json"))["inputs"]["finetuned"]
         # of other seeds; RUN/checkpoints/epoch_N.pt, however --out was spelled
-        if [Path(path).parts[-3:] for path in merged] != [Path(path).parts[-3:] for path in paths]:
+        if [Path(one["given"]).parts[-3:] for one in inputs] != [Path(path).parts[-3:] for path in paths]:
             (folder / DONE).unlink()
     words = ["--model-stock", *paths, "--out", str(folder)]
     stock = _wiseft(comparison, run, "merge", words, run.title, folder, jobs)

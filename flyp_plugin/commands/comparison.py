@@ -15,12 +15,11 @@ from flyp_plugin.commands.jobs import find_devices
 from flyp_plugin.errors import InputError
 from flyp_plugin.flags import parser, to_argv
 
-# flags of `flyp train` that this command sets for each run, always and with --select best or loss
+# flags of `flyp train` that this command sets for each run
 _RESERVED = (
     "seed|shots-seed|objective|anchor|anchor-teacher|name|logs|resume|demo|help-open-clip|save-frequency|"
     "delete-previous-checkpoint"
 )
-_RESERVED_IF_SELECTED = f"{_RESERVED}|eval-frequency"
 _NO_STOCK = "lp"  # its seeds differ in no weights but those of the head
 
 
@@ -53,7 +52,7 @@ class Comparison:
         self.id_sets = [names[0], *filter(None, [args.id_test])]  # the set that chooses, and the ID test set
         self.metric = "loss" if args.select == "loss" else "top1"
         self.chosen_by = f"{names[0]}/{self.metric}"  # the figure that chooses the epoch and the tuned value
-        reserved = "|".join([_RESERVED if args.select == "last" else _RESERVED_IF_SELECTED, *self.tune])
+        reserved = "|".join([_RESERVED, *self.tune, *(["eval-frequency"] if args.select != "last" else [])])
         for word in args.train_flags:
             if re.fullmatch(f"--({reserved})(=.*)?", word):
                 raise InputError(f"{word} is set by `flyp compare` for each run; leave it out (see --help).")
@@ -100,9 +99,6 @@ class Comparison:
     def folder(self, run: Run) -> Path:
         return self.out / "runs" / run.name
 
-    def epochs(self, run: Run) -> int:
-        return self.train_args[run.block, run.method].epochs
-
     def rows(self, run: Run) -> dict[int, dict[str, Any]]:
         """The lines of results.jsonl by epoch; 0 is zero-shot. A resumed run may have one twice: the later counts."""
         lines = self.read(self.folder(run), "checkpoints/results.jsonl").splitlines()
@@ -122,7 +118,7 @@ class Comparison:
         from flyp_plugin.metrics import best
 
         if self.args.select == "last":
-            return self.epochs(run)
+            return self.train_args[run.block, run.method].epochs
         return best({epoch: row[self.chosen_by] for epoch, row in self.rows(run).items()}, self.metric)
 
     def figure(self, run: Run) -> float:

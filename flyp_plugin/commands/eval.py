@@ -21,17 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """  flyp eval logs/birds --eval-data test=data/test
   flyp eval openai --model ViT-B-16 --eval-data test=data/test"""
-_COLUMNS = [
-    "set",
-    "key",
-    "label",
-    "prediction",
-    "probability",
-    "group",
-    "label_name",
-    "prediction_name",
-    "path",
-]
+_COLUMNS = "set key label prediction probability group label_name prediction_name path"
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +78,7 @@ def _predictions(path: str) -> Iterator[Callable]:
             with explain_write_errors(path), open(part, mode, newline="", encoding="utf-8") as stream:
                 csv.writer(stream).writerows(rows)
 
-        write([_COLUMNS], "w")
+        write([_COLUMNS.split()], "w")
         yield write
 
 

@@ -48,14 +48,13 @@ def run(args: argparse.Namespace) -> None:
 
     from flyp_plugin.heads import ImageClassifier
     from flyp_plugin.learned import HEAD
+    from flyp_plugin.onnx_export import check_onnx_output
     from flyp_plugin.record import Record, describe_model
     from flyp_plugin.targets import target_from_args
     from flyp_plugin.timm_export import resized_to, to_timm_model
 
     out = Path(args.out)
     if args.format == "onnx":
-        from flyp_plugin.onnx_export import check_onnx_output
-
         check_onnx_output(args.out, args.force)
     else:
         _check_output(out, args.force)

@@ -1,24 +1,14 @@
 """Flags that several commands share, added to a command's parser."""
 
-import argparse
 from argparse import ArgumentParser
 
+from flyp_plugin.flags import number
 from flyp_plugin.sources import IMAGE_KEY
 
 RUN = "a run's folder (its merged weights if there are some, else its last epoch), a checkpoint, or an open_clip pretrained tag"
 
 
-def count(text: str, least: int = 0) -> int:
-    """argparse type: an integer >= `least`."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """argparse type: an integer >= 1."""
-    return count(text, 1)
-
+count, positive = number(int, 0), number(int, 1)  # argparse types
 
 # fmt: off
 

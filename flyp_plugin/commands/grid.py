@@ -62,9 +62,8 @@ class Run:
     @property
     def name(self) -> str:
         values = "".join(f"{flag}{value}_" for flag, value in self.setting)
-        return f"{self.block.prefix}{self.method}_{values}" + (
-            "model_stock" if self.seed is None else f"seed{self.seed}"
-        )
+        seed = "model_stock" if self.seed is None else f"seed{self.seed}"
+        return f"{self.block.prefix}{self.method}_{values}{seed}"
 
     @property
     def title(self) -> str:
@@ -107,14 +106,9 @@ def with_defaults(texts: Mapping[str, str | None]) -> dict[str, str]:
 
 def parse_values(methods: Sequence[str], texts: Mapping[str, str]) -> dict[str, list[float]]:
     """The values to try for each method, from A,B,... for each flag; InputError if one method has more than another."""
-    values = {}
-    for flag in dict.fromkeys(map(tuned, methods)):
-        values[flag] = _numbers(f"--{flag}", texts[flag], float, "1e-6,1e-5")
-        if not all(0 < value < math.inf for value in values[flag]):
-            raise InputError(f"--{flag} must be positive numbers such as 1e-6,1e-5, got {texts[flag]!r}.")
-    if len({len(some) for some in values.values()}) > 1:
-        counts = " and ".join(f"--{flag} {len(some)}" for flag, some in values.items())
-        raise InputError(f"methods would be tuned unequally ({counts} values); pass as many of each.")
+    flags = dict.fromkeys(map(tuned, methods))
+    values = {flag: _numbers(f"--{flag}", texts[flag], float, "1e-6,1e-5") for flag in flags}
+    _refuse_unequal({f"--{flag}": some for flag, some in values.items()})
     return {method: values[tuned(method)] for method in methods}
 
 
@@ -129,17 +123,19 @@ def parse_tune(methods: Sequence[str], texts: Sequence[str]) -> dict[str, list[f
             )
         tune[flag] = _numbers(f"--tune {flag}", values, float, "1,10")
         defaults = [METHODS[method].get(flag) for method in methods]
-        for value in tune[flag]:
-            if not 0 < value < math.inf or value in defaults:
-                why = "tried in any case" if value in defaults else "not a positive number"
-                raise InputError(f"--tune {text}: {value:g} is {why}; pass other values.")
-    if len({len(values) for values in tune.values()}) > 1:
-        counts = " and ".join(f"{flag} {len(values)}" for flag, values in tune.items())
-        raise InputError(f"methods would be tuned unequally (--tune: {counts} values); pass as many of each.")
+        if again := [value for value in tune[flag] if value in defaults]:
+            raise InputError(f"--tune {text}: {again[0]:g} is tried in any case; pass other values.")
+    _refuse_unequal({f"--tune {flag}": values for flag, values in tune.items()})
     for flag in tune:
         if flag not in (second(method, tune) for method in methods):
             raise InputError(f"--tune {flag} would tune none of --methods {','.join(methods)}; leave it out.")
     return tune
+
+
+def _refuse_unequal(values: Mapping[str, Sequence[float]]) -> None:
+    if len(set(map(len, values.values()))) > 1:
+        counts = " and ".join(f"{flag} {len(some)}" for flag, some in values.items())
+        raise InputError(f"methods would be tuned unequally ({counts} values); pass as many of each.")
 
 
 def second(method: str, tune: Iterable[str]) -> str | None:
@@ -192,7 +188,7 @@ def parse_seeds(text: str) -> list[int]:
     start, colon, end = text.partition(":")
     if colon and start.isdecimal() and end.isdecimal() and int(start) < int(end) <= int(start) + 1000:
         return list(range(int(start), int(end)))
-    return _numbers("--seeds", text, int, "0:3 or 0,1,2")
+    return _numbers("--seeds", text, int, "0:3 or 0,1,2", zero=True)
 
 
 def parse_blocks(
@@ -200,21 +196,22 @@ def parse_blocks(
 ) -> list[Block]:
     """One block for each number of shots and each templates or prompts."""
     counts: Sequence[int | None] = _numbers("--shots", shots, int, "4,16") if shots else [None]
-    if 0 in counts:
-        raise InputError(f"--shots must be >= 1, got {shots!r}.")
     given = {"templates": dict.fromkeys(templates or ()), "prompts": dict.fromkeys(prompts or ())}
     texts = [(f"{flag}{number}_", {flag: text}) for flag in given for number, text in enumerate(given[flag])]
-    blocks = []
-    for count, (prefix, text) in product(counts, texts or [("", {})]):
-        blocks.append(Block((f"shots{count}_" if count else "") + prefix, count, **text))
-    return blocks
+    return [
+        Block((f"shots{count}_" if count else "") + prefix, count, **text)
+        for count, (prefix, text) in product(counts, texts or [("", {})])
+    ]
 
 
-def _numbers(flag: str, text: str, kind: Callable, example: str) -> list:
+def _numbers(flag: str, text: str, kind: Callable, example: str, zero: bool = False) -> list:
+    """Positive numbers A,B,... without duplicates, with `zero` also 0; InputError if they are not."""
     try:
         numbers = list(dict.fromkeys(map(kind, text.split(","))))
+        valid = all(0 < number < math.inf or (zero and number == 0) for number in numbers)
     except ValueError:
-        numbers = [-1]
-    if min(numbers) < 0:
-        raise InputError(f"{flag} must be numbers >= 0 joined by commas, such as {example}, got {text!r}.")
+        valid = False
+    if not valid:
+        what = "numbers >= 0" if zero else "positive numbers"
+        raise InputError(f"{flag} must be {what} joined by commas, such as {example}, got {text!r}.")
     return numbers

@@ -10,14 +10,13 @@ import os
 import shlex
 import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from statistics import fmean
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from tqdm import tqdm
@@ -37,12 +36,12 @@ class JobFailed(InputError):
 class Jobs:
     """Runs commands, each with a folder that keeps its command line, its output and whether it finished.
 
-    `left` is the number of commands of each kind, `bar` counts them, `devices` has one entry for each command that may
-    run at a time, and the commands inherit the file descriptor `lock` (see `folder_lock`).
+    `left` is the number of commands of each kind that had not finished before, `bar` counts all, `devices` has one entry
+    for each command that may run at a time, and the commands inherit the file descriptor `lock` (see `folder_lock`).
     """
 
     def __init__(self, left: Mapping[str, int], devices: Sequence[str], lock: int, bar: tqdm):
-        self.left, self.lock, self.bar, self.total = dict(left), lock, bar, sum(left.values())
+        self.left, self.lock, self.bar, self.number = dict(left), lock, bar, 0
         self.seconds: dict[str, list[float]] = {kind: [] for kind in left}
         self.devices, self.free = devices, Queue[str]()
         for device in devices:
@@ -57,33 +56,31 @@ class Jobs:
         After a JobFailed of one item, those that have begun are finished. Any other error, Ctrl-C and SIGTERM end all
         commands at once.
         """
-        left, results = deque(enumerate(items)), {}
+        stopped = Event()
 
-        def work() -> None:
-            while left:
-                try:
-                    number, item = left.popleft()
-                except IndexError:  # another thread took the last one
-                    return
-                try:
-                    results[number] = function(item)
-                except BaseException:
-                    left.clear()
-                    raise
+        def attempt(item: Any) -> Any:
+            if stopped.is_set():
+                return None
+            try:
+                return function(item)
+            except BaseException:
+                stopped.set()
+                raise
 
         with ThreadPoolExecutor(len(self.devices)) as pool:
-            futures = [pool.submit(work) for _ in self.devices]
             try:
+                futures = [pool.submit(attempt, item) for item in items]
                 for future in as_completed(futures):
                     if not isinstance(future.exception(), JobFailed):
                         future.result()
             except BaseException as error:
-                left.clear()
-                self._stop(error)
+                stopped.set()
+                with self.guard:  # the threads that wait for a command, or for a device, raise `error`
+                    self.error = self.error or error
+                    for process in self.running:
+                        process.terminate()
                 raise
-        for future in futures:
-            future.result()  # raises a JobFailed
-        return [results[number] for number in sorted(results)]
+        return [future.result() for future in futures]  # raises a JobFailed
 
     def run(
         self, kind: str, title: str, folder: Path, command: Sequence[str], result: Callable[[], str]
@@ -98,20 +95,21 @@ class Jobs:
             finally:
                 self.free.put(device)
         with self.guard:
-            self.left[kind] -= 1
-            self.seconds[kind].append(json.loads(done.read_text())["seconds"])
+            self.left[kind] -= new
+            self.number += 1
             self.bar.update()
+            self.seconds[kind].append(json.loads(done.read_text())["seconds"])
             if new:
-                number, seconds = self.total - sum(self.left.values()), self.seconds[kind][-1]
                 seconds_to_go = seconds_left(self.seconds, self.left) / len(self.devices)
-                took, left = map(tqdm.format_interval, (seconds, seconds_to_go))
-                what = f"[{number}/{self.total}] {title}, {kind}"
+                took, left = map(tqdm.format_interval, (self.seconds[kind][-1], seconds_to_go))
+                what = f"[{self.number}/{self.bar.total}] {title}, {kind}"
                 _log.info(f"{what}: {result()}, in {took}; about {left} left")
 
     def skip(self, kind: str) -> None:
         """Count a command that turned out to be unnecessary."""
         with self.guard:
             self.left[kind] -= 1
+            self.number += 1
             self.bar.update()
 
     def _run(self, kind: str, title: str, folder: Path, command: Sequence[str], device: str) -> None:
@@ -141,13 +139,6 @@ class Jobs:
             raise JobFailed(f"{problem}; the end of its {log.name}:\n{last}")
         write_atomically(folder / DONE, json.dumps({"seconds": round(time.monotonic() - start, 1)}) + "\n")
 
-    def _stop(self, error: BaseException) -> None:
-        """End the commands that run; the threads that wait for them, or for a device, raise `error`."""
-        with self.guard:
-            self.error = self.error or error
-            for process in self.running:
-                process.terminate()
-
 
 def find_devices(text: str | None) -> list[str]:
     """A,B,... (all: each visible GPU; None: the default) as a list. Raises InputError for one that this machine lacks."""
@@ -156,9 +147,8 @@ def find_devices(text: str | None) -> list[str]:
     from flyp_plugin.checkpoints import default_device
 
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    devices = (
-        gpus if text == "all" else [default_device()] if text is None else [*map(str.strip, text.split(","))]
-    )
+    given = default_device() if text is None else text
+    devices = gpus if text == "all" else [*map(str.strip, given.split(","))]
     for device in devices or ["cuda"]:
         try:
             if device not in gpus and not (device == "cuda" and gpus):  # a GPU's memory is left alone
@@ -186,18 +176,19 @@ def one_gpu(device: str) -> tuple[dict[str, str], str]:
 def seconds_left(seconds: Mapping[str, Sequence[float]], left: Mapping[str, int]) -> float:
     """An estimate from the mean time of each kind of command; a kind not run yet is taken to be like the others."""
     known = fmean(fmean(times) for times in seconds.values() if times)
-    return sum(left[kind] * (fmean(times) if times else known) for kind, times in seconds.items())
+    # less than 0: the folder has finished commands that are not asked for
+    return sum(max(0, left[kind]) * (fmean(times) if times else known) for kind, times in seconds.items())
 
 
 @contextmanager
-def run_jobs(folder: Path, left: Mapping[str, int], devices: Sequence[str]) -> Iterator[Jobs]:
+def run_jobs(folder: Path, left: Mapping[str, int], total: int, devices: Sequence[str]) -> Iterator[Jobs]:
     """Jobs with a progress bar, in a locked folder. Raises InputError if another process has the lock."""
     from flyp_plugin.run_folder import folder_lock
 
     with (
         folder_lock(folder) as lock,
         logging_redirect_tqdm(),
-        tqdm(total=sum(left.values()), disable=None, unit="run") as bar,
+        tqdm(total=total, disable=None, unit="run") as bar,
     ):
         yield Jobs(left, devices, lock, bar)
 

@@ -13,9 +13,8 @@ from flyp_plugin.commands.grid import has_teacher
 
 Record = Mapping[str, Any]
 Table = dict[str, dict[str, dict[str, Any]]]  # rows -> columns -> what `figure` returns
-_CALIBRATION = "Expected calibration error (ECE, 15 bins) in %, lower is better:"
 # in the names of rows and columns
-_WISE, _STOCK, _TEACHER, _OOD = " + WiSE-FT", " + Model Stock", ", teacher", "mean OOD"
+_WISE, _STOCK, _TEACHER, OOD = " + WiSE-FT", " + Model Stock", ", teacher", "mean OOD"
 
 
 class Curve(NamedTuple):
@@ -25,12 +24,6 @@ class Curve(NamedTuple):
     up: Sequence[float]
     star: tuple[float, float]
     diamond: tuple[float, float] | None = None  # Model Stock, which has no alpha
-
-
-def mean_ood(by_set: Mapping[str, Mapping[str, Any]], metric: str = "top1") -> float | None:
-    """The mean of a metric over all sets but the first (the ID set); None if there is only one."""
-    _, *others = (metrics[metric] for metrics in by_set.values())
-    return fmean(others) if others else None
 
 
 def draw_frontier(
@@ -47,7 +40,7 @@ def draw_frontier(
     by_alpha = {f"{alpha:.2f}": results[alpha] for alpha in sorted(results)}
     first, *others = results[chosen]
     sweep = {"alphas": by_alpha, "chosen_alpha": chosen}
-    ups = others if others and per_set else [_OOD]
+    ups = others if others and per_set else [OOD]
     curves = {name if others else first: curve([sweep], [first], name) for name in ups}
     labels = [f"{float(alpha):g}" for alpha in by_alpha]
     _draw_curves({"": curves}, labels, f"chosen: alpha = {chosen:g}", first if others else None, path)
@@ -96,10 +89,9 @@ def columns(
     by_set: Mapping[str, Mapping[str, Any]], id_sets: Sequence[str], metric: str = "top1"
 ) -> dict[str, float]:
     """A metric on each set, the ID sets first, then its mean over the OOD sets."""
-    ood = {name: metrics for name, metrics in by_set.items() if name not in id_sets}
+    ood = [name for name in by_set if name not in id_sets]
     row = {name: by_set[name][metric] for name in [*id_sets, *ood]}
-    mean = mean_ood({id_sets[0]: by_set[id_sets[0]], **ood}, metric)
-    return row if mean is None else {**row, _OOD: mean}
+    return {**row, OOD: fmean(row[name] for name in ood)} if ood else row
 
 
 def rows(methods: Mapping[str, Record], id_sets: Sequence[str], metric: str = "top1") -> Table:
@@ -113,7 +105,7 @@ def rows(methods: Mapping[str, Record], id_sets: Sequence[str], metric: str = "t
         for name, sweeps in _models(method, found).items():
             by_row[name] = [sweep["alphas"]["1.00"] for sweep in sweeps]
             by_row[name + _WISE] = [sweep["alphas"][f"{sweep['chosen_alpha']:.2f}"] for sweep in sweeps]
-        if stock := _stock(found):
+        if stock := found.get("model_stock", {}).get("sets"):
             by_row[method + _STOCK] = [stock]
         for name, seeds in by_row.items():
             of_seeds = [columns(by_set, id_sets, metric) for by_set in seeds]
@@ -126,11 +118,6 @@ def _models(method: str, found: Record) -> dict[str, list[Record]]:
     sweeps = list(found["seeds"].values())
     teachers = [sweep["teacher"] for sweep in sweeps if "teacher" in sweep]
     return {method: sweeps, **({method + _TEACHER: teachers} if teachers else {})}
-
-
-def _stock(found: Record) -> Mapping[str, Any] | None:
-    """The metrics of a method's seeds merged by Model Stock on each set; None if they were not."""
-    return found.get("model_stock", {}).get("sets")
 
 
 def differences(table: Table, methods: Sequence[str]) -> Table:
@@ -156,12 +143,12 @@ def document(record: Record) -> str:
             f"Top-1 in %, mean over seeds {', '.join(map(str, seeds))} ± half of its 95 % confidence interval (Student's "
             "t). The interval covers seeds only; n test images add a standard error of up to 50/√n points."
         )
-    select, by = settings["select"], ("", "")
+    select = settings["select"]
+    by = ("by loss, ", "by top-1, ") if select == "loss" else ("", "")
     if select == "last":
         how += f" Each method is scored after its last epoch ({record['epochs']})."
     else:
         figure = "lowest loss (mean cross-entropy)" if select == "loss" else "highest top-1"
-        by = ("by loss, ", "by top-1, ") if select == "loss" else by
         fit = " (for `lp`, 0 and 1, its fit)" if "lp" in record["methods"] else ""
         how += (
             f" Each run is scored at the epoch with the {figure} on `{val}`, the earliest of equals; the choices are 0 "
@@ -194,7 +181,8 @@ def document(record: Record) -> str:
         if select != "last" and block["methods"]:
             text += [f"Epochs chosen, in the order of the seeds: {_epochs(block['methods'])}."]
         if block["methods"]:
-            text += [_CALIBRATION, _markdown(block["ece"], record, block["methods"])]
+            text += ["Expected calibration error (ECE, 15 bins) in %, lower is better:"]
+            text += [_markdown(block["ece"], record, block["methods"])]
         text += _stock_notes(block["methods"])
         if block["differences"]:
             first = record["methods"][0]
@@ -209,21 +197,17 @@ def document(record: Record) -> str:
 
 def _stock_notes(methods: Mapping[str, Record]) -> list[str]:
     """What to know of the rows with Model Stock, if there are any."""
-    stocks = {
-        method: found["model_stock"]["seeds"] for method, found in methods.items() if "model_stock" in found
-    }
-    if not stocks:
+    merged = {method: found for method, found in methods.items() if "model_stock" in found}
+    if not merged:
         return []
     said = "Model Stock merges all seeds of a method into one model, so it has no interval."
     if "lp" in methods:
         said += " It leaves out lp, whose seeds share all weights but those of the head."
-    for method, seeds in stocks.items():
-        if len(seeds) < len(methods[method]["seeds"]):
-            left = (
-                f"only {', '.join(map(str, seeds))}"
-                if len(seeds) > 1
-                else "fewer than two, so it has no such row"
-            )
+    for method, found in merged.items():
+        seeds = found["model_stock"]["seeds"]
+        if len(seeds) < len(found["seeds"]):
+            only = f"only {', '.join(map(str, seeds))}"
+            left = only if len(seeds) > 1 else "fewer than two, so it has no such row"
             said += f" Of {method} the seeds that are not scored at epoch 0 are {left}."
     return [said]
 
@@ -264,7 +248,7 @@ def _value(found: Record) -> str:
 def _heading(name: str, record: Record, methods: Mapping[str, Record]) -> str:
     found, (val, *test) = next(iter(methods.values())), record["id_sets"]
     role = " (ID, chose)" if name == val else " (ID test)" if name in test else ""
-    return f"{name}{role}" + (f", n={found['zero_shot'][name]['n']}" if name != _OOD else "")
+    return f"{name}{role}" + (f", n={found['zero_shot'][name]['n']}" if name != OOD else "")
 
 
 def percent(cell: Mapping[str, Any], sign: str = "") -> str:
@@ -278,18 +262,18 @@ def draw(record: Record, path: Path) -> None:
     for block in record["blocks"]:
         curves = {}
         for method, found in block["methods"].items():
-            ood = _OOD in block["rows"][method]
+            ood = OOD in block["rows"][method]
             for name, sweeps in _models(method, found).items():
                 curves[name] = curve(sweeps, id_sets)
                 labels = [{"0.00": "0", "1.00": "1"}.get(alpha, "") for alpha in sweeps[0]["alphas"]]
-            if ood and _stock(found):
-                across, up = (block["rows"][method + _STOCK][c]["mean"] for c in (id_sets[-1], _OOD))
+            if ood and method + _STOCK in block["rows"]:
+                across, up = (block["rows"][method + _STOCK][c]["mean"] for c in (id_sets[-1], OOD))
                 curves[method] = curves[method]._replace(diamond=(100 * across, 100 * up))
         panels[block["title"]] = curves
     _draw_curves(panels, labels, "at the alphas chosen", id_sets[-1] if ood else None, path)
 
 
-def curve(sweeps: Sequence[Record], id_sets: Sequence[str], up: str = _OOD) -> Curve:
+def curve(sweeps: Sequence[Record], id_sets: Sequence[str], up: str = OOD) -> Curve:
     """A frontier, each point a mean over seeds: the last of `id_sets` across (without OOD sets, alpha), `up` up.
 
     The star is the mean of the points that the seeds chose, so it lies off the curve if they chose different alphas.

@@ -18,9 +18,8 @@ from flyp_plugin.shards import list_splits, local_shards, subset, write
 from flyp_plugin.sources import IMAGE_KEY
 from flyp_plugin.tars import TAR_ERRORS, find_scattered_sample, first_endings, keys_with_image
 
-EXAMPLE = (
-    "  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1\n  flyp shards check data"
-)
+EXAMPLE = """  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1
+  flyp shards check data"""
 WRITE_EXAMPLE = """  flyp shards write photos data/train --hold-out val=0.1 --hold-out test=0.1
   flyp shards write scans.csv data/train --image-col file --label-col finding --hold-out val=0.2 --by patient
   flyp shards write photos/train data/train
@@ -48,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "help": "most samples in a shard (default: 1000, or fewer, to make 16 shards: loaders share out whole shards)"}
 
     help = "write shards from a folder of class folders or from a CSV; image files are copied unchanged"
-    parser = command("write", write_command, help, WRITE_EXAMPLE)
+    parser = command("write", lambda args: write(**vars(args)), help, WRITE_EXAMPLE)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder of class folders, or CSV or TSV with a header line")
     add("dest", metavar="DEST", help="the split folder to write; class names and templates go into the folder above it")
@@ -107,14 +106,9 @@ def _share(text: str) -> tuple[str, Fraction]:
     return name, Fraction(share)
 
 
-def write_command(args: argparse.Namespace) -> None:
-    """flyp shards write"""
-    write(**{name: value for name, value in vars(args).items() if name != "run"})
-
-
 def subset_command(args: argparse.Namespace) -> None:
     """flyp shards subset"""
-    sizes = subset(**{name: value for name, value in vars(args).items() if name != "run"})
+    sizes = subset(**vars(args))
     _log.info(f"Wrote {sum(sizes.values())} samples in {len(sizes)} shards to {args.dest}.")
     _log.info(f"Next: flyp shards check {args.dest}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flyp_plugin.commands.flags import add_classes_flags, add_data_flags, add_model_flags
-from flyp_plugin.commands.plots import draw_frontier, mean_ood
+from flyp_plugin.commands.plots import OOD, columns, draw_frontier
 from flyp_plugin.errors import InputError
 
 if TYPE_CHECKING:
@@ -261,23 +261,30 @@ def _report(
     ratios: Mapping[str, float],
 ) -> None:
     """Write flyp.json, wiseft.json and frontier.png beside the merged `weights`, and say what is where."""
-    from flyp_plugin.checkpoints import atomic_write
+    from flyp_plugin import record
+    from flyp_plugin.checkpoints import atomic_write, locate_weights
     from flyp_plugin.metrics import table
-    from flyp_plugin.record import FILE
 
-    names = [*weights.values(), FILE, "wiseft.json"]
+    names = [*weights.values(), record.FILE, "wiseft.json"]
     merged_record = _record_of_merged(args, ends, sets)
     merged_record.write(out)
-    method = (
-        {"t": ratios, "sets": results[chosen]}
-        if args.model_stock
-        else {
-            "chosen_alpha": chosen,
-            "chosen_by": f"{sets[0].name}/top1" if sets else None,
-            "alphas": {f"{alpha:.2f}": metrics for alpha, metrics in results.items()},
-        }
-    )
-    text = json.dumps({"weights": weights[chosen], **method, **_origins(ends)}, indent=1)
+    said: dict[str, Any] = {"weights": weights[chosen]}
+    if args.model_stock:
+        said |= {"t": ratios, "sets": results[chosen]}
+    else:
+        said |= {"chosen_alpha": chosen, "chosen_by": f"{sets[0].name}/top1" if sets else None}
+        said["alphas"] = {f"{alpha:.2f}": metrics for alpha, metrics in results.items()}
+    folder = ends.record.folder if ends.record else None
+    said |= {
+        "model": ends.spec.name,
+        "last_epoch": max(record.epochs(folder), default=None) if folder else None,
+    }
+    digest = record.sha256(locate_weights(ends.spec, ends.pretrained))
+    said["inputs"] = {
+        "finetuned": [record.describe_weights(path) for path in ends.finetuned],
+        "pretrained": {"given": ends.pretrained, "sha256": digest},
+    }
+    text = json.dumps({**said, "versions": merged_record.get("versions")}, indent=1)
     with atomic_write(out / "wiseft.json") as part:
         part.write_text(text + "\n", encoding="utf-8")
     if len(results) > 1:
@@ -296,9 +303,9 @@ def _report(
     others = sorted(path.name for path in merges if path.name not in names)
     if others:
         _log.warning(f"{out}/ still holds weights of an earlier merge: {', '.join(others)}.")
-    folder = out if args.out or args.teacher else out.parent  # the run
+    run = out if args.out or args.teacher else out.parent
     data = "" if merged_record.prompts else " --data DIR"
-    _log.info(f"Next: flyp export {shlex.quote(str(folder))}{data} --format timm --out classifier")
+    _log.info(f"Next: flyp export {shlex.quote(str(run))}{data} --format timm --out classifier")
 
 
 def _record_of_merged(args: argparse.Namespace, ends: EndPoints, sets: "Sequence[EvalSet]") -> "Record":
@@ -313,31 +320,12 @@ def _record_of_merged(args: argparse.Namespace, ends: EndPoints, sets: "Sequence
     return record.Record(content)
 
 
-def _origins(ends: EndPoints) -> dict[str, Any]:
-    """What wiseft.json says of the model and of where the weights came from."""
-    from flyp_plugin import record
-    from flyp_plugin.checkpoints import locate_weights
-
-    folder = ends.record.folder if ends.record else None
-    digest = record.sha256(locate_weights(ends.spec, ends.pretrained))
-    return {
-        "model": ends.spec.name,
-        "last_epoch": max(record.epochs(folder), default=None) if folder else None,
-        "inputs": {
-            "finetuned": [record.describe_weights(path) for path in ends.finetuned],
-            "pretrained": {"given": ends.pretrained, "sha256": digest},
-        },
-        "versions": record.describe_model(ends.spec)["versions"],
-    }
-
-
 def _table_row(by_set: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Top-1 of each set and the mean over the OOD sets; the calibration error of the ID set, and that mean."""
     id_set = next(iter(by_set))
-    row = {f"{name} top1": metrics["top1"] for name, metrics in by_set.items()}
-    row |= {"mean OOD top1": mean_ood(by_set), f"{id_set} ece": by_set[id_set]["ece"]}
-    row["mean OOD ece"] = mean_ood(by_set, "ece")
-    return {column: value for column, value in row.items() if value is not None}  # of a single set, no mean
+    row = {f"{name} top1": value for name, value in columns(by_set, [id_set]).items()}
+    errors = columns(by_set, [id_set], "ece")
+    return row | {f"{name} ece": errors[name] for name in (id_set, OOD) if name in errors}
 
 
 def parse_alphas(text: str) -> list[float]:
