@@ -104,15 +104,12 @@ class Teacher:
         if self.rounded:
             self.model.load_state_dict({name: self.average[name] for name in self.rounded}, strict=False)
 
-    def start(self, model: Any, epoch: int, resume: str | None) -> None:
-        """Before each epoch: take the weights that training starts from, or those beside the checkpoint to resume from."""
+    def start(self, model: Any, epoch: int) -> None:
+        """Before each epoch: take the weights that training starts from, unless it is resumed."""
         if not self.weights:
             return
         if self.step < 0:
-            if epoch:
-                self.load(Path(resume or ""))
-            else:
-                self.update(model)
+            self.update(model)
         self.step = epoch * self.steps  # steps that were left out, as --precision amp may do, count as taken
 
     @contextmanager
@@ -152,8 +149,10 @@ class Teacher:
         for path in set(folder.glob(record.teacher_path(folder, "*").name)) - wanted if self.weights else ():
             path.unlink()
 
-    def load(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path, epoch: int) -> None:
         """Go on from the teacher beside a checkpoint. InputError if there is none, or of another architecture."""
+        if not self.weights:
+            return
         path = record.teacher_of(checkpoint)
         tensors = read_state_dict(path)
         if difference := first_difference(self.average, tensors):
@@ -161,3 +160,4 @@ class Teacher:
         for name, tensor in tensors.items():
             self.average[name].copy_(tensor)
         self._round()
+        self.step = epoch * self.steps

@@ -257,6 +257,8 @@ class _Seams:
     def get_data(self, proceed: Callable, arguments: dict) -> dict:
         self.check_called("create_model_and_transforms")
         args, epoch = arguments["args"], arguments.get("epoch", 0)
+        if 0 < epoch < args.epochs:
+            self.flyp.on_resume(epoch)
         if args.rank == 0:
             if epoch < args.epochs:  # else nothing is trained
                 run_folder.write_record(self.flyp.record(epoch), self.flyp.resumed, self.folder)

@@ -233,6 +233,11 @@ def teacher_path(checkpoints: Path, epoch: int | str) -> Path:
     return checkpoints / f"epoch_{epoch}.teacher.safetensors"
 
 
+def is_teacher(path: str | os.PathLike) -> bool:
+    """Whether a file is the teacher of the trajectory, by its name."""
+    return str(path).endswith(teacher_path(Path(), "").name.removeprefix("epoch_"))
+
+
 def teacher_of(checkpoint: Path) -> Path:
     """The teacher of the trajectory beside a checkpoint; InputError if there is none."""
     path = teacher_path(checkpoint.parent, _read_epoch(checkpoint))

@@ -9,6 +9,7 @@ the methods of FlypRun in the order in which they stand below.
 
 import logging
 import math
+import shlex
 import sys
 import tempfile
 from argparse import SUPPRESS, ArgumentParser, Namespace
@@ -75,7 +76,9 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
     if "timm" in getattr(user, "opt", ""):  # timm's optimizers have betas of their own
         skipped |= {"beta1", "beta2"}
     defaults = {name: value for name, value in defaults.items() if name not in skipped}
-    across_ranks = ["--local-loss", "--gather-with-grad"] if defaults and world_size > 1 else []
+    across_ranks = (
+        ["--local-loss", "--gather-with-grad"] if world_size > 1 and not ours.no_flyp_defaults else []
+    )
     # open_clip's default is cuda, with a warning if there is none
     device = ["--device", default_device()]
     theirs = openclip.parse_args([*to_argv(defaults), *across_ranks, *device, *rest])
@@ -176,6 +179,11 @@ class FlypRun:
         if self.changes:
             self.objective.install(model, self.teacher)
 
+    def on_resume(self, epoch: int) -> None:
+        """Load what a run that goes on after `epoch` needs beside its checkpoint; InputError if that is missing."""
+        if self.teacher:
+            self.teacher.resume(Path(self.args.resume), epoch)
+
     def record(self, epoch: int) -> Record:
         """On rank 0: the content of flyp.json (record.py) for a run that starts after `epoch`."""
         args = self.args
@@ -235,7 +243,6 @@ class FlypRun:
             f"FLYP's defaults in use: {defaults}. All other settings are open_clip's or yours.",
             f"Model: {self.spec}; weights: {args.pretrained or 'random or its own'}.",
             f"Objective: {', '.join(self.changes) or 'FLYP'}.",
-            *([f"Logit scale at the start: {args.logit_scale:g}."] if args.logit_scale else []),
             f"Samples: {self.data.num_samples} an epoch, in {len(self.data.shards)} shards.",
             f"Prompts: {prompts.describe()}.",
             f"Steps: {steps if self.objective.loop else 'none; one fit to the features of all images'}.",
@@ -271,8 +278,9 @@ class FlypRun:
         args, model, data = self.args, self.model, self.data
         if args.logit_scale and epoch == 0:
             set_logit_scale(model, args.logit_scale)
+            _log.info(f"Logit scale at the start: {args.logit_scale:g}.")
         if self.teacher:
-            self.teacher.start(model, epoch, args.resume)
+            self.teacher.start(model, epoch)
         if self.objective.fit and epoch == 0:
             head = getattr(model, HEAD)
             images = EvalSet("features", data.shards, data.prompts, args.train_data, data.sizes)
@@ -330,6 +338,11 @@ class FlypRun:
             if last and record.is_sharded(last[0]):
                 readers = f"flyp's commands read the last after `{record.how_to_join(last[0])[0]}`"
             _log.info(f"Checkpoints are in {args.checkpoint_path}; {readers}.")
+            if self.teacher and self.teacher.weights:
+                run_ = shlex.quote(str(Path(args.logs, args.name)))
+                _log.info(
+                    f"The teacher is a model of its own: flyp eval {run_} --teacher, flyp wiseft {run_} --teacher."
+                )
         if args.rank == 0:
             for line in self.monitor.summary() if self.monitor else ():
                 _log.info(line)

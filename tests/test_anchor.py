@@ -137,13 +137,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(launch, start, run, digits): 
         (folder / "checkpoints" / file).unlink()
     state = load_file(path)
     path.unlink()
+    record = (folder / "flyp.json").read_text()
     with pytest.raises(
         InputError, match=naming("epoch_2.pt", path.name, "--anchor-teacher trajectory", "restore")
     ):
-        launch(*flags, "--resume", "latest", name="stopped")
+        launch(*flags, "--resume", "latest", "--epochs", 4, name="stopped")
     save_file({**state, "visual.proj": torch.zeros(2, 2)}, path)
     with pytest.raises(InputError, match=naming(str(path), "another architecture", "visual.proj", "(2, 2)")):
-        launch(*flags, "--resume", "latest", name="stopped")
+        launch(*flags, "--resume", "latest", "--epochs", 4, name="stopped")
+    save_file({**state, "visual.proj": state["visual.proj"] * torch.nan}, path)
+    with pytest.raises(InputError, match=naming(str(path), "visual.proj", "NaN")):
+        launch(*flags, "--resume", "latest", "--epochs", 4, name="stopped")
+    assert (folder / "flyp.json").read_text() == record
 
 
 def test_the_pretrained_teacher_is_given_again_on_resume(launch, start, run):  # noqa: F811
@@ -151,7 +156,11 @@ def test_the_pretrained_teacher_is_given_again_on_resume(launch, start, run):  #
     for flags in ([], ["--pretrained", run / "checkpoints/epoch_1.pt"]):
         with pytest.raises(InputError, match=naming("teacher of --anchor", folder, start, "--pretrained")):
             launch("--anchor", 1, "--epochs", 2, "--resume", "latest", *flags, name="kept")
-    launch("--anchor", 1, "--epochs", 2, "--resume", "latest", "--pretrained", start, name="kept")
+    resume = ["--anchor", 1, "--epochs", 2, "--resume", "latest", "--pretrained", start]
+    uninterrupted = weights(launch(*resume, name="resumed"), 2)
+    (folder.parent / "resumed/checkpoints/epoch_2.pt").unlink()
+    assert_equal(weights(launch(*resume, name="resumed"), 2), uninterrupted)
+    launch(*resume, name="kept")
     loose = folder.parent / "epoch_1.pt"  # has no record
     loose.write_bytes((folder / "checkpoints/epoch_1.pt").read_bytes())
     with pytest.raises(InputError, match=naming("teacher of --anchor", "not given", "--pretrained")):
@@ -213,7 +222,8 @@ def test_eval_and_wiseft_take_the_teacher_for_a_model(run, start, digits, capsys
     flyp(["eval", str(run / "wiseft_teacher"), "--json"])
     merged = json.loads(capsys.readouterr().out)["results"]["val"]
     assert merged["top1"] == swept["alphas"][f"{swept['chosen_alpha']:.2f}"]["val"]["top1"]
-    assert not (run / "wiseft").exists()
+    flyp(["wiseft", str(path), "--alpha", "1", "--force"])
+    assert (run / "wiseft_teacher/wise_ft_alpha=1.00.pt").exists() and not (run / "wiseft").exists()
     classifier = ImageClassifier.from_run(run / "wiseft_teacher")
     assert classifier.predict(torch.zeros(1, 3, 16, 16))
 
@@ -245,6 +255,9 @@ def test_training_starts_from_another_temperature(launch, start, digits):  # noq
         rows = results(folder)
         assert rows[0] == results(plain)[0]  # zero-shot is the pretrained model's
         assert rows[1]["val/top1"] == rows[0]["val/top1"] and rows[1]["val/loss"] != rows[0]["val/loss"]
+    flyp(["wiseft", str(folder), "--alpha", "0"])  # a head as it was when its training started
+    merged = torch.load(folder / "wiseft/wise_ft_alpha=0.00.pt", weights_only=True)
+    assert merged["class_head.weight"].norm(dim=1).tolist() == pytest.approx([50] * 10, rel=1e-3)
 
 
 @pytest.mark.parametrize(

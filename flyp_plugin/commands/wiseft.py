@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from flyp_plugin.commands.flags import add_classes_flags, add_data_flags, add_model_flags
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 Results = Mapping[float, Mapping[str, Mapping[str, Any]]]
 EXAMPLE = """  flyp wiseft logs/birds
   flyp wiseft --model ViT-B-16 --pretrained openai --finetuned epoch_10.pt --eval-data val=data/val --out merged
-  flyp wiseft --model-stock logs/birds logs/birds2 --out stock"""
+  flyp wiseft --model-stock logs/birds-seed0 logs/birds-seed1 --out stock"""
 _MODEL_STOCK = "model_stock.pt"
 _log = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     alphas = [*names]
     ends = _find_end_points(args)
     sets = eval_sets_from_args(args, ends.record)
-    out = _output_folder(args, ends.record)
+    out = _output_folder(args, ends)
     _check_outputs(out, names, bool(sets), args.force)
     model, pretrained, finetuned, ratios = _load(args, ends)
     with folder_lock(out):
@@ -135,7 +137,7 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
         if not os.path.exists(path):
             raise InputError(f"there is no run or checkpoint {path}; check the path.")
     if args.model_stock:
-        _check_several(finetuned)
+        _check_several(finetuned, found)
     records = [known for known in found if known]
     known = records[0] if records else None
     pretrained = args.pretrained
@@ -149,14 +151,19 @@ def _find_end_points(args: argparse.Namespace) -> EndPoints:
     return EndPoints(finetuned, pretrained, spec_from_args(args, pretrained, known), known)
 
 
-def _check_several(finetuned: Sequence[str]) -> None:
-    """InputError if two checkpoints are of one run: their angle says nothing about runs with different seeds."""
-    folders = [os.path.dirname(os.path.realpath(path)) for path in finetuned]
-    for path, folder in zip(finetuned, folders):
-        if folders.count(folder) > 1 and os.path.basename(folder) == "checkpoints":
+def _check_several(finetuned: Sequence[str], found: "Sequence[Record | None]") -> None:
+    """InputError if two checkpoints are of one run or seed: they agree in what runs with different seeds do not."""
+    before: dict[Any, str] = {}
+    for path, known in zip(finetuned, found):
+        folder = os.path.dirname(os.path.realpath(path))
+        training = known.get("training", {}) if known else {}
+        one = training.get("seed", folder if os.path.basename(folder) == "checkpoints" else path)
+        if one in before:
             raise InputError(
-                f"--model-stock needs runs with different --seed, and {path} is one of two checkpoints of the same run."
+                f"--model-stock needs runs with different --seed, and {before[one]} and {path} have the same or are of one "
+                "run; --average merges any."
             )
+        before[one] = path
 
 
 def _starting_weights(known: "Record | None", given: str) -> str:
@@ -176,13 +183,17 @@ def _starting_weights(known: "Record | None", given: str) -> str:
     return start
 
 
-def _output_folder(args: argparse.Namespace, known: "Record | None") -> Path:
+def _output_folder(args: argparse.Namespace, ends: EndPoints) -> Path:
+    from flyp_plugin.record import is_teacher
+
+    known = ends.record
     if args.out:
         return Path(args.out)
     several = args.average or args.model_stock
     if several or known is None or not (known.folder and (known.folder / "checkpoints").is_dir()):
         raise InputError("--out is required here; pass a folder for the merged weights.")
-    return known.folder / ("wiseft_teacher" if args.teacher else "wiseft")
+    teacher = args.teacher or is_teacher(ends.finetuned[0])
+    return known.folder / ("wiseft_teacher" if teacher else "wiseft")
 
 
 def _check_outputs(out: Path, names: Mapping[float, str], scored: bool, force: bool) -> None:
@@ -195,7 +206,8 @@ def _check_outputs(out: Path, names: Mapping[float, str], scored: bool, force: b
         raise InputError("frontier.png needs matplotlib: pip install 'flyp-plugin[plot]'.")
     if out.is_file():
         raise InputError(f"{out} is a file, not a folder; choose another --out.")
-    if any(out.glob("epoch_*.pt")):  # a merged file there would be resumed as the newest checkpoint
+    # merged weights would be resumed as the newest checkpoint, or be taken for those of that run
+    if any(out.glob("epoch_*.pt")) or (out / "checkpoints").is_dir():
         raise InputError(f"{out} holds a run's checkpoints; choose another --out.")
     for name in [*names.values(), "wiseft.json", *(["frontier.png"] if draw else [])]:
         refuse_existing(out / name, force)
@@ -208,6 +220,8 @@ def _load(
 
     Against a learned head, the pretrained side's is the zero-shot head of the same classes and templates.
     """
+    import torch
+
     from flyp_plugin.checkpoints import build_model, read_state_dict
     from flyp_plugin.heads import zeroshot_as_learned
     from flyp_plugin.learned import HEAD, load_head
@@ -218,7 +232,10 @@ def _load(
     learned = load_head(states[0])
     source = build_model(ends.spec, ends.pretrained, "fp32", args.device)
     if learned is not None and not hasattr(source, HEAD):
-        setattr(source, HEAD, zeroshot_as_learned(source, ends.spec.tokenizer, learned.class_prompts))
+        head = zeroshot_as_learned(source, ends.spec.tokenizer, learned.class_prompts)
+        if scale := ends.record and ends.record.get("training", {}).get("logit_scale"):
+            head.weight.data *= scale / source.logit_scale.exp()  # where the training of the head started
+        setattr(source, HEAD, head)
     pretrained = {key: tensor.clone() for key, tensor in source.state_dict().items()}
     model = source
     if args.precision not in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
@@ -230,20 +247,23 @@ def _load(
     for path, names in zip([*ends.finetuned, ends.pretrained], classes):
         if not same_names(names, classes[0]):
             both = f"{path} and {ends.finetuned[0]}"
-            raise InputError(
-                f"the learned heads of {both} have different classes; merge runs with the same ones."
+            what = (
+                "have different classes"
+                if names and classes[0]
+                else "are not of one kind: one has no such head"
             )
+            raise InputError(f"the learned heads of {both} {what}; merge runs with the same ones.")
     finetuned, ratios = average(states) if args.average else states[0], {}
     if args.model_stock:
         start = {key: tensor.cpu() for key, tensor in pretrained.items()}
         ratios = stock_ratios(start, states)
-        if min(ratios.values(), default=1.0) > 1 - 1e-9:
-            runs = " and ".join(ends.finetuned)
-            raise InputError(f"{runs} have the same weights; give runs that differ in their --seed.")
+        for (i, one), (j, other) in combinations(enumerate(states), 2):
+            if all(torch.equal(one[key], other[key]) for key in start):
+                runs = f"{ends.finetuned[i]} and {ends.finetuned[j]}"
+                raise InputError(f"{runs} have the same weights; give runs that differ in their --seed.")
         finetuned = model_stock(start, states, ratios)
-        sizes = [start[key].numel() for key in ratios]
-        mean = sum(t * size for t, size in zip(ratios.values(), sizes)) / sum(sizes)
-        _log.info(f"Model Stock: t = {mean:.2f} on average (0: pretrained, 1: the mean of the runs).")
+        mean = f"{fmean(ratios.values()):.2f}, the mean over {len(ratios)} tensors"
+        _log.info(f"Model Stock: t = {mean} (0: pretrained, 1: the mean of the runs).")
     end_names = " + ".join(ends.finetuned), ends.pretrained or ends.spec.name
     check_same_architecture(pretrained, finetuned, *end_names)
     device = model.logit_scale.device

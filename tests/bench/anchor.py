@@ -80,7 +80,7 @@ def make(steps: Steps, variant: str):
     """A step with a teacher, or without one."""
     teacher = Teacher(steps.model, int(variant == "trajectory"), 1000) if variant != "none" else None
     if teacher:
-        teacher.start(steps.model, 0, None)
+        teacher.start(steps.model, 0)
         teacher.shorten()
 
     def loss(features: dict[str, Tensor], images: Tensor, tokens: Tensor) -> Tensor:
