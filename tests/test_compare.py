@@ -467,6 +467,8 @@ def test_where_zeroshot_is_chosen_nothing_is_merged(selected, argv, monkeypatch)
         (["--devices", "cpu,cuda:99"], ["--devices", "cpu,cuda:99", "'cuda:99'"]),
         (["--devices", "cpu,"], ["--devices", "cpu,", "''"]),
         (["--name=mine"], ["--name=mine"]),
+        (["--see", "4"], ["--seed", "--see"]),  # argparse takes abbreviations
+        (["--model-stock", "--methods", "lp", "--lp-c", "1"], ["--model-stock", "lp"]),
         (["--anchor=1"], ["--anchor=1"]),
         (["--anchor-teacher", "trajectory"], ["--anchor-teacher"]),
         (["--tune", "logit-scale=7", "--logit-scale", "9"], ["--logit-scale"]),

@@ -438,9 +438,8 @@ def test_model_stock_of_runs_is_scored_read_and_exported(trained, tmp_path, caps
     assert said["weights"] == "model_stock.pt" and len(said["inputs"]["finetuned"]) == 3
     assert said["t"] == pytest.approx(stock_ratios(state(PRETRAINED), [last(run) for run in runs]), abs=1e-6)
     assert 0.1 < said["t"]["visual.conv1.weight"] < 0.99
-    sizes = {key: merged[key].numel() for key in said["t"]}
-    mean = sum(said["t"][key] * size for key, size in sizes.items()) / sum(sizes.values())
-    assert says(caplog.text, "Model Stock", f"{mean:.2f}")
+    mean = sum(said["t"].values()) / len(said["t"])
+    assert says(caplog.text, "Model Stock", f"{mean:.2f}", f"{len(said['t'])} tensors")
     flyp("eval", out, *LOADING, "--json")
     assert read(capsys)["results"] == said["sets"]
     command = next(record.message for record in caplog.records if record.message.startswith("Next: flyp "))
@@ -490,7 +489,8 @@ def test_what_model_stock_cannot_merge_is_one_sentence(trained, tmp_path):
             naming(run, f"{MODEL}-15.pt", trained(1, 40), f"{MODEL}-40.pt"),
         ),
         (["--average", run, trained(1, 40), "--alpha", 1], naming(run, trained(1, 40))),
-        (["--model-stock", run, trained(0, objective="ce")], naming("different classes")),
+        (["--model-stock", run, trained(0, objective="ce")], naming("--seed", "--average")),
+        (["--average", run, trained(0, objective="ce"), "--alpha", 1], naming("no such head")),
         (["--model-stock", run, checkpoint("tiny-digits-wide", 1)], naming("2 of 2", "pretrained")),
     ]
     for more, message in cases:
@@ -499,3 +499,5 @@ def test_what_model_stock_cannot_merge_is_one_sentence(trained, tmp_path):
         assert "\n" not in str(error.value) and not out.exists()
     with pytest.raises(InputError, match=naming("--out")):
         flyp("wiseft", "--model-stock", run, other)
+    with pytest.raises(InputError, match=naming(other, "checkpoints", "--out")):
+        flyp("wiseft", run, "--alpha", 0.5, "--out", other, "--force")

@@ -8,6 +8,7 @@ comparison fair is said in its --help, below.
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -222,7 +223,10 @@ def _merge(comparison: Comparison, runs: Sequence[Run], jobs: Jobs) -> dict[str,
     if (folder / DONE).exists():
         inputs = json.loads(comparison.read(folder, "wiseft.json"))["inputs"]["finetuned"]
         # of other seeds; RUN/checkpoints/epoch_N.pt, however --out was spelled
-        if [Path(one["given"]).parts[-3:] for one in inputs] != [Path(path).parts[-3:] for path in paths]:
+        others = [Path(one["given"]).parts[-3:] for one in inputs] != [
+            Path(path).parts[-3:] for path in paths
+        ]
+        if others or max(map(os.path.getmtime, paths)) > os.path.getmtime(folder / DONE):  # trained again
             (folder / DONE).unlink()
     words = ["--model-stock", *paths, "--out", str(folder)]
     stock = _wiseft(comparison, run, "merge", words, run.title, folder, jobs)

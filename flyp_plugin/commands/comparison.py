@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product, starmap
@@ -16,10 +15,20 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.flags import parser, to_argv
 
 # flags of `flyp train` that this command sets for each run
-_RESERVED = (
-    "seed|shots-seed|objective|anchor|anchor-teacher|name|logs|resume|demo|help-open-clip|save-frequency|"
-    "delete-previous-checkpoint"
-)
+_RESERVED = [
+    "seed",
+    "shots-seed",
+    "objective",
+    "anchor",
+    "anchor-teacher",
+    "name",
+    "logs",
+    "resume",
+    "demo",
+    "help-open-clip",
+    "save-frequency",
+    "delete-previous-checkpoint",
+]
 _NO_STOCK = "lp"  # its seeds differ in no weights but those of the head
 
 
@@ -52,10 +61,15 @@ class Comparison:
         self.id_sets = [names[0], *filter(None, [args.id_test])]  # the set that chooses, and the ID test set
         self.metric = "loss" if args.select == "loss" else "top1"
         self.chosen_by = f"{names[0]}/{self.metric}"  # the figure that chooses the epoch and the tuned value
-        reserved = "|".join([_RESERVED, *self.tune, *(["eval-frequency"] if args.select != "last" else [])])
-        for word in args.train_flags:
-            if re.fullmatch(f"--({reserved})(=.*)?", word):
-                raise InputError(f"{word} is set by `flyp compare` for each run; leave it out (see --help).")
+        reserved = [*_RESERVED, *self.tune, *(["eval-frequency"] if args.select != "last" else [])]
+        for word, name in product(args.train_flags, reserved):
+            flag = word.partition("=")[0]
+            if len(flag) > 2 and f"--{name}".startswith(flag):  # argparse takes --see for --seed
+                raise InputError(
+                    f"--{name} is set by `flyp compare` for each run; leave out {word} (see --help)."
+                )
+        if args.model_stock and self.methods == [_NO_STOCK]:
+            raise InputError(f"--model-stock merges no seeds of {_NO_STOCK}; leave it out, or add a method.")
         if not (find_spec("matplotlib") and find_spec("scipy")):
             raise InputError("matplotlib and scipy are missing: pip install 'flyp-plugin[train,compare]'.")
         pairs = list(product(self.blocks, self.methods))

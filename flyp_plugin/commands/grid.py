@@ -128,7 +128,9 @@ def parse_tune(methods: Sequence[str], texts: Sequence[str]) -> dict[str, list[f
     _refuse_unequal({f"--tune {flag}": values for flag, values in tune.items()})
     for flag in tune:
         if flag not in (second(method, tune) for method in methods):
-            raise InputError(f"--tune {flag} would tune none of --methods {','.join(methods)}; leave it out.")
+            raise InputError(
+                f"--tune {flag} would tune none of --methods {','.join(methods)}; leave it out, or put it first."
+            )
     return tune
 
 
