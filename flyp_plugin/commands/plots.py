@@ -72,7 +72,8 @@ def _draw_curves(
         axes.set_xlabel(f"{id_name} (ID) top-1, %" if id_name else "alpha (0: pretrained, 1: fine-tuned)")
         axes.set_ylabel("OOD top-1, %" if id_name else "top-1, %")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        many = len(axes.get_legend_handles_labels()[0]) > 8  # a legend that would cover the curves
+        axes.legend(fontsize=8, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if many else {}))
     picture.savefig(path, format="png", dpi=150)
 
 
