@@ -76,9 +76,8 @@ def parse(argv: Sequence[str], world_size: int) -> tuple[Namespace, dict[str, st
     if "timm" in getattr(user, "opt", ""):  # timm's optimizers have betas of their own
         skipped |= {"beta1", "beta2"}
     defaults = {name: value for name, value in defaults.items() if name not in skipped}
-    across_ranks = (
-        ["--local-loss", "--gather-with-grad"] if world_size > 1 and not ours.no_flyp_defaults else []
-    )
+    flyps = world_size > 1 and not ours.no_flyp_defaults
+    across_ranks = ["--local-loss", "--gather-with-grad"] if flyps else []
     # open_clip's default is cuda, with a warning if there is none
     device = ["--device", default_device()]
     theirs = openclip.parse_args([*to_argv(defaults), *across_ranks, *device, *rest])
@@ -198,6 +197,9 @@ class FlypRun:
         content["pretrained"] = record.describe_weights(args.pretrained)
         if epoch and self.resumed and args.pretrained in ("", self.resumed.pretrained):
             content["pretrained"] = self.resumed.get("pretrained", {})  # weights are the checkpoint's now
+        if epoch and self.resumed:  # set when the run started, if at all
+            scale = self.resumed.get("training", {}).get("logit_scale")
+            content["training"] = {**self.settings, "logit_scale": scale}
         return Record(content)
 
     def train_data(self, preprocess: Callable, as_dict: bool) -> ClassPromptDataset:
@@ -339,10 +341,8 @@ class FlypRun:
                 readers = f"flyp's commands read the last after `{record.how_to_join(last[0])[0]}`"
             _log.info(f"Checkpoints are in {args.checkpoint_path}; {readers}.")
             if self.teacher and self.teacher.weights:
-                run_ = shlex.quote(str(Path(args.logs, args.name)))
-                _log.info(
-                    f"The teacher is a model of its own: flyp eval {run_} --teacher, flyp wiseft {run_} --teacher."
-                )
+                name = shlex.quote(str(Path(args.logs, args.name)))
+                _log.info(f"The teacher is a model of its own: see flyp eval {name} --teacher.")
         if args.rank == 0:
             for line in self.monitor.summary() if self.monitor else ():
                 _log.info(line)

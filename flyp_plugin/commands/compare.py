@@ -222,11 +222,11 @@ def _merge(comparison: Comparison, runs: Sequence[Run], jobs: Jobs) -> dict[str,
     folder = comparison.folder(run)
     if (folder / DONE).exists():
         inputs = json.loads(comparison.read(folder, "wiseft.json"))["inputs"]["finetuned"]
-        # of other seeds; RUN/checkpoints/epoch_N.pt, however --out was spelled
-        others = [Path(one["given"]).parts[-3:] for one in inputs] != [
-            Path(path).parts[-3:] for path in paths
-        ]
-        if others or max(map(os.path.getmtime, paths)) > os.path.getmtime(folder / DONE):  # trained again
+        # RUN/checkpoints/epoch_N.pt, however --out was spelled
+        merged = [Path(one["given"]).parts[-3:] for one in inputs]
+        wanted = [Path(path).parts[-3:] for path in paths]
+        # other seeds, or one that was trained again
+        if merged != wanted or max(map(os.path.getmtime, paths)) > os.path.getmtime(folder / DONE):
             (folder / DONE).unlink()
     words = ["--model-stock", *paths, "--out", str(folder)]
     stock = _wiseft(comparison, run, "merge", words, run.title, folder, jobs)

@@ -247,11 +247,8 @@ def _load(
     for path, names in zip([*ends.finetuned, ends.pretrained], classes):
         if not same_names(names, classes[0]):
             both = f"{path} and {ends.finetuned[0]}"
-            what = (
-                "have different classes"
-                if names and classes[0]
-                else "are not of one kind: one has no such head"
-            )
+            both_have = names and classes[0]
+            what = "have different classes" if both_have else "are not of one kind: one has no such head"
             raise InputError(f"the learned heads of {both} {what}; merge runs with the same ones.")
     finetuned, ratios = average(states) if args.average else states[0], {}
     if args.model_stock:
