@@ -88,8 +88,10 @@ def choose_weights(run: Record, epoch: str | None, teacher: bool = False) -> Pat
     else:
         number, why = _best_epoch(run, folder, epoch) if epoch in ("best", "loss") else (epoch, "")
         path, what = {str(one): path for one, path in saved.items()}.get(str(number)), f"epoch {number}{why}"
+    if not (path or saved):
+        raise InputError(f"{folder} has no checkpoint of a run; give a run's folder, or a file of weights.")
     if path is None:
-        those = ", ".join(map(str, saved)) or "none"
+        those = ", ".join(map(str, saved))
         raise InputError(
             f"{folder} has no {what}; pass --epoch best, loss, last or one of its own ({those})."
         )

@@ -448,6 +448,8 @@ def test_model_stock_of_runs_is_scored_read_and_exported(trained, tmp_path, caps
     assert json.loads((tmp_path / "classifier/config.json").read_text())["label_names"] == NAMES
     with pytest.raises(InputError, match=naming("model_stock.pt", "--force")):
         flyp("wiseft", "--model-stock", *runs, "--out", out)
+    with pytest.raises(InputError, match=naming(out, "no checkpoint of a run")):
+        flyp("wiseft", "--model-stock", runs[0], out, "--out", tmp_path / "again")
     flyp("wiseft", "--average", *runs, "--alpha", 1, "--out", out, *LOADING, "--force")
     assert says(caplog.text, out, "earlier", "model_stock.pt")
 

@@ -20,7 +20,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--epoch", metavar="best|loss|last|N", help="take this epoch of the run, not its merged weights or last epoch "
         "(best: the highest top-1, loss: the lowest loss, on its first evaluation set)")
     add("--teacher", action="store_true", help="take the trajectory's teacher in place of the model (of a run with "
-        "--anchor-teacher trajectory)")
+        "--anchor-teacher trajectory), which has no figures of its own: --epoch best and loss go by the model's")
     add("--model", metavar="NAME", help="open_clip's name of the architecture")
     add("--model-config", metavar="PATH", help="JSON file of a model that open_clip does not know, or a folder of them")
     add("--force-quick-gelu", action="store_true", help="use QuickGELU (a pretrained tag that needs it sets it already)")
