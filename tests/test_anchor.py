@@ -18,7 +18,7 @@ from flyp_plugin.errors import InputError
 from flyp_plugin.objectives import OBJECTIVES
 from flyp_plugin.record import teacher_path
 from tests.close import FORWARD, assert_moved_alike
-from tests.naming import naming
+from tests.naming import naming, says
 from tests.test_objectives import (  # noqa: F401
     MODEL,
     SGD,
@@ -210,7 +210,8 @@ def test_teachers_are_kept_as_long_as_their_checkpoints(launch, start):  # noqa:
     )
 
 
-def test_eval_and_wiseft_take_the_teacher_for_a_model(run, start, digits, capsys):  # noqa: F811
+def test_eval_and_wiseft_take_the_teacher_for_a_model(run, start, digits, capsys, caplog):  # noqa: F811
+    caplog.set_level("INFO")
     path = teacher_path(run / "checkpoints", 2)
     flyp(["eval", str(run), "--teacher", "--epoch", "2", "--json"])
     flyp(["eval", str(path), "--json"])
@@ -224,6 +225,7 @@ def test_eval_and_wiseft_take_the_teacher_for_a_model(run, start, digits, capsys
     assert merged["top1"] == swept["alphas"][f"{swept['chosen_alpha']:.2f}"]["val"]["top1"]
     flyp(["wiseft", str(path), "--alpha", "1", "--force"])
     assert (run / "wiseft_teacher/wise_ft_alpha=1.00.pt").exists() and not (run / "wiseft").exists()
+    assert says(caplog.messages[-1], "Next", run / "wiseft_teacher")
     classifier = ImageClassifier.from_run(run / "wiseft_teacher")
     assert classifier.predict(torch.zeros(1, 3, 16, 16))
 

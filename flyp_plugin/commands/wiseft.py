@@ -320,7 +320,7 @@ def _report(
     others = sorted(path.name for path in merges if path.name not in names)
     if others:
         _log.warning(f"{out}/ still holds weights of an earlier merge: {', '.join(others)}.")
-    run = out if args.out or args.teacher else out.parent
+    run = out.parent if not args.out and out.name == "wiseft" else out
     data = "" if merged_record.prompts else " --data DIR"
     _log.info(f"Next: flyp export {shlex.quote(str(run))}{data} --format timm --out classifier")
 
