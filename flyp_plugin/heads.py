@@ -83,11 +83,19 @@ def build_zeroshot_head(
 
 
 def zeroshot_as_learned(
-    model: Model, tokenizer: Callable, prompts: ClassPrompts, precision: str = "fp32"
+    model: Model,
+    tokenizer: Callable,
+    prompts: ClassPrompts,
+    precision: str = "fp32",
+    scale: float | None = None,
 ) -> ClassHead:
-    """The zero-shot head as a learned head: where training one starts, and its alpha 0 in WiSE-FT."""
+    """The zero-shot head as a learned head: where training one starts, and its alpha 0 in WiSE-FT.
+
+    `scale` is the factor of its logits; None: the model's logit_scale.exp().
+    """
     head = ImageClassifier.from_prompts(model, tokenizer, prompts, precision).head
-    return ClassHead(model.logit_scale.detach().exp().float() * head.T.float(), prompts)
+    factor = model.logit_scale.detach().exp().float() if scale is None else scale
+    return ClassHead(factor * head.T.float(), prompts)
 
 
 def autocast(precision: str, device: str | torch.device) -> AbstractContextManager:

@@ -87,6 +87,11 @@ class Record:
     def pretrained(self) -> str:
         return self.get("pretrained", {}).get("given", "")
 
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """The flags that change the weights (`training_settings`); empty in a record of the model alone."""
+        return self.get("training", {})
+
     def write(self, folder: str | Path) -> None:
         """Write it into a folder, atomically."""
         write_atomically(Path(folder, FILE), json.dumps(self.content, indent=1, sort_keys=True) + "\n")
@@ -166,7 +171,7 @@ def differences(before: Record, now: Record) -> dict[str, tuple[Any, Any]]:
         keys = {name: key for name, key in record.get("keys", {}).items() if name != "group_key"}
         others = {name: record.get(name) for name in ("classnames", "templates", "precision")}
         others |= {"prompts": record.get("descriptions"), "pretrained": record.pretrained}
-        return {**record.get("training", {}), **others, **keys}
+        return {**record.training, **others, **keys}
 
     old, new = settings(before), settings(now)
     if (was := old["prompts"]) and (is_now := new["prompts"]):  # only the classes whose prompts have changed

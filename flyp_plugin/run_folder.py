@@ -117,7 +117,7 @@ def refuse_other_optimizer(resumed: Record, args: Namespace) -> None:
     """InputError if the optimizer's state was saved in another form: with or without --fsdp, before or by open_clip 4."""
     if args.resume == "latest" and not any(Path(args.logs, args.name).glob("checkpoints/epoch_*")):
         return  # it starts over
-    before, now = resumed.get("training", {}).get("fsdp", False), getattr(args, "fsdp", False)
+    before, now = resumed.training.get("fsdp", False), getattr(args, "fsdp", False)
     versions = [resumed.get("versions", {}).get("open_clip", open_clip.__version__), open_clip.__version__]
     sides = {int(version.split(".")[0]) >= 4 for version in versions}
     if before != now:

@@ -198,8 +198,7 @@ class FlypRun:
         if epoch and self.resumed and args.pretrained in ("", self.resumed.pretrained):
             content["pretrained"] = self.resumed.get("pretrained", {})  # weights are the checkpoint's now
         if epoch and self.resumed:  # set when the run started, if at all
-            scale = self.resumed.get("training", {}).get("logit_scale")
-            content["training"] = {**self.settings, "logit_scale": scale}
+            content["training"] = {**self.settings, "logit_scale": self.resumed.training.get("logit_scale")}
         return Record(content)
 
     def train_data(self, preprocess: Callable, as_dict: bool) -> ClassPromptDataset:

@@ -156,7 +156,7 @@ def _check_several(finetuned: Sequence[str], found: "Sequence[Record | None]") -
     before: dict[Any, str] = {}
     for path, known in zip(finetuned, found):
         folder = os.path.dirname(os.path.realpath(path))
-        training = known.get("training", {}) if known else {}
+        training = known.training if known else {}
         one = training.get("seed", folder if os.path.basename(folder) == "checkpoints" else path)
         if one in before:
             raise InputError(
@@ -232,9 +232,8 @@ def _load(
     learned = load_head(states[0])
     source = build_model(ends.spec, ends.pretrained, "fp32", args.device)
     if learned is not None and not hasattr(source, HEAD):
-        head = zeroshot_as_learned(source, ends.spec.tokenizer, learned.class_prompts)
-        if scale := ends.record and ends.record.get("training", {}).get("logit_scale"):
-            head.weight.data *= scale / source.logit_scale.exp()  # where the training of the head started
+        scale = ends.record.training.get("logit_scale") if ends.record else None  # that the head started at
+        head = zeroshot_as_learned(source, ends.spec.tokenizer, learned.class_prompts, scale=scale)
         setattr(source, HEAD, head)
     pretrained = {key: tensor.clone() for key, tensor in source.state_dict().items()}
     model = source
